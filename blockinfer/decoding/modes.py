@@ -1,0 +1,63 @@
+"""Decoding modes: what each denoising step recomputes, as segments.
+
+A segment is a run of query positions of one sequence against the first `kv_len` keys of that sequence. A forward writes
+the K and V of all its queries to their pages before it attends, so the segments of one forward see each other's K and V
+as far as their kv_len reaches. A mode is a pure function from where a sequence stands to its next segments.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """Queries at positions start..stop-1, attending without a causal mask to positions 0..kv_len-1."""
+
+    start: int
+    stop: int
+    kv_len: int
+
+
+class BlockState(NamedTuple):
+    """Where a sequence stands; positions count from the prompt's first token.
+
+    prompt_len: the first generated position. canvas_end: one past the last. [block_start, block_end): the block being
+    denoised. step: denoising steps already made in it. num_cached: leading positions whose K/V is final in the pages.
+    """
+
+    prompt_len: int
+    block_length: int
+    canvas_end: int
+    block_start: int
+    block_end: int
+    step: int
+    num_cached: int
+
+
+Mode = Callable[[BlockState], list[Segment]]
+
+
+def vanilla(state: BlockState) -> list[Segment]:
+    """The whole canvas in every step; nothing is approximated (LLaDA, arXiv 2502.09992, semi-autoregressive)."""
+    return [Segment(0, state.canvas_end, state.canvas_end)]
+
+
+def block(state: BlockState) -> list[Segment]:
+    """The suffix is dropped and committed K/V never recomputed: each block sees the prompt and the blocks before it.
+
+    What is not cached yet rides along with the block's first step: the prompt, the block just finished, or, after a
+    preemption, all of them, each with kv_len at its own end, as if each had been computed when it was finished.
+    """
+    return _commits(state) + [Segment(state.block_start, state.block_end, state.block_end)]
+
+
+def _commits(state: BlockState) -> list[Segment]:
+    segments = []
+    start = state.num_cached
+    while start < state.block_start:
+        stop = state.prompt_len if start < state.prompt_len else start + state.block_length
+        segments.append(Segment(start, stop, stop))
+        start = stop
+    return segments
+
+
+MODES: dict[str, Mode] = {"vanilla": vanilla, "block": block}

@@ -1,0 +1,196 @@
+"""The engine's loop: requests in, one step at a time, finished requests out."""
+
+import os
+import random
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from blockinfer.config import EngineConfig
+from blockinfer.engine.model_runner import ModelRunner, page_shape
+from blockinfer.engine.page_pool import PagePool
+from blockinfer.engine.scheduler import Scheduler
+from blockinfer.engine.sequence import Sequence
+from blockinfer.models.llada import LLaDA
+from blockinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from blockinfer.sampling_params import SamplingParams
+
+Prompt = str | list[int] | dict[str, Any]
+
+_EOT = "<|eot_id|>"
+
+
+class Engine:
+    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens."""
+
+    def __init__(self, model: LLaDA, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        eos_ids = list(model.config.eos_token_ids)
+        eot_ids = [tokenizer.convert_tokens_to_ids(_EOT)] if tokenizer and _EOT in tokenizer.get_vocab() else []
+        self.stop_token_ids = frozenset(eos_ids + eot_ids)
+        self.pool = PagePool(_num_pages(model, config), config.page_size)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.runner = ModelRunner(model, config, self.pool.num_pages, eos_ids, eos_ids + eot_ids)
+        self._sequences: dict[int, Sequence] = {}
+        self._next_id = 0
+        self._seeds = random.Random(config.seed)
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Queues a request and returns its id. prompt: a string, token ids, or {"prompt_token_ids": [...]}.
+
+        Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, and for
+        a request that the page pool could never hold.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
+        text, token_ids = self._encode(prompt)
+        self._check_fits(len(token_ids), params)
+        stops = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stops |= self.stop_token_ids
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        sequence = Sequence(self._next_id, text, token_ids, params, seed, frozenset(stops))
+        self._next_id += 1
+        self._sequences[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+        return sequence.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """One forward for the requests that fit in it -> those that it finished, in the order they were added."""
+        scheduled, admitted = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        for sequence in admitted:
+            self.runner.start(sequence)
+        for sequence, _ in scheduled:
+            sequence.first_run_at = sequence.first_run_at or time.perf_counter()
+        masked_left = self.runner.run(scheduled)
+        finished = []
+        for (sequence, _), left in zip(scheduled, masked_left, strict=True):
+            sequence.ran(self.runner.stats.forwards)
+            if left:
+                continue
+            sequence.finish_block(self.runner.block_tokens(sequence))
+            if sequence.is_finished():
+                self.abort(sequence.request_id)
+                finished.append(self._output(sequence))
+        return finished
+
+    def abort(self, request_id: int) -> None:
+        """Drops an unfinished request. Raises ValueError where there is none of that id."""
+        if request_id not in self._sequences:
+            raise ValueError(f"there is no unfinished request {request_id!r}")
+        self.scheduler.release(self._sequences.pop(request_id))
+
+    def abort_all(self) -> None:
+        """Drops every unfinished request."""
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """prompt -> its text, where it has one, and its token ids, checked."""
+        text = None
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
+            text, token_ids = prompt, self.tokenizer.encode(prompt) if prompt else []
+        elif isinstance(prompt, dict):
+            if "prompt_token_ids" not in prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
+                raise ValueError(f'a dict prompt must be {{"prompt_token_ids": [...]}}, got the keys {sorted(prompt)}')
+            text, token_ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+        else:
+            token_ids = prompt
+        if not isinstance(token_ids, list | tuple):
+            raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
+        if not token_ids:
+            raise ValueError("the prompt is empty: it must have at least 1 token, got 0")
+        limit = self.model.config.embedding_size
+        for i, token_id in enumerate(token_ids):
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
+                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {token_id!r}")
+        return text, list(token_ids)
+
+    def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
+        total = prompt_len + params.max_tokens
+        if total > self.config.max_model_len:
+            raise ValueError(
+                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} make {total}, more than "
+                f"max_model_len={self.config.max_model_len}; shorten the prompt or lower max_tokens"
+            )
+        if self.pool.pages_for(total) > self.pool.num_pages:
+            raise ValueError(
+                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} need "
+                f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
+                f"{self.pool.num_pages}; raise kv_cache_memory"
+            )
+        outside = [i for i in params.stop_token_ids or () if i >= self.model.config.embedding_size]
+        if outside:
+            raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
+
+    def _output(self, sequence: Sequence) -> RequestOutput:
+        stop = sequence.stop_position()
+        token_ids = sequence.output_token_ids[:stop]
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        now = time.perf_counter()
+        return RequestOutput(
+            request_id=sequence.request_id,
+            prompt=sequence.prompt,
+            prompt_token_ids=sequence.prompt_token_ids,
+            outputs=[
+                CompletionOutput(
+                    index=0,
+                    text=text,
+                    token_ids=token_ids,
+                    finish_reason="length" if stop is None else "stop",
+                    stop_reason=None if stop is None else sequence.output_token_ids[stop],
+                )
+            ],
+            finished=True,
+            metrics=RequestMetrics(
+                nfe=sequence.nfe,
+                denoising_steps=sequence.denoising_steps,
+                queued_seconds=sequence.first_run_at - sequence.added_at,
+                first_block_seconds=sequence.first_block_at - sequence.added_at,
+                total_seconds=now - sequence.added_at,
+                preemptions=sequence.preemptions,
+                seed=sequence.seed,
+            ),
+        )
+
+
+def _num_pages(model: LLaDA, config: EngineConfig) -> int:
+    """Pages of the KV cache: kv_cache_memory's worth, or what max_num_seqs requests of max_model_len can ever need, as
+    far as 90 % of the free GPU memory, or half of the machine's on a CPU, allows.
+
+    Raises ValueError when that is not one page.
+    """
+    page_bytes = config.dtype.itemsize
+    for extent in page_shape(model, config.page_size):
+        page_bytes *= extent
+    if config.kv_cache_memory is not None:
+        memory = config.kv_cache_memory
+        num_pages = memory // page_bytes
+    else:
+        memory = _available_memory(config.device)
+        num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
+    if num_pages < 1:
+        raise ValueError(
+            f"a KV cache of {memory} bytes holds no page: one of {config.page_size} tokens is {page_bytes}"
+        )
+    return num_pages
+
+
+def _available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,94 @@
+"""Who runs in the next step. Plain Python: requests wait, run, are preempted and come back; no tensors."""
+
+from collections import deque
+from typing import NamedTuple
+
+from blockinfer.decoding.modes import Segment
+from blockinfer.engine.page_pool import PagePool
+from blockinfer.engine.sequence import Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    sequence: Sequence
+    segments: list[Segment]
+
+    @property
+    def rows(self) -> int:
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+
+class Scheduler:
+    """First come, first served. A running sequence owns a slot and the pages that its next step needs.
+
+    Pages are taken as blocks need them. When they run out, the youngest running request gives up its pages, goes back
+    to the head of the queue and starts its current block anew; so the oldest one always gets on.
+    """
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self._free_slots = list(range(max_num_seqs))[::-1]
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+        """The next step's sequences, and those among them admitted just now, whose tokens the device does not have.
+
+        Where the rows exceed max_num_batched_tokens, the sequences that ran least recently go first.
+        """
+        self._grow()
+        admitted = self._admit()
+        scheduled, rows = [], 0
+        for sequence in sorted(self.running, key=lambda s: (s.last_run, s.request_id)):
+            entry = ScheduledSequence(sequence, sequence.segments())
+            if rows + entry.rows <= self.max_num_batched_tokens:
+                scheduled.append(entry)
+                rows += entry.rows
+        scheduled.sort(key=lambda entry: entry.sequence.request_id)
+        return scheduled, admitted
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes a sequence out, running or waiting; its pages and slot are free again."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self._stop_running(sequence)
+
+    def _grow(self) -> None:
+        """Pages for the running sequences' next steps, the oldest first, preempting from the youngest end."""
+        for sequence in list(self.running):
+            while sequence.slot is not None and self._shortage(sequence) > self.pool.num_free:
+                self._preempt(self.running[-1])
+            if sequence.slot is not None:
+                sequence.pages += self.pool.allocate(self._shortage(sequence))
+
+    def _admit(self) -> list[Sequence]:
+        admitted = []
+        while self.waiting and self._free_slots and self._shortage(self.waiting[0]) <= self.pool.num_free:
+            sequence = self.waiting.popleft()
+            sequence.slot = self._free_slots.pop()
+            sequence.pages = self.pool.allocate(self._shortage(sequence))
+            self.running.append(sequence)
+            admitted.append(sequence)
+        self.running.sort(key=lambda s: s.request_id)
+        return admitted
+
+    def _shortage(self, sequence: Sequence) -> int:
+        """Pages that the sequence's next step needs beyond those it has."""
+        needed = max(segment.kv_len for segment in sequence.segments())
+        return max(0, self.pool.pages_for(needed) - len(sequence.pages))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        sequence.restart_block()
+        self.waiting.appendleft(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.free(sequence.pages)
+        sequence.pages = []
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None

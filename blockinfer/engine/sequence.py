@@ -1,0 +1,107 @@
+"""One request on its way through the engine: its tokens, where it stands, what it cost. No tensors."""
+
+import time
+
+from blockinfer.decoding.modes import MODES, BlockState, Segment
+from blockinfer.decoding.unmasking import scheduled_count
+from blockinfer.sampling_params import SamplingParams
+
+
+class Sequence:
+    """A request's state on the host. The tokens of the block being denoised live on the device, in row `slot`."""
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        # tokens of finished blocks, stop tokens and what follows them included
+        self.output_token_ids: list[int] = []
+        self.slot: int | None = None
+        self.pages: list[int] = []
+        self.step = 0
+        self.num_cached = 0
+        self.last_run = -1
+        self.nfe = 0
+        self.denoising_steps = 0
+        self.preemptions = 0
+        self.added_at = time.perf_counter()
+        self.first_run_at: float | None = None
+        self.first_block_at: float | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def canvas_end(self) -> int:
+        return self.prompt_len + self.params.max_tokens
+
+    @property
+    def block_start(self) -> int:
+        return self.prompt_len + len(self.output_token_ids)
+
+    @property
+    def block_end(self) -> int:
+        return min(self.block_start + self.params.block_length, self.canvas_end)
+
+    def segments(self) -> list[Segment]:
+        """What the next step computes; the last segment holds the block being denoised."""
+        state = BlockState(
+            prompt_len=self.prompt_len,
+            block_length=self.params.block_length,
+            canvas_end=self.canvas_end,
+            block_start=self.block_start,
+            block_end=self.block_end,
+            step=self.step,
+            num_cached=self.num_cached,
+        )
+        return MODES[self.params.mode](state)
+
+    def reveal_count(self) -> int:
+        """Positions that a scheduled rule reveals in the next step; a rule that is not scheduled ignores it."""
+        length = self.block_end - self.block_start
+        return scheduled_count(length, self.params.block_steps(length) or length, self.step)
+
+    def is_last_step(self) -> bool:
+        """Whether the step limit makes the next step reveal all that is left."""
+        limit = self.params.block_steps(self.block_end - self.block_start)
+        return limit is not None and self.step + 1 >= limit
+
+    def ran(self, forward: int) -> None:
+        """Forward number `forward`, with this sequence's rows, is done."""
+        self.last_run = forward
+        self.nfe += 1
+        self.step += 1
+        self.num_cached = self.block_start
+
+    def finish_block(self, token_ids: list[int]) -> None:
+        """The block's positions are all revealed, as `token_ids`; the next one begins."""
+        self.first_block_at = self.first_block_at or time.perf_counter()
+        self.output_token_ids += token_ids
+        self.denoising_steps += self.step
+        self.step = 0
+
+    def restart_block(self) -> None:
+        """Back to the start of the current block, with nothing cached: a preemption took the pages."""
+        self.preemptions += 1
+        self.step = 0
+        self.num_cached = 0
+
+    def stop_position(self) -> int | None:
+        """Where in the output the first stop token is, if any."""
+        return next((i for i, token in enumerate(self.output_token_ids) if token in self.stop_token_ids), None)
+
+    def is_finished(self) -> bool:
+        """Whether the finished blocks end the request: by a stop token or by max_tokens."""
+        return len(self.output_token_ids) >= self.params.max_tokens or self.stop_position() is not None

@@ -1,0 +1,247 @@
+"""LLM: a checkpoint, loaded and ready to generate."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from blockinfer.checks import refuse_unknown
+from blockinfer.config import EngineConfig, ModelConfig
+from blockinfer.engine.engine import Engine, Prompt
+from blockinfer.engine.model_runner import EngineStats
+from blockinfer.models.registry import SHAPES, model_class
+from blockinfer.outputs import RequestOutput
+from blockinfer.sampling_params import SamplingParams
+from blockinfer.weights import load_weights, randomize
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+class LLM:
+    """A LLaDA checkpoint behind a batching engine.
+
+    model: a local folder or a Hub name, which is fetched with its progress bars; a checkpoint's own code never runs.
+    dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU; or "float32", "bfloat16", "float16", "float64".
+    device: "auto" (the GPU where there is one), "cpu" or "cuda".
+    load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
+        may then also be "llada-8b", the published shape.
+    tokenizer: another folder or Hub name for it. Without tokenizer files prompts are token ids and outputs have no text.
+    revision: the Hub revision of the model.
+    mask_token_id: overrides the config's and the tokenizer's.
+    max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
+    max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
+    page_size: tokens in a page of the KV cache. kv_cache_memory: the cache's bytes; by default enough for max_num_seqs
+        requests of max_model_len, within 90 % of the GPU's free memory or half of a CPU machine's.
+    seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
+
+    Raises ValueError for an option out of range and for a checkpoint that is broken or not implemented, TypeError for
+    an unknown option.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        load_format: str = "auto",
+        tokenizer: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        mask_token_id: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int | None = None,
+        page_size: int = 16,
+        kv_cache_memory: int | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        refuse_unknown("LLM", unknown, EngineConfig.__dataclass_fields__)
+        config = EngineConfig(
+            model=model,
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            tokenizer=tokenizer,
+            revision=revision,
+            mask_token_id=mask_token_id,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            kv_cache_memory=kv_cache_memory,
+            seed=seed,
+        )
+        folder, raw, source = _read_config(config)
+        self.model_config = ModelConfig.from_dict(raw, source)
+        make_model = model_class(self.model_config.architecture, source)
+        self.tokenizer = _load_tokenizer(config, folder)
+        self._check_tokenizer()
+        self.config = config.resolve(self.model_config, getattr(self.tokenizer, "mask_token_id", None))
+        with torch.inference_mode():
+            network = make_model(self.model_config, self.config.dtype, self.config.device, self.config.max_model_len)
+            if load_format == "dummy":
+                randomize(network, seed or 0)
+            else:
+                load_weights(network, folder)
+        self.engine = Engine(network, self.config, self.tokenizer)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; the outputs come in the order of the prompts.
+
+        A prompt is a string, a list of token ids, or {"prompt_token_ids": [...]}; params is one SamplingParams for all
+        or one each. on_finish is called with each output as it is finished. Whatever is raised meanwhile, Ctrl-C
+        included, leaves an empty engine that can go on.
+
+        Raises ValueError for a bad prompt, naming its number, and RuntimeError while requests added to `engine` by hand
+        are unfinished.
+        """
+        engine = self._open_engine()
+        if engine.has_unfinished():
+            raise RuntimeError("the engine has unfinished requests; step() until they are done or abort() them first")
+        prompts = _as_list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(params)} params; give one, or one each")
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            ids = [self._add(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+            with tqdm(total=len(ids), disable=not use_tqdm, unit="request", dynamic_ncols=True) as progress:
+                tokens = 0
+                while engine.has_unfinished():
+                    for output in engine.step():
+                        outputs[output.request_id] = output
+                        tokens += len(output.outputs[0].token_ids)
+                        progress.set_postfix(tokens=tokens, refresh=False)
+                        progress.update()
+                        if on_finish is not None:
+                            on_finish(output)
+        finally:
+            engine.abort_all()
+        return [outputs[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """`generate` on one conversation, or on a list of them, through the checkpoint's chat template.
+
+        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. Raises
+        ValueError where there is no tokenizer or no template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            missing = "tokenizer" if self.tokenizer is None else "chat template"
+            raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = []
+        for conversation in conversations:
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, params, **options)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts so far, as a copy: take differences."""
+        return EngineStats(**vars(self._open_engine().runner.stats))
+
+    def close(self) -> None:
+        """Drops the model and the KV cache. Closing twice is fine; generating afterwards raises RuntimeError."""
+        self.engine = None
+        if self.config.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open_engine(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self.engine
+
+    def _add(self, number: int, prompt: Prompt, params: SamplingParams | None) -> int:
+        try:
+            return self.engine.add_request(prompt, params)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+
+    def _check_tokenizer(self) -> None:
+        size = self.model_config.embedding_size
+        if self.tokenizer is not None and len(self.tokenizer) > size:
+            raise ValueError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has {len(self.tokenizer)} tokens, "
+                f"the model only {size} embeddings: they do not belong together"
+            )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list of prompts."""
+    if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str]:
+    """-> the checkpoint's folder (None for a shape known by name), its config.json, and a name for errors."""
+    dummy = config.load_format == "dummy"
+    if dummy and config.model in SHAPES:
+        return None, SHAPES[config.model], str(config.model)
+    files = ["config.json"] if dummy else ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    folder = _fetch(config.model, config.revision, files)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: there is no config.json; a checkpoint folder in the Hugging Face format is expected"
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a JSON object is expected, got {type(raw).__name__}")
+    return folder, raw, str(path)
+
+
+def _fetch(name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
+    """A local folder as it is; anything else is looked for on the Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{str(name)!r} is no local folder and could not be fetched from the Hub: {error}; for random weights of a "
+            f"published shape pass load_format='dummy' with one of {', '.join(SHAPES)}"
+        ) from error
+
+
+def _load_tokenizer(config: EngineConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights."""
+    if config.tokenizer is not None:
+        folder = _fetch(config.tokenizer, None, ["*.json", "*.jinja", "tokenizer.model"])
+    elif config.load_format == "dummy" or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}") from error

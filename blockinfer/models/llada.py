@@ -1,0 +1,95 @@
+"""Dense LLaDA (arXiv 2502.09992): a pre-norm transformer with RMSNorm, RoPE and SwiGLU, and no causal mask."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blockinfer.config import ModelConfig
+from blockinfer.kernels.activation import silu_mul
+from blockinfer.kernels.kv_store import rope_store_kv, rope_tables
+from blockinfer.kernels.norm import add_rms_norm, rms_norm
+from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+
+
+class LLaDALayer(nn.Module):
+    """One transformer block. q, k, v are one matrix, gate and up another."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.attn_norm = weight(config.d_model)
+        self.qkv_proj = weight((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.d_model)
+        self.attn_out = weight(config.d_model, config.d_model)
+        self.ff_norm = weight(config.d_model)
+        self.gate_up_proj = weight(2 * config.mlp_hidden_size, config.d_model)
+        self.ff_out = weight(config.d_model, config.mlp_hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_pages: torch.Tensor,
+        table: SegmentTable,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, d]: the previous layer's output, not yet added to residual [T, d] -> the same two for this layer.
+
+        kv_pages [2, pages, P, HK, D]: this layer's cache. All K and V are written before any attention reads them.
+        """
+        x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
+        qkv = F.linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
+        q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots)
+        x = F.linear(paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1), self.attn_out)
+        x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps)
+        return F.linear(silu_mul(F.linear(x, self.gate_up_proj)), self.ff_out), residual
+
+
+class LLaDA(nn.Module):
+    """The model over a paged KV cache; logits at a position predict the token at that position, without a shift."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        super().__init__()
+        self.config = config
+        size = (config.embedding_size, config.d_model)
+        self.wte = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+        self.layers = nn.ModuleList(LLaDALayer(config, dtype, device) for _ in range(config.n_layers))
+        self.ln_f = nn.Parameter(torch.empty(config.d_model, dtype=dtype, device=device), requires_grad=False)
+        self.lm_head = (
+            self.wte if config.weight_tying else nn.Parameter(torch.empty_like(self.wte), requires_grad=False)
+        )
+        self.cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device)
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable
+    ) -> torch.Tensor:
+        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written -> hidden states [T, d]."""
+        x = F.embedding(token_ids, self.wte)
+        residual = torch.zeros_like(x)
+        cos_sin = self.cos_sin[positions]
+        for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
+            x, residual = layer(x, residual, cos_sin, layer_pages, table)
+        return x.add_(residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, d] from `forward` -> [N, embedding_size]. The last norm is here: only these rows need it."""
+        return F.linear(rms_norm(hidden, self.ln_f, self.config.rms_norm_eps), self.lm_head)
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """The published tensor names and the part of a parameter that each fills, in the published shape."""
+        tensors = {"wte": self.wte, "ln_f": self.ln_f}
+        if not self.config.weight_tying:
+            tensors["ff_out"] = self.lm_head
+        q_rows = self.config.d_model
+        kv_rows = self.config.n_kv_heads * self.config.head_dim
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.qkv_proj.split([q_rows, kv_rows, kv_rows])
+            gate, up = layer.gate_up_proj.chunk(2)
+            parts = {"attn_norm": layer.attn_norm, "ff_norm": layer.ff_norm, "q_proj": q, "k_proj": k, "v_proj": v}
+            parts |= {"attn_out": layer.attn_out, "ff_proj": gate, "up_proj": up, "ff_out": layer.ff_out}
+            tensors |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
+        return {f"model.transformer.{name}.weight": tensor for name, tensor in tensors.items()}

@@ -1,0 +1,95 @@
+"""What one request asks of the decoder."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from blockinfer.checks import check_bool, check_choice, check_int, check_real, refuse_unknown
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Options of one request. All lengths are in tokens.
+
+    max_tokens: generated positions; need not be a multiple of block_length.
+    block_length: positions denoised together.
+    denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
+        `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
+        is left. More steps than positions means one token a step.
+    mode, unmasking: a name of `decoding.modes.MODES` and of `decoding.unmasking.RULES`; every mode works with every rule.
+    threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15). One that
+        the chosen rule does not read is refused.
+    temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits.
+    seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report.
+    stop_token_ids: these end a request besides the checkpoint's own, and do so under ignore_eos too.
+    ignore_eos: the checkpoint's own stop tokens do not end the request.
+    logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md: the first forbids the EOS token; the second
+        reveals a position that predicts EOS or end-of-turn after all others.
+
+    Raises ValueError for a value out of range and TypeError for an unknown option, naming it.
+    """
+
+    max_tokens: int = 128
+    block_length: int = 32
+    denoising_steps: int | None = None
+    mode: str = "block"
+    unmasking: str = "low_confidence"
+    threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+
+    def __new__(cls, *args, **options):
+        refuse_unknown("SamplingParams", options, [field.name for field in dataclasses.fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.max_tokens, 1)
+        check_int("block_length", self.block_length, 1)
+        if self.denoising_steps is not None:
+            check_int("denoising_steps", self.denoising_steps, 1)
+        check_choice("mode", self.mode, MODES)
+        check_choice("unmasking", self.unmasking, RULES)
+        self._check_rule_options()
+        check_real("temperature", self.temperature, 0.0)
+        if self.seed is not None:
+            check_int("seed", self.seed, 0)
+            if self.seed >= 2**64:
+                raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        for token_id in self.stop_token_ids or ():
+            check_int("every one of stop_token_ids", token_id, 0)
+        for name in ("ignore_eos", "logits_eos_inf", "confidence_eos_eot_inf"):
+            check_bool(name, getattr(self, name))
+
+    def _check_rule_options(self) -> None:
+        rule = RULES[self.unmasking]
+        for name, maximum in (("threshold", 1.0), ("factor", float("inf")), ("entropy_bound", float("inf"))):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check_real(name, value, 0.0, maximum)
+            if rule.option != name:
+                readers = [other for other, spec in RULES.items() if spec.option == name]
+                read_by = f"only {' and '.join(readers)} does" if readers else "no rule does"
+                raise ValueError(f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={value}")
+        if self.confidence_eos_eot_inf and not rule.reads_confidence:
+            raise ValueError(f"unmasking {self.unmasking!r} does not read confidence_eos_eot_inf; leave it False")
+
+    @property
+    def rule_value(self) -> float:
+        """The option that the unmasking rule reads, with its default filled in; 0.0 for a rule that reads none."""
+        rule = RULES[self.unmasking]
+        value = getattr(self, rule.option) if rule.option else None
+        return rule.default if value is None else float(value)
+
+    def block_steps(self, length: int) -> int | None:
+        """The step limit of a block of `length` positions; None is no limit."""
+        if self.denoising_steps is None:
+            return length if RULES[self.unmasking].scheduled else None
+        return min(length, -(-self.denoising_steps * length // self.block_length))
