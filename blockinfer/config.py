@@ -42,7 +42,7 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a dense LLaDA, named as in its config.json. dtype is the checkpoint's, None where it does not say."""
+    """The shape of a dense LLaDA, named as in its config.json. dtype is the checkpoint's, None where it says none."""
 
     architecture: str
     d_model: int
@@ -208,7 +208,7 @@ class EngineConfig:
         max_model_len = self.max_model_len or model.max_sequence_length
         if max_model_len > model.max_sequence_length:
             raise ValueError(
-                f"max_model_len={max_model_len} exceeds the checkpoint's max_sequence_length={model.max_sequence_length}"
+                f"max_model_len={max_model_len} exceeds the config's max_sequence_length={model.max_sequence_length}"
             )
         batched = self.max_num_batched_tokens or max(8192, max_model_len)
         if batched < max_model_len:

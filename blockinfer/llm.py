@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blockinfer.checks import refuse_unknown
 from blockinfer.config import EngineConfig, ModelConfig
@@ -21,8 +21,6 @@ from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.weights import load_weights, randomize
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
 
 class LLM:
     """A LLaDA checkpoint behind a batching engine.
@@ -32,7 +30,7 @@ class LLM:
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also be "llada-8b", the published shape.
-    tokenizer: another folder or Hub name for it. Without tokenizer files prompts are token ids and outputs have no text.
+    tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model.
     mask_token_id: overrides the config's and the tokenizer's.
     max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
@@ -206,7 +204,7 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
     dummy = config.load_format == "dummy"
     if dummy and config.model in SHAPES:
         return None, SHAPES[config.model], str(config.model)
-    files = ["config.json"] if dummy else ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    files = ["config.json"] if dummy else ["*.json", "*.safetensors", "*.jinja"]
     folder = _fetch(config.model, config.revision, files)
     path = folder / "config.json"
     if not path.is_file():
@@ -238,10 +236,11 @@ def _fetch(name: str | os.PathLike[str], revision: str | None, files: list[str])
 def _load_tokenizer(config: EngineConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights."""
     if config.tokenizer is not None:
-        folder = _fetch(config.tokenizer, None, ["*.json", "*.jinja", "tokenizer.model"])
-    elif config.load_format == "dummy" or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        folder = _fetch(config.tokenizer, None, ["*.json", "*.jinja"])
+    elif config.load_format == "dummy" or not (folder / "tokenizer.json").is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # LLaDA's class, named outright: AutoTokenizer would look the model type up, which transformers does not know
+        return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}") from error

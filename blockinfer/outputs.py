@@ -8,8 +8,8 @@ class RequestMetrics:
     """What a request cost.
 
     nfe: forwards in which the request had rows, repeated ones included. denoising_steps: steps of the blocks it went
-    through, each counted once. The seconds are wall time since the request was added: until its first forward, until its
-    first block was complete, and in all. preemptions: how often its pages were taken. seed: of its noise.
+    through, each counted once. The seconds are wall time since the request was added: until its first forward, until
+    its first block was complete, and in all. preemptions: how often its pages were taken. seed: of its noise.
     """
 
     nfe: int
@@ -37,7 +37,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request. prompt is None where the prompt came as token ids; n > 1 is not supported: one output each."""
+    """A finished request, with one output. prompt is None where the prompt came as token ids alone."""
 
     request_id: int
     prompt: str | None

@@ -17,7 +17,7 @@ class SamplingParams:
     denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
         is left. More steps than positions means one token a step.
-    mode, unmasking: a name of `decoding.modes.MODES` and of `decoding.unmasking.RULES`; every mode works with every rule.
+    mode, unmasking: names of `decoding.modes.MODES` and `decoding.unmasking.RULES`; every mode takes every rule.
     threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15). One that
         the chosen rule does not read is refused.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits.
@@ -78,7 +78,7 @@ class SamplingParams:
                 readers = [other for other, spec in RULES.items() if spec.option == name]
                 read_by = f"only {' and '.join(readers)} does" if readers else "no rule does"
                 raise ValueError(f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={value}")
-        if self.confidence_eos_eot_inf and not rule.reads_confidence:
+        if self.confidence_eos_eot_inf and rule.score == "position":
             raise ValueError(f"unmasking {self.unmasking!r} does not read confidence_eos_eot_inf; leave it False")
 
     @property

@@ -14,8 +14,8 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 def load_weights(model: LLaDA, folder: Path) -> None:
     """Fills the model from `folder`'s safetensors, converting to the model's dtype.
 
-    Raises ValueError, before anything is copied, when a file cannot be read, a shard is missing, or a tensor is missing,
-    unexpected, misshapen or not floating point; the message names the files and tensors.
+    Raises ValueError, before anything is copied, when a file cannot be read, a shard is missing, or a tensor is
+    missing, unexpected, misshapen or not floating point; the message names the files and tensors.
     """
     wanted = model.checkpoint_tensors()
     holders = _tensor_files(folder)

@@ -41,6 +41,19 @@ def vanilla(state: BlockState) -> list[Segment]:
     return [Segment(0, state.canvas_end, state.canvas_end)]
 
 
+def prefix_cache(state: BlockState) -> list[Segment]:
+    """The K/V before the block is held for one block (Fast-dLLM's prefix cache, arXiv 2505.22618, section 3.2)."""
+    start = 0 if state.step == 0 else state.block_start
+    return [Segment(start, state.canvas_end, state.canvas_end)]
+
+
+def dual_cache(state: BlockState) -> list[Segment]:
+    """The K/V before the block and of the masks after it is held for one block (Fast-dLLM's dual cache)."""
+    if state.step == 0:
+        return [Segment(0, state.canvas_end, state.canvas_end)]
+    return [Segment(state.block_start, state.block_end, state.canvas_end)]
+
+
 def block(state: BlockState) -> list[Segment]:
     """The suffix is dropped and committed K/V never recomputed: each block sees the prompt and the blocks before it.
 
@@ -60,4 +73,16 @@ def _commits(state: BlockState) -> list[Segment]:
     return segments
 
 
-MODES: dict[str, Mode] = {"vanilla": vanilla, "block": block}
+def block_refresh(state: BlockState) -> list[Segment]:
+    """The suffix is dropped; all K/V before the block is computed anew at its first step, then held for one block."""
+    start = 0 if state.step == 0 else state.block_start
+    return [Segment(start, state.block_end, state.block_end)]
+
+
+MODES: dict[str, Mode] = {
+    "vanilla": vanilla,
+    "prefix_cache": prefix_cache,
+    "dual_cache": dual_cache,
+    "block": block,
+    "block_refresh": block_refresh,
+}

@@ -185,7 +185,7 @@ def _num_pages(model: LLaDA, config: EngineConfig) -> int:
         num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
     if num_pages < 1:
         raise ValueError(
-            f"a KV cache of {memory} bytes holds no page: one of {config.page_size} tokens is {page_bytes}"
+            f"a KV cache of {memory} bytes holds no page; one of {config.page_size} tokens takes {page_bytes}"
         )
     return num_pages
 

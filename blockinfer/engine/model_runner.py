@@ -1,6 +1,7 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.batch import build_batch
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
+from blockinfer.kernels import philox
 from blockinfer.kernels.confidence import RowNoise, token_confidence
 from blockinfer.models.llada import LLaDA
 
@@ -80,59 +82,86 @@ class ModelRunner:
         offsets = offsets.minimum(batch.block_lengths[:, None] - 1)
         where = (batch.block_slots[:, None], batch.block_starts[:, None] + offsets)
         masked = self.masked[where] & inside
-        token_ids = self.tokens[where]
-        confidence = torch.zeros(masked.shape, device=self.device)
         block, offset = masked.nonzero(as_tuple=True)
-        rows = batch.block_rows[block] + offset
-        token_ids[masked], confidence[masked] = self._predict(hidden[rows], sequences, block, offset)
-        reveal = self._reveal(sequences, confidence, masked)
-        block, offset = reveal.nonzero(as_tuple=True)
-        where = (batch.block_slots[block], batch.block_starts[block] + offset)
-        self.tokens[where] = token_ids[reveal]
+        options = _BlockOptions(sequences, self.device)
+        predicted = self._predict(hidden[batch.block_rows[block] + offset], options, block, offset)
+        reveal = torch.zeros_like(masked)
+        for name in {sequence.params.unmasking for sequence in sequences}:
+            scores = torch.zeros(masked.shape, device=self.device)
+            scores[masked] = self._scores(RULES[name].score, predicted, options, block, offset)
+            mine = options.uses_rule(name)
+            reveal |= RULES[name].select(scores, masked, options.count, options.value) & mine[:, None]
+        reveal |= masked & options.last_step[:, None]
+
+        revealed = reveal[masked]
+        where = (batch.block_slots[block[revealed]], (batch.block_starts[block] + offset)[revealed])
+        self.tokens[where] = predicted.token_ids[revealed]
         self.masked[where] = False
         return (masked & ~reveal).sum(dim=-1).tolist()
 
     def _predict(
-        self, hidden: torch.Tensor, sequences: list[Sequence], block: torch.Tensor, offset: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, d] of the masked rows; block, offset [N]: which block, where in it -> token_ids, confidence [N]."""
+        self, hidden: torch.Tensor, options: "_BlockOptions", block: torch.Tensor, offset: torch.Tensor
+    ) -> "_Predicted":
+        """hidden [N, d] of masked rows; block, offset [N]: which block each is of, and where in it."""
         self.stats.lm_head_rows += len(hidden)
-        per_block = _BlockOptions(sequences, self.device)
         chunks = []
         for rows in torch.arange(len(hidden), device=self.device).split(_LM_HEAD_ROWS):
             logits = self.model.logits(hidden[rows])
-            owner = block[rows]
-            if per_block.any_eos_inf:
-                logits[per_block.eos_inf[owner, None] & torch.isin(_columns(logits), self.eos_ids)] = -torch.inf
-            noise = per_block.noise(owner, offset[rows]) if per_block.any_noise else None
-            vocab_size = self.model.config.vocab_size
-            chunks.append(token_confidence(logits, vocab_size, self.config.mask_token_id, noise))
-        token_ids, confidence = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        last = per_block.eos_eot_last[block] & torch.isin(token_ids, self.last_ids)
-        return token_ids, confidence.masked_fill(last, -torch.inf)
+            if options.any_eos_inf:
+                forbidden = torch.isin(torch.arange(logits.shape[1], device=self.device), self.eos_ids)
+                logits[options.eos_inf[block[rows], None] & forbidden] = -torch.inf
+            noise = options.noise(block[rows], offset[rows]) if options.any_noise else None
+            vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
+            chunks.append(token_confidence(logits, vocab_size, mask_token_id, noise, options.any_entropy))
+        token_ids, confidence, entropy = zip(*chunks, strict=True)
+        return _Predicted(
+            torch.cat(token_ids), torch.cat(confidence), torch.cat(entropy) if options.any_entropy else None
+        )
 
-    def _reveal(self, sequences: list[Sequence], confidence: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """confidence, masked [B, L] -> the positions to reveal, each block by its own rule."""
-        count = torch.tensor([sequence.reveal_count() for sequence in sequences], device=self.device)
-        value = torch.tensor([sequence.params.rule_value for sequence in sequences], device=self.device)
-        last = torch.tensor([sequence.is_last_step() for sequence in sequences], device=self.device)
-        reveal = masked & last[:, None]
-        for name in {sequence.params.unmasking for sequence in sequences}:
-            mine = [i for i, sequence in enumerate(sequences) if sequence.params.unmasking == name]
-            mine = torch.tensor(mine, device=self.device)
-            reveal[mine] |= RULES[name].reveal(confidence[mine], masked[mine], count[mine], value[mine])
-        return reveal
+    def _scores(
+        self,
+        score: str,
+        predicted: "_Predicted",
+        options: "_BlockOptions",
+        block: torch.Tensor,
+        offset: torch.Tensor,
+    ) -> torch.Tensor:
+        """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
+        if score == "position":
+            return -offset.float()
+        if score == "confidence":
+            scores = predicted.confidence
+        elif score == "certainty":
+            scores = -predicted.entropy
+        else:
+            scores = options.uniform(block, offset)
+        last = options.eos_eot_last[block] & torch.isin(predicted.token_ids, self.last_ids)
+        return scores.masked_fill(last, -torch.inf)
+
+
+class _Predicted(NamedTuple):
+    """For each of N masked rows: the token, its confidence, and, where a rule reads it, the entropy."""
+
+    token_ids: torch.Tensor
+    confidence: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 class _BlockOptions:
-    """The options of B blocks that bear on their predictions, each a tensor [B]."""
+    """What the B sequences' options say of their blocks in this step, each a tensor [B]."""
 
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
         params = [sequence.params for sequence in sequences]
+        self._rules = [p.unmasking for p in params]
+        self._device = device
         self.any_eos_inf = any(p.logits_eos_inf for p in params)
         self.any_noise = any(p.temperature > 0 for p in params)
+        self.any_entropy = any(RULES[name].score == "certainty" for name in self._rules)
         self.eos_inf = torch.tensor([p.logits_eos_inf for p in params], device=device)
         self.eos_eot_last = torch.tensor([p.confidence_eos_eot_inf for p in params], device=device)
+        self.count = torch.tensor([sequence.reveal_count() for sequence in sequences], device=device)
+        self.value = torch.tensor([p.rule_value for p in params], device=device)
+        self.last_step = torch.tensor([sequence.is_last_step() for sequence in sequences], device=device)
         self.temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
         # a 64-bit seed as the int64 of the same bits
         seeds = [sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed for sequence in sequences]
@@ -140,16 +169,21 @@ class _BlockOptions:
         self.output_start = torch.tensor([len(sequence.output_token_ids) for sequence in sequences], device=device)
         self.step = torch.tensor([sequence.step for sequence in sequences], device=device)
 
+    def uses_rule(self, name: str) -> torch.Tensor:
+        return torch.tensor([rule == name for rule in self._rules], device=self._device)
+
     def noise(self, block: torch.Tensor, offset: torch.Tensor) -> RowNoise:
-        """For rows at `offset` [N] of block `block` [N]."""
+        """The token noise of rows at `offset` [N] of block `block` [N]."""
         return RowNoise(self.temperature[block], self.seed[block], self.output_start[block] + offset, self.step[block])
+
+    def uniform(self, block: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The random rule's numbers for the same, [N] float32."""
+        step = self.step[block]
+        position = self.output_start[block] + offset
+        return philox.uniform(self.seed[block], philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:
     """(layers, 2, P, HK, D): what one page of the KV cache holds, in elements of the model's dtype."""
     config = model.config
     return config.n_layers, 2, page_size, config.n_kv_heads, config.head_dim
-
-
-def _columns(logits: torch.Tensor) -> torch.Tensor:
-    return torch.arange(logits.shape[1], device=logits.device)

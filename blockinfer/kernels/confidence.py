@@ -8,7 +8,7 @@ from blockinfer.kernels import philox
 
 
 class RowNoise(NamedTuple):
-    """Per row of logits, each [N]: temperature float64, and what names its noise: seed, output position, step, int64."""
+    """Per row of logits, each [N]: temperature float64; seed, output position and step of its noise, int64."""
 
     temperature: torch.Tensor
     seed: torch.Tensor
@@ -17,15 +17,20 @@ class RowNoise(NamedTuple):
 
 
 def token_confidence(
-    logits: torch.Tensor, vocab_size: int, mask_token_id: int, noise: RowNoise | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [N, V] -> token_ids [N] int64, confidence [N] float32. logits are overwritten.
+    logits: torch.Tensor,
+    vocab_size: int,
+    mask_token_id: int,
+    noise: RowNoise | None = None,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """logits [N, V] -> token_ids [N] int64, confidence [N] float32, entropy [N] float32. logits are overwritten.
 
-    The candidates are the ids below vocab_size but for mask_token_id; NaN counts as -inf. The token is the argmax of the
-    logits, of logits + temperature * Gumbel noise (in float64: lower precision distorts the distribution, arXiv
+    The candidates are the ids below vocab_size but for mask_token_id; NaN counts as -inf. The token is the argmax of
+    the logits, of logits + temperature * Gumbel noise (in float64: lower precision distorts the distribution, arXiv
     2409.02908) where noise is given; the lowest id wins a tie. The confidence is the token's probability under the
     noiseless softmax at temperature 1, computed in float32 (float64 for float64 logits). A row whose maximum is shared
-    by k candidates at +inf, or in which all k candidates are at -inf, has confidence 1 / k.
+    by k candidates at +inf, or in which all k candidates are at -inf, has confidence 1 / k. The entropy is that of the
+    same distribution, in nats; None where it is not asked for.
     """
     logits = logits[:, :vocab_size]
     if mask_token_id < vocab_size:
@@ -37,18 +42,19 @@ def token_confidence(
         noisy = logits.double() + noise.temperature[:, None] * draws
     token_ids = noisy.argmax(dim=-1, keepdim=True)
     best = noisy.gather(1, token_ids)[:, 0]
-    confidence = logits.softmax(dim=-1).gather(1, token_ids)[:, 0]
-    token_ids = token_ids[:, 0]
+    probabilities = logits.softmax(dim=-1)
     infinite = best.isinf()
     if infinite.any():
-        token_ids, confidence = _infinite_rows(logits, mask_token_id, infinite, token_ids, confidence)
-    return token_ids, confidence.float()
+        ties = _infinite_ties(logits[infinite], mask_token_id)
+        token_ids[infinite] = ties.int().argmax(dim=-1, keepdim=True)
+        probabilities[infinite] = ties / ties.sum(dim=-1, keepdim=True, dtype=logits.dtype)
+    confidence = probabilities.gather(1, token_ids)[:, 0].float()
+    entropy = torch.special.entr(probabilities).sum(dim=-1).float() if with_entropy else None
+    return token_ids[:, 0], confidence, entropy
 
 
-def _infinite_rows(logits, mask_token_id, infinite, token_ids, confidence):
-    """Rows whose maximum is +inf, or whose candidates are all at -inf: a uniform choice among the equal maxima."""
-    candidate = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    candidate[mask_token_id : mask_token_id + 1] = False
-    ties = (logits == logits.amax(dim=-1, keepdim=True)) & candidate
-    token_ids = torch.where(infinite, ties.int().argmax(dim=-1), token_ids)
-    return token_ids, torch.where(infinite, 1.0 / ties.sum(dim=-1), confidence)
+def _infinite_ties(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Rows [N, V] whose maximum is +inf, or whose candidates are all at -inf -> the equal maxima, bool."""
+    ties = logits == logits.amax(dim=-1, keepdim=True)
+    ties[:, mask_token_id : mask_token_id + 1] = False
+    return ties

@@ -1,5 +1,7 @@
 """Dense LLaDA (arXiv 2502.09992): a pre-norm transformer with RMSNorm, RoPE and SwiGLU, and no causal mask."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,10 +18,7 @@ class LLaDALayer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
-
+        weight = partial(_weight, dtype=dtype, device=device)
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         self.attn_norm = weight(config.d_model)
@@ -55,13 +54,11 @@ class LLaDA(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         super().__init__()
         self.config = config
-        size = (config.embedding_size, config.d_model)
-        self.wte = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+        self.wte = _weight(config.embedding_size, config.d_model, dtype=dtype, device=device)
         self.layers = nn.ModuleList(LLaDALayer(config, dtype, device) for _ in range(config.n_layers))
-        self.ln_f = nn.Parameter(torch.empty(config.d_model, dtype=dtype, device=device), requires_grad=False)
-        self.lm_head = (
-            self.wte if config.weight_tying else nn.Parameter(torch.empty_like(self.wte), requires_grad=False)
-        )
+        self.ln_f = _weight(config.d_model, dtype=dtype, device=device)
+        tied = config.weight_tying
+        self.lm_head = self.wte if tied else _weight(*self.wte.shape, dtype=dtype, device=device)
         self.cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device)
 
     def forward(
@@ -93,3 +90,8 @@ class LLaDA(nn.Module):
             parts |= {"attn_out": layer.attn_out, "ff_proj": gate, "up_proj": up, "ff_out": layer.ff_out}
             tensors |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
         return {f"model.transformer.{name}.weight": tensor for name, tensor in tensors.items()}
+
+
+def _weight(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Unfilled: `weights.py` fills it."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

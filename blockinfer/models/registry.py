@@ -32,8 +32,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 def model_class(architecture: str, source: str) -> type[LLaDA]:
     """Raises ValueError for an architecture that is not implemented, naming those that are."""
     if architecture not in MODELS:
-        known = ", ".join(MODELS)
-        raise ValueError(
-            f"{source}: architecture {architecture!r} is not implemented, only {known} is{nearest(architecture, MODELS)}"
-        )
+        known = f"only {', '.join(MODELS)} is{nearest(architecture, MODELS)}"
+        raise ValueError(f"{source}: architecture {architecture!r} is not implemented, {known}")
     return MODELS[architecture]

@@ -1,0 +1,86 @@
+"""The contract of every unmasking rule for any scores, and each rule against a definition in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockinfer.decoding.unmasking import RULES, scheduled_count
+
+VALUES = [0.0, 0.1, 0.25, 0.5, 0.5000001, 0.9, 1.0]
+
+
+@st.composite
+def blocks(draw, *, with_infinity=True):
+    """scores, masked [B, L], count, value [B]: few different scores, so that ties are common."""
+    width = draw(st.integers(1, 9))
+    number = draw(st.integers(1, 4))
+    values = VALUES + ([-math.inf] if with_infinity else [])
+    cells = number * width
+    scores = draw(st.lists(st.sampled_from(values), min_size=cells, max_size=cells))
+    masked = draw(st.lists(st.booleans(), min_size=cells, max_size=cells))
+    count = draw(st.lists(st.integers(1, width), min_size=number, max_size=number))
+    value = draw(st.lists(st.sampled_from(VALUES), min_size=number, max_size=number))
+    shape = (number, width)
+    return torch.tensor(scores).view(shape), torch.tensor(masked).view(shape), torch.tensor(count), torch.tensor(value)
+
+
+def plain(rule, scores, masked, count, value):
+    """One block, by the definitions: lists in, the set of revealed positions out."""
+    order = sorted((i for i, m in enumerate(masked) if m), key=lambda i: (-scores[i], i))
+    if not order:
+        return set()
+    if rule in ("low_confidence", "random", "sequential"):
+        return set(order[:count])
+    if rule == "threshold":
+        return {i for i in order if scores[i] >= value} | {order[0]}
+    number = 1
+    if rule == "factor":
+        while number < len(order) and scores[order[number]] >= 1 - value / (number + 2):
+            number += 1
+    else:
+        total = -scores[order[0]]
+        while number < len(order) and math.isfinite(scores[order[number]]) and total <= value:
+            total -= scores[order[number]]
+            number += 1
+    return set(order[:number])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(case=blocks())
+def test_reveals_at_least_one_masked_position_and_no_other(rule, case):
+    scores, masked, count, value = case
+    if RULES[rule].score == "certainty":
+        scores = scores - 1
+    before = scores.clone(), masked.clone()
+    reveal = RULES[rule].select(scores, masked, count, value)
+    assert not (reveal & ~masked).any()
+    assert torch.equal(reveal.any(dim=-1), masked.any(dim=-1))
+    assert torch.equal(scores, before[0]) and torch.equal(masked, before[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(case=blocks())
+def test_equals_its_definition(rule, case):
+    scores, masked, count, value = case
+    if RULES[rule].score == "certainty":
+        scores = scores - 1
+    reveal = RULES[rule].select(scores, masked, count, value)
+    # Python's floats are wider: compare in float32, as the rule does
+    for i, row in enumerate(reveal):
+        expected = plain(rule, scores[i].tolist(), masked[i].tolist(), int(count[i]), float(value[i]))
+        assert set(row.nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 32])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 31, 32])
+def test_schedule_is_even_and_complete(length, steps):
+    steps = min(steps, length)
+    counts = [scheduled_count(length, steps, step) for step in range(steps)]
+    assert sum(counts) == length
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] - counts[-1] <= 1
+    assert counts[-1] >= 1
+    assert scheduled_count(length, steps, steps) == 0

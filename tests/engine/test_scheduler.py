@@ -1,0 +1,127 @@
+"""The scheduler and the page pool under any order of arrivals, finishes, aborts and preemptions. No tensors."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from blockinfer.decoding.modes import MODES
+from blockinfer.engine.page_pool import PagePool
+from blockinfer.engine.scheduler import Scheduler
+from blockinfer.engine.sequence import Sequence
+from blockinfer.sampling_params import SamplingParams
+
+NUM_PAGES, PAGE_SIZE, MAX_SEQS, MAX_LEN = 12, 4, 4, 40
+
+
+def make(request_id, prompt_len=5, **options):
+    params = SamplingParams(**{"max_tokens": 8, "block_length": 4, **options})
+    return Sequence(request_id, None, [0] * prompt_len, params, 0, frozenset())
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A model run that only counts: a step finishes a block now and then, and a request when its blocks are through."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = PagePool(NUM_PAGES, PAGE_SIZE)
+        self.scheduler = Scheduler(self.pool, MAX_SEQS, max_num_batched_tokens=MAX_LEN)
+        self.alive = {}
+        self.idle = {}  # steps for which a running request sat out
+        self.forward = 0
+
+    @rule(
+        prompt_len=st.integers(1, 20),
+        max_tokens=st.integers(1, 20),
+        block_length=st.integers(1, 9),
+        mode=st.sampled_from(sorted(MODES)),
+    )
+    def add(self, prompt_len, max_tokens, block_length, mode):
+        request_id = max(self.alive, default=-1) + 1 + self.forward * 1000
+        sequence = make(request_id, prompt_len, max_tokens=max_tokens, block_length=block_length, mode=mode)
+        self.alive[request_id] = sequence
+        self.scheduler.add(sequence)
+
+    @precondition(lambda self: self.alive)
+    @rule(finish=st.lists(st.booleans(), min_size=MAX_SEQS, max_size=MAX_SEQS))
+    def step(self, finish):
+        scheduled, admitted = self.scheduler.schedule()
+        assert scheduled, "requests are there, but none runs"
+        assert sum(entry.rows for entry in scheduled) <= MAX_LEN
+        assert all(sequence.nfe == 0 or sequence.preemptions for sequence in admitted)
+        self.forward += 1
+        ran = {entry.sequence.request_id for entry in scheduled}
+        for sequence in self.scheduler.running:
+            self.idle[sequence.request_id] = 0 if sequence.request_id in ran else self.idle[sequence.request_id] + 1
+            # every other running one goes at most once before it
+            assert self.idle[sequence.request_id] < MAX_SEQS
+        for (sequence, segments), ends_block in zip(scheduled, finish, strict=False):
+            assert max(segment.kv_len for segment in segments) <= len(sequence.pages) * PAGE_SIZE
+            sequence.ran(self.forward)
+            if ends_block:
+                sequence.finish_block([0] * (sequence.block_end - sequence.block_start))
+                if sequence.is_finished():
+                    self.scheduler.release(self.alive.pop(sequence.request_id))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.alive)))
+        self.scheduler.release(self.alive.pop(request_id))
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def the_oldest_finishes_in_bounded_time(self):
+        oldest = self.alive[min(self.alive)]
+        for _ in range(oldest.params.max_tokens * MAX_SEQS + MAX_SEQS):
+            if oldest.request_id not in self.alive:
+                return
+            self.step([True] * MAX_SEQS)
+        raise AssertionError("the oldest request does not get on")
+
+    @invariant()
+    def every_page_is_free_or_owned_once(self):
+        owned = [page for sequence in self.scheduler.running for page in sequence.pages]
+        assert sorted(owned + self.pool._free) == list(range(NUM_PAGES))
+
+    @invariant()
+    def every_request_waits_or_runs(self):
+        queued = [*self.scheduler.waiting, *self.scheduler.running]
+        assert sorted(s.request_id for s in queued) == sorted(self.alive)
+        assert all(s.slot is None and not s.pages for s in self.scheduler.waiting)
+        slots = [s.slot for s in self.scheduler.running]
+        assert len(set(slots)) == len(slots) and set(slots) <= set(range(MAX_SEQS))
+        for sequence in queued:
+            self.idle.setdefault(sequence.request_id, 0)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_youngest_is_preempted_and_comes_back_first():
+    pool = PagePool(6, 4)
+    scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=100)
+    old, young, later = make(0, 4), make(1, 4), make(2, 4)
+    for sequence in (old, young, later):
+        scheduler.add(sequence)
+    scheduled, _ = scheduler.schedule()  # 2 pages each: prompt and one block
+    assert [entry.sequence for entry in scheduled] == [old, young, later]
+    for entry in scheduled:
+        entry.sequence.ran(1)
+        entry.sequence.finish_block([0] * 4)
+    scheduled, admitted = scheduler.schedule()  # 3 pages each: room for two
+    assert [entry.sequence for entry in scheduled] == [old, young] and not admitted
+    assert (later.preemptions, later.num_cached, later.pages, later.slot) == (1, 0, [], None)
+    scheduler.release(old)
+    scheduled, admitted = scheduler.schedule()
+    assert admitted == [later]
+    assert scheduled[-1].segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
+
+
+def test_a_page_cannot_be_freed_twice():
+    pool = PagePool(2, 4)
+    pages = pool.allocate(2)
+    pool.free(pages[:1])
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(pages)
