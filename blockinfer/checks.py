@@ -27,7 +27,7 @@ def check_bool(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
 
 

@@ -95,9 +95,9 @@ class ModelConfig:
             max_sequence_length=read.integer("max_sequence_length"),
             rope_theta=read.positive("rope_theta"),
             rms_norm_eps=read.positive("rms_norm_eps"),
-            weight_tying=bool(raw.get("weight_tying", False)),
+            weight_tying=read.boolean("weight_tying"),
             eos_token_ids=read.token_ids("eos_token_id"),
-            mask_token_id=next(iter(read.token_ids("mask_token_id")), None),
+            mask_token_id=read.mask_token_id(),
             dtype=read.dtype(),
         )
         config._check_shapes(source)
@@ -150,6 +150,17 @@ class _Reader:
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise ValueError(f"{self.source}: {name} must be a token id (or a list of them for EOS), got {value!r}")
         return tuple(ids)
+
+    def mask_token_id(self) -> int | None:
+        if isinstance(self.raw.get("mask_token_id"), list):
+            raise ValueError(f"{self.source}: mask_token_id must be one token id, got {self.raw['mask_token_id']!r}")
+        return next(iter(self.token_ids("mask_token_id")), None)
+
+    def boolean(self, name: str) -> bool:
+        value = self.raw.get(name) or False
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.source}: {name} must be true or false, got {value!r}")
+        return value
 
     def dtype(self) -> torch.dtype | None:
         name = self.raw.get("dtype", self.raw.get("torch_dtype"))

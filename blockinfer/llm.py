@@ -21,6 +21,8 @@ from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.weights import load_weights, randomize
 
+_MESSAGE = "{'role': ..., 'content': ...}"
+
 
 class LLM:
     """A LLaDA checkpoint behind a batching engine.
@@ -35,8 +37,8 @@ class LLM:
     mask_token_id: overrides the config's and the tokenizer's.
     max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
-    page_size: tokens in a page of the KV cache. kv_cache_memory: the cache's bytes; by default enough for max_num_seqs
-        requests of max_model_len, within 90 % of the GPU's free memory or half of a CPU machine's.
+    page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
+        more than kv_cache_memory bytes; by default 90 % of the GPU's free memory, or half of a CPU machine's.
     seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
 
     Raises ValueError for an option out of range and for a checkpoint that is broken or not implemented, TypeError for
@@ -114,6 +116,8 @@ class LLM:
         prompts = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
+        if not isinstance(params, list | tuple):
+            raise ValueError(f"params must be a SamplingParams or one for each prompt, got {type(params).__name__}")
         if len(params) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts but {len(params)} params; give one, or one each")
         outputs: dict[int, RequestOutput] = {}
@@ -147,9 +151,8 @@ class LLM:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = []
-        for conversation in conversations:
+        for conversation in _conversations(messages):
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
@@ -192,8 +195,30 @@ class LLM:
             )
 
 
+def _conversations(messages: object) -> list[list[dict[str, str]]]:
+    """One conversation, or several, as a list of conversations, checked."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"messages must be a list of {_MESSAGE}, got {type(messages).__name__}")
+    if not messages:
+        raise ValueError("chat needs at least one message, got an empty list")
+    conversations = [messages] if isinstance(messages[0], dict) else messages
+    for i, conversation in enumerate(conversations):
+        if not conversation:
+            raise ValueError(f"conversation {i}: it has no messages")
+        for j, message in enumerate(conversation):
+            if not isinstance(message, dict):
+                raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE}, got {type(message).__name__}")
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise ValueError(
+                    f"conversation {i}: message {j} must be {_MESSAGE} with strings, got the keys {sorted(message)}"
+                )
+    return conversations
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt, or several, as a list of prompts."""
+    if not isinstance(prompts, str | dict | list | tuple):
+        raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
     if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
@@ -209,7 +234,7 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder}: there is no config.json; a checkpoint folder in the Hugging Face format is expected"
+            f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected"
         )
     try:
         raw = json.loads(path.read_text())

@@ -62,6 +62,8 @@ class SamplingParams:
             check_int("seed", self.seed, 0)
             if self.seed >= 2**64:
                 raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        if not isinstance(self.stop_token_ids, list | tuple | None):
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
             check_int("every one of stop_token_ids", token_id, 0)
         for name in ("ignore_eos", "logits_eos_inf", "confidence_eos_eot_inf"):

@@ -1,5 +1,6 @@
 """The engine's loop: requests in, one step at a time, finished requests out."""
 
+import math
 import os
 import random
 import time
@@ -169,20 +170,14 @@ class Engine:
 
 
 def _num_pages(model: LLaDA, config: EngineConfig) -> int:
-    """Pages of the KV cache: kv_cache_memory's worth, or what max_num_seqs requests of max_model_len can ever need, as
-    far as 90 % of the free GPU memory, or half of the machine's on a CPU, allows.
+    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
+    allows; without it, as far as 90 % of the free GPU memory, or half of the machine's on a CPU, does.
 
     Raises ValueError when that is not one page.
     """
-    page_bytes = config.dtype.itemsize
-    for extent in page_shape(model, config.page_size):
-        page_bytes *= extent
-    if config.kv_cache_memory is not None:
-        memory = config.kv_cache_memory
-        num_pages = memory // page_bytes
-    else:
-        memory = _available_memory(config.device)
-        num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
+    page_bytes = math.prod(page_shape(model, config.page_size)) * config.dtype.itemsize
+    memory = config.kv_cache_memory or _available_memory(config.device)
+    num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
     if num_pages < 1:
         raise ValueError(
             f"a KV cache of {memory} bytes holds no page; one of {config.page_size} tokens takes {page_bytes}"

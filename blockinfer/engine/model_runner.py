@@ -1,5 +1,6 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,11 +46,7 @@ class ModelRunner:
         shape = (config.max_num_seqs, config.max_model_len)
         self.tokens = torch.full(shape, config.mask_token_id, device=self.device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self.kv_pages = torch.empty(
-            (*page_shape(model, config.page_size)[:2], num_pages, *page_shape(model, config.page_size)[2:]),
-            dtype=config.dtype,
-            device=self.device,
-        )
+        self.kv_pages = _allocate_pages(model, config, num_pages)
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
@@ -187,3 +184,17 @@ def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:
     """(layers, 2, P, HK, D): what one page of the KV cache holds, in elements of the model's dtype."""
     config = model.config
     return config.n_layers, 2, page_size, config.n_kv_heads, config.head_dim
+
+
+def _allocate_pages(model: LLaDA, config: EngineConfig, num_pages: int) -> torch.Tensor:
+    """[layers, 2, pages, P, HK, D], not filled. Raises ValueError where the memory is not there."""
+    layers, two, *page = page_shape(model, config.page_size)
+    shape = (layers, two, num_pages, *page)
+    try:
+        return torch.empty(shape, dtype=config.dtype, device=config.device)
+    except RuntimeError as error:
+        size = math.prod(shape) * config.dtype.itemsize
+        raise ValueError(
+            f"the KV cache of {size} bytes cannot be allocated on {config.device}; lower kv_cache_memory, or "
+            f"max_num_seqs={config.max_num_seqs} and max_model_len={config.max_model_len}: {error}"
+        ) from error
