@@ -233,9 +233,7 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
     folder = _fetch(config.model, config.revision, files)
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected"
-        )
+        raise ValueError(f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected")
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:

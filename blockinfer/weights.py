@@ -14,8 +14,8 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 def load_weights(model: LLaDA, folder: Path) -> None:
     """Fills the model from `folder`'s safetensors, converting to the model's dtype.
 
-    Raises ValueError, before anything is copied, when a file cannot be read, a shard is missing, or a tensor is
-    missing, unexpected, misshapen or not floating point; the message names the files and tensors.
+    Raises ValueError when a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen, not
+    floating point or not finite in the model's dtype; the message names the files and tensors.
     """
     wanted = model.checkpoint_tensors()
     holders = _tensor_files(folder)
@@ -33,6 +33,8 @@ def load_weights(model: LLaDA, folder: Path) -> None:
         with _open(path) as shard:
             for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 wanted[name].copy_(shard.get_tensor(name))
+                if not wanted[name].isfinite().all():
+                    raise ValueError(f"{path}: {name} has values that are NaN or infinite in {wanted[name].dtype}")
 
 
 def randomize(model: LLaDA, seed: int) -> None:

@@ -268,6 +268,16 @@ def _edit(change):
             _edit(lambda t: t.update({WTE: t[WTE].to(torch.int8)})),
             "dtype I8, which is not",
         ),
+        (
+            "model.safetensors",
+            _edit(lambda t: t[WTE][7].fill_(torch.nan)),
+            f"{WTE} has values that are NaN or infinite",
+        ),
+        (
+            "model.safetensors",
+            _edit(lambda t: t[WTE][7].fill_(-torch.inf)),
+            "that are NaN or infinite in torch.float32",
+        ),
     ],
 )
 def test_damaged_files(checkpoint, tmp_path, file, damage, message):

@@ -104,6 +104,7 @@ class ModelRunner:
         chunks = []
         for rows in torch.arange(len(hidden), device=self.device).split(_LM_HEAD_ROWS):
             logits = self.model.logits(hidden[rows])
+            self._check_finite(logits, options, block[rows])
             if options.any_eos_inf:
                 forbidden = torch.isin(torch.arange(logits.shape[1], device=self.device), self.eos_ids)
                 logits[options.eos_inf[block[rows], None] & forbidden] = -torch.inf
@@ -114,6 +115,16 @@ class ModelRunner:
         return _Predicted(
             torch.cat(token_ids), torch.cat(confidence), torch.cat(entropy) if options.any_entropy else None
         )
+
+    def _check_finite(self, logits: torch.Tensor, options: "_BlockOptions", block: torch.Tensor) -> None:
+        """Raises FloatingPointError where a row's largest logit is NaN or infinite: its token would mean nothing."""
+        broken = ~logits[:, : self.model.config.vocab_size].amax(dim=-1).isfinite()
+        if broken.any():
+            ids = sorted({options.request_ids[i] for i in block[broken].tolist()})
+            raise FloatingPointError(
+                f"the model's logits are NaN or infinite for request {', '.join(map(str, ids))}: its activations "
+                f"overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
+            )
 
     def _scores(
         self,
@@ -149,6 +160,7 @@ class _BlockOptions:
 
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
         params = [sequence.params for sequence in sequences]
+        self.request_ids = [sequence.request_id for sequence in sequences]
         self._rules = [p.unmasking for p in params]
         self._device = device
         self.any_eos_inf = any(p.logits_eos_inf for p in params)
