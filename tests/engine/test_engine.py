@@ -24,14 +24,14 @@ def request(index):
     params = SamplingParams(
         mode=mode,
         unmasking=unmasking,
-        max_tokens=draw.randint(1, 24),
+        max_tokens=draw.randint(1, 36),
         block_length=draw.choice([1, 4, 7, 32]),
         denoising_steps=draw.choice([None, None, 2, 9]),
         temperature=draw.choice([0.0, 0.9]),
         seed=draw.randrange(2**64),
         stop_token_ids=draw.sample(range(50), 5),
     )
-    return [draw.randrange(55) for _ in range(draw.randint(1, 24))], params
+    return [draw.randrange(55) for _ in range(draw.randint(1, 12))], params
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def alone(folder):
 
 def test_any_order_of_events(folder, alone):
     page_bytes = 2 * 2 * 16 * 8 * 5
-    # 12 pages of 5 tokens: the largest request takes 10 of them
-    options = dict(max_model_len=50, max_num_batched_tokens=60, max_num_seqs=4, page_size=5)
-    llm = LLM(folder, device="cpu", dtype="float64", kv_cache_memory=12 * page_bytes, **options)
+    # 14 pages of 5 tokens, where six requests want up to 10 each
+    options = dict(max_model_len=50, max_num_batched_tokens=100, max_num_seqs=6, page_size=5)
+    llm = LLM(folder, device="cpu", dtype="float64", kv_cache_memory=14 * page_bytes, **options)
     engine, pool = llm.engine, llm.engine.pool
-    assert pool.num_pages == 12
+    assert pool.num_pages == 14
     counts = {"steps": 0, "finished": 0, "preemptions": 0, "aborted": 0}
 
     class Machine(RuleBasedStateMachine):
@@ -61,9 +61,10 @@ def test_any_order_of_events(folder, alone):
             engine.abort_all()
             self.alive = {}
 
-        @rule(index=st.integers(0, CATALOGUE - 1))
-        def add(self, index):
-            self.alive[engine.add_request(*request(index))] = index
+        @rule(indices=st.lists(st.integers(0, CATALOGUE - 1), min_size=1, max_size=5))
+        def add(self, indices):
+            for index in indices:
+                self.alive[engine.add_request(*request(index))] = index
 
         @rule(number=st.integers(1, 40))
         def step(self, number):
@@ -107,7 +108,8 @@ def test_any_order_of_events(folder, alone):
             assert not self.alive, "requests hang"
             assert pool.num_free == pool.num_pages
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=100, stateful_step_count=30, deadline=None))
+    options = dict(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
+    run_state_machine_as_test(Machine, settings=settings(**options))
     assert counts["steps"] > 2000 and counts["finished"] > 100, counts
     assert counts["preemptions"] > 20 and counts["aborted"] > 20, counts
     llm.close()
