@@ -1,0 +1,62 @@
+"""What tests and evals share: the environment, hypothesis's profiles, and the options of the suite in evals/."""
+
+import argparse
+import os
+
+# Before torch is imported: with one of two cores busy, two spinning OpenMP threads were measured 47 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hypothesis
+import torch
+
+hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("gpu", max_examples=300, deadline=None)
+hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "ci")
+
+
+def _at_least(minimum):
+    def integer(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return integer
+
+
+def _comma_list(item):
+    def items(text):
+        values = [item(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise argparse.ArgumentTypeError(f"must be a comma list of at least one value, got {text!r}")
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"names a value twice: {text!r}")
+        return values
+
+    return items
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("blockinfer", "BlockInfer's suite (evals/)")
+    add = group.addoption
+    add("--dataset", help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
+    add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
+    add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
+    add("--source", type=_comma_list(str), help="rows of these sources only, a comma list (all)")
+    add("--max-tokens", type=_at_least(1), default=128, help="new tokens per row (128)")
+    add("--block-length", type=_comma_list(_at_least(1)), default=[32], help="block lengths, a comma list (32)")
+    add("--denoising-steps", type=_at_least(1), help="steps per block (32; threshold, factor, entropy: no limit)")
+    add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
+    add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
+    add("--threshold", type=float, help="of the rule threshold (0.9)")
+    add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
+    add("--model", help="checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)")
+    add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights, speed only (auto)")
+    add("--tokenizer", help="tokenizer folder or Hub name (the model's; with dummy weights the small model's)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

@@ -1,0 +1,171 @@
+"""The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from blockinfer import LLM, RequestOutput
+from evals.graders import grade
+from evals.record import Run, environment, extra_info, table, write_comparison
+from evals.rows import encode
+from evals.settings import Case, Settings, read_settings
+
+SETTINGS = pytest.StashKey[Settings]()
+SUITE = pytest.StashKey["Suite"]()
+
+
+def settings_of(config: pytest.Config) -> Settings:
+    if SETTINGS not in config.stash:
+        config.stash[SETTINGS] = read_settings(config)
+    return config.stash[SETTINGS]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # here a usage error ends the session with one line; during collection it would be a traceback
+    settings_of(session.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """mode-block_length, and the rule where it is not low_confidence alone; source before them for the accuracy."""
+    if "case" not in metafunc.fixturenames:
+        return
+    settings = settings_of(metafunc.config)
+    cases = settings.cases
+    named = [f"{c.mode}-{c.block_length}" + f"-{c.unmasking}" * settings.several_rules for c in cases]
+    values = [(c.mode, c.block_length, c.unmasking) for c in cases]
+    metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
+    if "source" in metafunc.fixturenames:
+        metafunc.parametrize("source", list(dict.fromkeys(row["source"] for row in settings.rows)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the timed runs first: the accuracy tests read their generations
+    items.sort(key=lambda item: item.path.name == "test_accuracy.py")
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, mode: str, block_length: int, unmasking: str) -> Case:
+    """The configuration that the test's parameters name."""
+    cases = settings_of(request.config).cases
+    return next(c for c in cases if (c.mode, c.block_length, c.unmasking) == (mode, block_length, unmasking))
+
+
+class Suite:
+    """The session's model and measurements: each configuration is run once, and graded from the same generations."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.environment = environment(settings, llm.config.dtype)
+        self.runs: dict[Case, Run] = {}
+        limit = llm.config.max_model_len - settings.max_tokens
+        encoded = [encode(row, llm.tokenizer, limit) for row in settings.rows]
+        self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
+        self.truncated = sum(was_cut for _, was_cut in encoded)
+
+    def measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
+        """Runs a configuration under `time_it(function, setup)`, which may call both several times."""
+        seconds: list[float] = []
+        outputs: list[RequestOutput] = []
+        on_gpu = self.settings.device == "cuda"
+
+        def warm_up() -> None:
+            # one step a block: every shape but the schedule's length is the timed run's
+            params = dataclasses.replace(case.params, denoising_steps=1)
+            self.llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+
+        def generate() -> None:
+            # ends with the token ids on the host, so the device is done
+            start = time.perf_counter()
+            outputs[:] = self.llm.generate(self.prompts, case.params)
+            seconds.append(time.perf_counter() - start)
+
+        before = self.llm.stats.forwards
+        time_it(generate, warm_up)
+        forwards = self.llm.stats.forwards - before
+        grades = None
+        if not self.settings.is_dummy:
+            pairs = zip(self.settings.rows, outputs, strict=True)
+            grades = [grade(row, output.outputs[0].text) for row, output in pairs]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        self.runs[case] = Run(case, outputs, grades, seconds, forwards, peak)
+        return self.runs[case]
+
+    def extra_info(self, run: Run) -> dict[str, Any]:
+        return extra_info(run, self.settings, self.truncated, self.environment)
+
+    def result(self, case: Case) -> Run:
+        """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it."""
+        if case in self.runs:
+            return self.runs[case]
+        return self.measure(case, lambda function, setup: (setup(), function()))
+
+
+@pytest.fixture(scope="session")
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    settings = settings_of(request.config)
+    options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    with LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options) as llm:
+        if llm.tokenizer is None:
+            pytest.exit(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer", returncode=4)
+        request.config.stash[SUITE] = Suite(llm, settings)
+        yield request.config.stash[SUITE]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    settings = settings_of(config)
+    weights = "random weights" if settings.is_dummy else settings.model
+    where = "the GPU" if settings.device == "cuda" else "the CPU"
+    small = " (the small model: pass --model for another)" if settings.is_tiny else ""
+    number = f"{len(settings.rows)} rows, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
+    return f"blockinfer: {weights}{small} on {where}, {number}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    suite = config.stash.get(SUITE, None)
+    if suite is None or not suite.runs:
+        return
+    about = suite.environment
+    place = about["gpu"] or f"CPU, {about['cpu_threads']} threads"
+    rows = f"{len(suite.prompts)} rows of {about['dataset']}, {suite.settings.batch_size} at once"
+    terminalreporter.section("blockinfer")
+    terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {about['dtype']}, {place}; {rows}")
+    if suite.truncated:
+        terminalreporter.write_line(f"{suite.truncated} prompts were cut in the middle of their context to fit")
+    for line in table(list(suite.runs.values())):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(
+        "standard: vanilla_llada; accuracy with its 95 % interval; NFE: forwards summed over requests"
+    )
+    terminalreporter.write_line(f"written to {suite.settings.output}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    suite = session.config.stash.get(SUITE, None)
+    if suite is not None and suite.runs:
+        write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    """What decides whether two runs can be compared; no host name."""
+    on_gpu = settings_of(config).device == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info, compared_benchmark) -> None:
+    there = compared_benchmark["machine_info"].get("gpu")
+    if there != machine_info["gpu"]:
+        raise pytest.UsageError(f"this run is on {machine_info['gpu'] or 'a CPU'}, the other on {there or 'a CPU'}")

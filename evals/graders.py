@@ -1,0 +1,122 @@
+"""One grader per source, each with a version that is stored with every result.
+
+gsm8k and math500 are judged by math-verify, longbench_hotpotqa by torchmetrics' SQuAD metric, mmlu by the letter named
+last. The libraries are imported when they are first needed: a machine that only measures speed can do without them.
+"""
+
+import re
+import threading
+from typing import Any, NamedTuple
+
+GRADER_VERSIONS = {"gsm8k": 1, "math500": 1, "mmlu": 1, "longbench_hotpotqa": 1}
+
+# Final answers stand at the end; what comes before this many characters is not looked at.
+_TAIL = 4000
+_THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
+_ANSWER_IS = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
+_STATED_LETTER = re.compile(
+    r"[Aa]nswer(?:\s+is)?\s*:?\s*(?:option\s+)?\(?\**([A-D])\**\)?(?![A-Za-z0-9'])"
+    r"|\\boxed\{\s*(?:\\text\{)?\(?([A-D])\)?\}"
+)
+
+
+class Grade(NamedTuple):
+    """correct decides the accuracy; score is the source's finer measure, from 0 to 1 (F1 for longbench_hotpotqa)."""
+
+    correct: bool
+    score: float
+
+
+def grade(row: dict[str, Any], text: str) -> Grade:
+    """Judges the answer `text` to `row`. Raises ValueError for an unknown source, ImportError for a missing library."""
+    if row["source"] not in _GRADERS:
+        raise ValueError(f"row {row['id']}: there is no grader for the source {row['source']!r}")
+    return _GRADERS[row["source"]](row, text[-_TAIL:])
+
+
+def _grade_math(row: dict[str, Any], text: str) -> Grade:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("grading gsm8k and math500 needs math-verify: pip install 'blockinfer[test]'") from error
+    # math-verify keeps time with signal.alarm, which only the main thread may use
+    timeout = 5 if threading.current_thread() is threading.main_thread() else None
+    gold = row["answer"].replace(",", "") if _THOUSANDS.fullmatch(row["answer"]) else row["answer"]
+    gold = parse(f"${gold}$", parsing_timeout=timeout)
+    prediction = parse(_final_math(text), parsing_timeout=timeout)
+    correct = bool(verify(gold, prediction, timeout_seconds=timeout))
+    return Grade(correct, float(correct))
+
+
+def _final_math(text: str) -> str:
+    """What math-verify is to read: the last box alone, else what follows the last "answer is", else all of it.
+
+    Two boxes would be read as a set, and an earlier number might be taken for the answer.
+    """
+    box = _last_braces(text)
+    if box is not None:
+        return rf"$\boxed{{{box}}}$"
+    found = list(_ANSWER_IS.finditer(text))
+    return text[found[-1].start() :] if found else text
+
+
+def _last_braces(text: str) -> str | None:
+    r"""The inside of the last \boxed{...}, or, without one, of a last outermost {...} that ends the text."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts):
+        inside = _balanced(text, start)
+        if inside is not None:
+            return inside
+    bare = re.search(r"\{([^{}]*)\}[\s.$]*$", text)
+    return bare.group(1) if bare and "\\" not in text[max(0, bare.start() - 12) : bare.start()] else None
+
+
+def _balanced(text: str, start: int) -> str | None:
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start:i]
+    return None
+
+
+def _grade_letter(row: dict[str, Any], text: str) -> Grade:
+    correct = _last_letter(text, row["choices"]) == row["answer"]
+    return Grade(correct, float(correct))
+
+
+def _last_letter(text: str, choices: list[str]) -> str | None:
+    """The letter that the text settles on: after the last "answer is", in the last box, alone, or as "(B)" or "B.".
+
+    A letter inside a sentence is not one, so the article "A" never counts; an answer that is one choice's words is.
+    """
+    stated = _STATED_LETTER.findall(text)
+    if stated:
+        return next(letter for letter in stated[-1] if letter)
+    alone = re.match(r"\s*\(?([A-D])(?:[).:]|\s*$)", text)
+    if alone:
+        return alone.group(1)
+    bare = text.strip().rstrip(".").casefold()
+    words = [letter for letter, choice in zip("ABCD", choices, strict=True) if choice.strip().casefold() == bare]
+    return words[0] if len(words) == 1 else None
+
+
+def _grade_squad(row: dict[str, Any], text: str) -> Grade:
+    try:
+        from torchmetrics.functional.text import squad
+    except ImportError as error:
+        raise ImportError("grading longbench_hotpotqa needs torchmetrics: pip install 'blockinfer[test]'") from error
+    found = list(_ANSWER_IS.finditer(text))
+    answer = (text[found[-1].end() :] if found else text).strip().partition("\n")[0]
+    answers = {"answer_start": [0] * len(row["answers"]), "text": row["answers"]}
+    target = [{"id": row["id"], "answers": answers}]
+    scores = squad([{"id": row["id"], "prediction_text": answer}], target)
+    return Grade(float(scores["exact_match"]) == 100, float(scores["f1"]) / 100)
+
+
+_GRADERS = {
+    "gsm8k": _grade_math,
+    "math500": _grade_math,
+    "mmlu": _grade_letter,
+    "longbench_hotpotqa": _grade_squad,
+}

@@ -1,0 +1,219 @@
+"""What a run stores: the figures of one configuration, the comparison file, and the table for a person."""
+
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from blockinfer import RequestOutput
+from evals.graders import GRADER_VERSIONS, Grade
+from evals.prompts import PROMPTS_VERSION
+from evals.settings import STANDARD, Case, Settings
+
+
+@dataclass
+class Run:
+    """One configuration's timed rounds: the outputs and grades of the last, each round's seconds and forwards.
+
+    grades is None with random weights. peak_memory_gib is the GPU's, None on a CPU.
+    """
+
+    case: Case
+    outputs: list[RequestOutput]
+    grades: list[Grade] | None
+    seconds: list[float]
+    forwards: int
+    peak_memory_gib: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Generated positions before the first stop token."""
+        return sum(len(output.outputs[0].token_ids) for output in self.outputs)
+
+    @property
+    def nfe(self) -> int:
+        """Forwards that each request took part in, summed over the requests."""
+        return sum(output.metrics.nfe for output in self.outputs)
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.median_seconds
+
+    @property
+    def accuracy(self) -> float | None:
+        return statistics.fmean(g.correct for g in self.grades) if self.grades else None
+
+
+def wilson_interval(correct: int, number: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a proportion (E. B. Wilson, JASA 22, 1927)."""
+    p, n = correct / number, number
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def by_source(run: Run, settings: Settings) -> dict[str, list[Grade]]:
+    """The grades, source by source; empty with random weights."""
+    grades: dict[str, list[Grade]] = {}
+    for row, one in zip(settings.rows, run.grades or [], strict=False):
+        grades.setdefault(row["source"], []).append(one)
+    return grades
+
+
+def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
+    """One configuration's figures, as stored beside its timing. All numbers are finite; what is not known is None."""
+    outputs, params = run.outputs, run.case.params
+    latencies = sorted(output.metrics.total_seconds for output in outputs)
+    sources = by_source(run, settings)
+    steps = sum(output.metrics.denoising_steps for output in outputs)
+    correct = sum(g.correct for g in run.grades) if run.grades else None
+    return environment | {
+        "n": len(outputs),
+        "tokens": run.tokens,
+        "tokens_per_second": run.tokens_per_second,
+        "steps": steps,
+        "nfe": run.nfe,
+        "tokens_per_step": run.tokens / steps,
+        "tokens_per_forward": run.tokens / run.nfe,
+        "forwards": run.forwards,
+        "ms_per_forward": 1000 * run.median_seconds / run.forwards,
+        "seconds": run.median_seconds,
+        "rounds": len(run.seconds),
+        "latency_p50": latencies[len(latencies) // 2],
+        "latency_p95": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+        "accuracy": run.accuracy,
+        "accuracy_interval": wilson_interval(correct, len(outputs)) if run.grades else None,
+        "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
+        "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
+        "peak_memory_gib": run.peak_memory_gib,
+        "mean_prompt_tokens": statistics.fmean(len(output.prompt_token_ids) for output in outputs),
+        "mean_generated_tokens": run.tokens / len(outputs),
+        "prompts_truncated": truncated,
+        "stopped": sum(output.outputs[0].finish_reason == "stop" for output in outputs),
+        "mode": run.case.mode,
+        "unmasking": params.unmasking,
+        "block_length": params.block_length,
+        "denoising_steps": params.denoising_steps,
+        "rule_value": params.rule_value,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "ignore_eos": params.ignore_eos,
+        "batch_size": settings.batch_size,
+    }
+
+
+def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+    """What the figures depend on besides the configuration; no host name."""
+    on_gpu = settings.device == "cuda"
+    return {
+        "model": "evals/llada_tiny" if settings.is_tiny else settings.model,
+        "weights": "random" if settings.is_dummy else "checkpoint",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": settings.device,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "cpu_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "dataset": Path(settings.dataset).name,
+        "grader_versions": GRADER_VERSIONS,
+        "prompts_version": PROMPTS_VERSION,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None where this is no git checkout."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+        folder = Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict[str, Any]) -> None:
+    """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them."""
+    block = _first(runs, lambda case: case.mode == "block")
+    standard = _first(runs, lambda case: case.mode == STANDARD)
+    semi = _first(runs, lambda case: case.mode == "vanilla")
+    result = {
+        "blockinfer": _figures(block),
+        "vanilla_llada": _figures(standard),
+        "comparison": _ratios(block, standard),
+        "vanilla": _figures(semi),
+        "comparison_over_vanilla": _ratios(block, semi),
+        "settings": {
+            "num_samples": len(settings.rows),
+            "max_tokens": settings.max_tokens,
+            "block_length": block.case.block_length if block else None,
+            "denoising_steps": block.case.params.denoising_steps if block else None,
+            "unmasking": block.case.unmasking if block else None,
+            "batch_size": settings.batch_size,
+        },
+        "environment": about,
+    }
+    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _first(runs: list[Run], matches: Callable[[Case], bool]) -> Run | None:
+    return next((run for run in runs if matches(run.case)), None)
+
+
+def _figures(run: Run | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    return {
+        "total_time": run.median_seconds,
+        "total_tokens": run.tokens,
+        "throughput": run.tokens_per_second,
+        "avg_latency": statistics.fmean(output.metrics.total_seconds for output in run.outputs),
+        "accuracy": None if run.accuracy is None else 100 * run.accuracy,
+    }
+
+
+def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
+    if run is None or baseline is None:
+        return None
+    return {
+        "throughput_speedup": run.tokens_per_second / baseline.tokens_per_second,
+        "time_speedup": baseline.median_seconds / run.median_seconds,
+    }
+
+
+def table(runs: list[Run]) -> list[str]:
+    """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
+    head = f"{'mode':<15}{'block':>6}  {'rule':<15}{'tokens/s':>9}{'tok/fwd':>9}{'NFE':>8}{'ms/fwd':>8}"
+    lines = [head + f"{'accuracy':>17}{'x standard':>12}{'x vanilla':>11}"]
+    for run in runs:
+        case = run.case
+        same = [other for other in runs if other.case.unmasking == case.unmasking]
+        standard = _first(same, lambda c: c.mode == STANDARD)
+        semi = _first(same, lambda c, n=case.block_length: c.mode == "vanilla" and c.block_length == n)
+        line = f"{case.mode:<15}{case.block_length:>6}  {case.unmasking:<15}{run.tokens_per_second:>9.1f}"
+        line += f"{run.tokens / run.nfe:>9.2f}{run.nfe:>8}{1000 * run.median_seconds / run.forwards:>8.1f}"
+        lines.append(line + f"{_accuracy(run):>17}{_times(run, standard):>12}{_times(run, semi):>11}")
+    return lines
+
+
+def _accuracy(run: Run) -> str:
+    if not run.grades:
+        return "random weights"
+    low, high = wilson_interval(sum(g.correct for g in run.grades), len(run.grades))
+    return f"{100 * run.accuracy:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _times(run: Run, baseline: Run | None) -> str:
+    return f"{run.tokens_per_second / baseline.tokens_per_second:.2f}" if baseline else "-"

@@ -1,0 +1,121 @@
+"""The rows that are evaluated: read from JSON lines, every field checked, and turned into prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from evals.prompts import messages
+
+SOURCES = ("gsm8k", "math500", "mmlu", "longbench_hotpotqa")
+
+Row = dict[str, Any]
+
+
+def load_rows(
+    path: str | Path, sources: list[str] | None = None, skip: int = 0, number: int | None = None
+) -> list[Row]:
+    """The rows of `path` from the given sources (None is all), without the first `skip`, at most `number`.
+
+    A line is an object with id, source, question, answer; mmlu rows also have choices (a list, the answer a letter),
+    longbench_hotpotqa rows context and answers. The public form is read too: no id, choices a JSON string ("" for
+    none), mmlu's answer an index, no context and answers.
+
+    Raises ValueError for a file that cannot be read, a malformed row (file, line, field) and when no row is left.
+    """
+    unknown = sorted(set(sources or ()) - set(SOURCES))
+    if unknown:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {unknown[0]!r}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the dataset {str(path)!r} cannot be read: {error}") from error
+    rows = [_row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()]
+    ids = [row["id"] for row in rows]
+    twice = next((row_id for row_id in ids if ids.count(row_id) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the id {twice!r} is there twice")
+    kept = [row for row in rows if not sources or row["source"] in sources][skip:][:number]
+    if not kept:
+        chosen = ", ".join(sources) if sources else "all sources"
+        raise ValueError(f"{path}: of {len(rows)} rows none is left ({chosen}, the first {skip} left out)")
+    return kept
+
+
+def _row(line: str, where: str, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON object is expected, got {type(row).__name__}")
+    row.setdefault("id", f"row-{number}")
+    if isinstance(row.get("choices"), str):
+        row["choices"] = _choices(row["choices"], where)
+    for field in ("id", "source", "question", "answer"):
+        if isinstance(row.get(field), int | float) and field == "answer" and not isinstance(row["answer"], bool):
+            row[field] = str(row[field])
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise ValueError(f"{where}: field {field!r} must be a string that is not empty, got {row.get(field)!r}")
+    if row["source"] not in SOURCES:
+        raise ValueError(f"{where}: field 'source' must be one of {', '.join(SOURCES)}, got {row['source']!r}")
+    if row["source"] == "mmlu":
+        _check_choices(row, where)
+    if row["source"] == "longbench_hotpotqa":
+        row.setdefault("answers", [row["answer"]])
+        row.setdefault("context", "")
+        if not isinstance(row["context"], str):
+            raise ValueError(f"{where}: field 'context' must be a string, got {type(row['context']).__name__}")
+        if not _is_strings(row["answers"]):
+            raise ValueError(f"{where}: field 'answers' must be a list of strings, got {row['answers']!r}")
+    return row
+
+
+def _choices(text: str, where: str) -> list[str] | None:
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"{where}: field 'choices' is no JSON list: {error}") from error
+
+
+def _check_choices(row: Row, where: str) -> None:
+    choices = row.get("choices")
+    if not _is_strings(choices) or len(choices) != 4:
+        raise ValueError(f"{where}: field 'choices' must be a list of 4 strings, got {choices!r}")
+    row["answer"] = {"0": "A", "1": "B", "2": "C", "3": "D"}.get(row["answer"], row["answer"])
+    if row["answer"] not in ("A", "B", "C", "D"):
+        raise ValueError(f"{where}: field 'answer' must be a letter from A to D, got {row['answer']!r}")
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, str) for item in value)
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[list[int], bool]:
+    """The row's prompt as at most `limit` token ids, and whether its context was cut in the middle to fit.
+
+    Raises ValueError where the prompt is too long even without its context.
+    """
+    token_ids = _apply_template(row, tokenizer)
+    context = tokenizer.encode(row.get("context") or "", add_special_tokens=False)
+    keep = len(context)
+    was_cut = len(token_ids) > limit
+    while len(token_ids) > limit:
+        keep -= len(token_ids) - limit
+        if keep <= 0:
+            raise ValueError(f"row {row['id']}: its prompt has {len(token_ids)} tokens, more than the {limit} that fit")
+        # as LongBench does: the middle goes, the beginning and the end stay
+        head, tail = context[: keep // 2], context[len(context) - (keep - keep // 2) :]
+        shorter = row | {"context": tokenizer.decode(head) + tokenizer.decode(tail)}
+        token_ids = _apply_template(shorter, tokenizer)
+    return token_ids, was_cut
+
+
+def _apply_template(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Through the chat template; a checkpoint without one, as a base model, gets the bare text."""
+    conversation = messages(row)
+    if not tokenizer.chat_template:
+        return tokenizer.encode("\n\n".join(message["content"] for message in conversation))
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,147 @@
+"""What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockinfer import SamplingParams
+from blockinfer.checks import nearest
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+from evals.rows import Row, load_rows
+
+# LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
+STANDARD = "vanilla_llada"
+SUITE_MODES = (STANDARD, *MODES)
+
+TINY_MODEL = Path(__file__).parent / "llada_tiny"
+SAMPLE = Path(__file__).parent.parent / "sample_200.jsonl"
+PUBLISHED_MODEL = "GSAI-ML/LLaDA-8B-Instruct"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration: its test id's parts, and what every request of it is sent with."""
+
+    mode: str
+    block_length: int
+    unmasking: str
+    params: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of one session, with every default filled in. device is "cpu" or "cuda"; batch_size in requests."""
+
+    model: str
+    load_format: str
+    tokenizer: str | None
+    dtype: str
+    device: str
+    batch_size: int
+    dataset: str
+    rows: list[Row] = dataclasses.field(repr=False)
+    cases: list[Case] = dataclasses.field(repr=False)
+    max_tokens: int
+    output: str
+
+    @property
+    def is_dummy(self) -> bool:
+        return self.load_format == "dummy"
+
+    @property
+    def is_tiny(self) -> bool:
+        return Path(self.model).resolve() == TINY_MODEL.resolve() and not self.is_dummy
+
+    @property
+    def several_rules(self) -> bool:
+        return {case.unmasking for case in self.cases} != {"low_confidence"}
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """Raises pytest.UsageError for an option that names nothing known and for rows that cannot be read."""
+    option = config.getoption
+    device = option("--device")
+    if device not in ("auto", "cpu", "cuda"):
+        raise pytest.UsageError(f"--device must be auto, cpu or cuda, got {device!r}")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
+    dummy = option("--load-format") == "dummy"
+    dataset = option("--dataset") or str(SAMPLE)
+    number = option("--num-samples") or (None if on_gpu else 32)
+    try:
+        rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    return Settings(
+        model=model,
+        load_format=option("--load-format"),
+        tokenizer=option("--tokenizer") or (str(TINY_MODEL) if dummy else None),
+        dtype=option("--dtype"),
+        device="cuda" if on_gpu else "cpu",
+        batch_size=option("--batch-size") or (32 if on_gpu else 8),
+        dataset=dataset,
+        rows=rows,
+        cases=_cases(config, dummy),
+        max_tokens=option("--max-tokens"),
+        output=option("--output"),
+    )
+
+
+def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
+    option = config.getoption
+    modes = _names("--mode", option("--mode") or ["all"], SUITE_MODES)
+    rules = _names("--unmasking", option("--unmasking") or ["low_confidence"], tuple(RULES))
+    if option("--skip-vanilla"):
+        modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
+        if not modes:
+            raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
+    if option("--threshold") is not None and "threshold" not in rules:
+        raise pytest.UsageError(f"--threshold is read by --unmasking threshold alone, got {', '.join(rules)}")
+    cases = []
+    for mode in modes:
+        for block_length in option("--block-length"):
+            for rule in rules:
+                try:
+                    params = _params(config, mode, block_length, rule, ignore_eos)
+                except ValueError as error:
+                    raise pytest.UsageError(str(error)) from error
+                # the standard decoding may be the same at several block lengths: it is measured once
+                if mode != STANDARD or all(case.params != params for case in cases):
+                    cases.append(Case(mode, block_length, rule, params))
+    return cases
+
+
+def _params(config: pytest.Config, mode: str, block_length: int, rule: str, ignore_eos: bool) -> SamplingParams:
+    """A rule is given only what it reads; the step limit of a rule without a schedule only where it was asked for."""
+    steps = config.getoption("--denoising-steps")
+    if steps is None and RULES[rule].scheduled:
+        steps = 32
+    block_wise = SamplingParams(
+        max_tokens=config.getoption("--max-tokens"),
+        block_length=block_length,
+        denoising_steps=steps,
+        mode="vanilla" if mode == STANDARD else mode,
+        unmasking=rule,
+        threshold=config.getoption("--threshold") if rule == "threshold" else None,
+        ignore_eos=ignore_eos,
+    )
+    if mode != STANDARD:
+        return block_wise
+    # one block, with as many steps in all as the block-wise run
+    full, rest = divmod(block_wise.max_tokens, block_length)
+    lengths = [block_length] * full + [rest] * (rest > 0)
+    total = None if steps is None else sum(block_wise.block_steps(length) for length in lengths)
+    return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total)
+
+
+def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:
+    if given == ["all"]:
+        return list(known)
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known)
+            raise pytest.UsageError(f"{option} must be 'all' or names of {', '.join(known)}; got {name!r}{hint}")
+    return given

@@ -1,0 +1,44 @@
+"""The project's sessions: `nox -s tests`, `evals`, `lint`, `gpu`. Arguments after `--` go to pytest."""
+
+import shutil
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session) -> None:
+    """The project and its test packages, at the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Unit and property tests, and the engine against its reference, on the CPU."""
+    install(session)
+    session.run("pytest", "tests", *session.posargs)
+
+
+@nox.session
+def evals(session: nox.Session) -> None:
+    """Speed and accuracy of the small model on this machine."""
+    install(session)
+    session.run("pytest", "evals", "--benchmark-json=out.json", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff's checks and its format."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(default=False, venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Tests and evals on this machine's GPU, with the torch that is installed here."""
+    if not shutil.which("nvidia-smi"):
+        session.error("there is no GPU here: nvidia-smi is not on the PATH")
+    session.run("python3", "-m", "pytest", "tests", "evals", "--benchmark-json=out.json", *session.posargs)

@@ -1,0 +1,101 @@
+"""Reading rows: both forms, every malformed field named with its line, and prompts that are cut to fit."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from evals.rows import encode, load_rows
+
+GSM = {"id": "a", "source": "gsm8k", "question": "1 + 1?", "answer": "2"}
+MMLU = {"id": "b", "source": "mmlu", "question": "Pick.", "answer": "C", "choices": ["w", "x", "y", "z"]}
+QA = {
+    "id": "c",
+    "source": "longbench_hotpotqa",
+    "question": "Who?",
+    "answer": "Ann",
+    "answers": ["Ann", "Anna"],
+    "context": "Ann did.",
+}
+
+
+def write(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_rows_are_read_as_they_are(tmp_path):
+    assert load_rows(write(tmp_path / "r", [GSM, "", MMLU, QA])) == [GSM, MMLU, QA]
+
+
+def test_the_public_form(tmp_path):
+    rows = [
+        {"source": "gsm8k", "question": "q", "answer": "7", "choices": ""},
+        {"source": "mmlu", "question": "q", "answer": "2", "choices": '["a", "b", "c", "d"]'},
+        {"source": "longbench_hotpotqa", "question": "q", "answer": "Ann", "choices": ""},
+        {"source": "math500", "question": "q", "answer": 5},
+    ]
+    gsm, mmlu, qa, math = load_rows(write(tmp_path / "r", rows))
+    assert [row["id"] for row in (gsm, mmlu, qa, math)] == ["row-1", "row-2", "row-3", "row-4"]
+    assert (mmlu["choices"], mmlu["answer"]) == (["a", "b", "c", "d"], "C")
+    assert (qa["answers"], qa["context"]) == (["Ann"], "")
+    assert math["answer"] == "5"
+
+
+def test_source_skip_and_number(tmp_path):
+    rows = [GSM | {"id": str(i), "source": ("gsm8k", "math500")[i % 2]} for i in range(10)]
+    path = write(tmp_path / "r", rows)
+    assert [row["id"] for row in load_rows(path, ["math500"], skip=1, number=2)] == ["3", "5"]
+    assert [row["id"] for row in load_rows(path, None, skip=8)] == ["8", "9"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "r:2: not valid JSON"),
+        ("[1]", "r:2: a JSON object is expected, got list"),
+        ({k: v for k, v in GSM.items() if k != "question"}, "r:2: field 'question' must be a string .*got None"),
+        (GSM | {"id": "x", "answer": ""}, "r:2: field 'answer' must be a string that is not empty, got ''"),
+        (GSM | {"id": "x", "answer": True}, "r:2: field 'answer' must be a string that is not empty, got True"),
+        (GSM | {"id": 5}, "r:2: field 'id' must be a string .*got 5"),
+        (GSM | {"id": "x", "source": "gsm9k"}, "r:2: field 'source' must be one of gsm8k, .*got 'gsm9k'"),
+        (MMLU | {"choices": ["a", "b"]}, "r:2: field 'choices' must be a list of 4 strings"),
+        (MMLU | {"choices": None}, "r:2: field 'choices' must be a list of 4 strings, got None"),
+        (MMLU | {"choices": "[1"}, "r:2: field 'choices' is no JSON list"),
+        (MMLU | {"answer": "E"}, "r:2: field 'answer' must be a letter from A to D, got 'E'"),
+        (MMLU | {"answer": "4"}, "r:2: field 'answer' must be a letter from A to D, got '4'"),
+        (QA | {"answers": []}, "r:2: field 'answers' must be a list of strings"),
+        (QA | {"context": 3}, "r:2: field 'context' must be a string, got int"),
+        (GSM, "the id 'a' is there twice"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / "r", [GSM, row]))
+
+
+def test_nothing_left_and_nothing_there(tmp_path):
+    path = write(tmp_path / "r", [GSM])
+    with pytest.raises(ValueError, match=r"of 1 rows none is left \(mmlu, the first 0 left out\)"):
+        load_rows(path, ["mmlu"])
+    with pytest.raises(ValueError, match="the first 1 left out"):
+        load_rows(path, skip=1)
+    with pytest.raises(ValueError, match="source must be one of .*got 'mmlu2'"):
+        load_rows(path, ["mmlu2"])
+    with pytest.raises(ValueError, match="cannot be read: .*No such file"):
+        load_rows(tmp_path / "nothing")
+
+
+def test_a_long_context_loses_its_middle(checkpoint):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    row = QA | {"context": "begin" + "m" * 500 + "end"}
+    whole, was_cut = encode(row, tokenizer, 10_000)
+    assert not was_cut
+    cut, was_cut = encode(row, tokenizer, 300)
+    assert was_cut and len(cut) == 300
+    text = tokenizer.decode(cut)
+    assert "begin" in text and "end" in text and row["question"] in text
+    with pytest.raises(ValueError, match="row c: its prompt has .* tokens, more than the 20 that fit"):
+        encode(row, tokenizer, 20)
+    with pytest.raises(ValueError, match="row a: its prompt has"):
+        encode(GSM, tokenizer, 20)

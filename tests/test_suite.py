@@ -1,0 +1,182 @@
+"""The suite itself: its options, the cases they make, and a whole run on a random checkpoint."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+from evals.record import wilson_interval
+from evals.settings import read_settings
+from evals.test_accuracy import sign_test
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.test_rows import GSM, MMLU, QA, write
+
+MATH = GSM | {"id": "m", "source": "math500"}
+
+
+@pytest.fixture
+def settings(pytestconfig, tmp_path):
+    """read_settings of the command line's defaults on a CPU, with some options changed."""
+    dataset = write(tmp_path / "rows.jsonl", [GSM, MATH, MMLU, QA])
+
+    class Config:
+        def __init__(self, **changed):
+            self.changed = {"dataset": str(dataset), "device": "cpu"} | changed
+
+        def getoption(self, name):
+            key = name.removeprefix("--").replace("-", "_")
+            return self.changed[key] if key in self.changed else pytestconfig.getoption(name)
+
+    return lambda **changed: read_settings(Config(**changed))
+
+
+def test_defaults_on_a_cpu(settings):
+    s = settings()
+    assert s.is_tiny and not s.is_dummy and s.batch_size == 8 and len(s.rows) == 4
+    assert [(c.mode, c.block_length) for c in s.cases] == [("vanilla_llada", 32), *((m, 32) for m in MODES)]
+    assert {c.params.denoising_steps for c in s.cases} == {32, 128} and not s.several_rules
+
+
+def test_standard_decoding_is_one_block_with_as_many_steps_in_all(settings):
+    (case,) = settings(mode=["vanilla_llada"], max_tokens=100, block_length=[32], denoising_steps=8).cases
+    # three blocks of 32 in 8 steps, and one of 4 in 1
+    assert (case.params.mode, case.params.block_length, case.params.denoising_steps) == ("vanilla", 100, 25)
+
+
+def test_standard_decoding_is_measured_once_where_block_lengths_make_no_difference(settings):
+    cases = settings(block_length=[8, 32, 64], mode=["vanilla_llada", "block"]).cases
+    # 128 steps in all at 8 and 32, 64 at 64
+    assert [c.block_length for c in cases if c.mode == "vanilla_llada"] == [8, 64]
+    assert [c.block_length for c in cases if c.mode == "block"] == [8, 32, 64]
+
+
+def test_a_rule_is_passed_only_what_it_reads(settings):
+    cases = settings(unmasking=["all"], mode=["block"], threshold=0.7).cases
+    assert [c.unmasking for c in cases] == list(RULES)
+    by_rule = {c.unmasking: c.params for c in cases}
+    assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold"}
+    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {"threshold", "factor", "entropy"}
+    limited = settings(unmasking=["threshold"], denoising_steps=4).cases
+    assert {c.params.denoising_steps for c in limited} == {4, 16}
+
+
+def test_skip_vanilla_and_dummy(settings):
+    assert [c.mode for c in settings(skip_vanilla=True).cases] == [m for m in MODES if m != "vanilla"]
+    dummy = settings(load_format="dummy", model="llada-8b")
+    assert dummy.is_dummy and not dummy.is_tiny and dummy.tokenizer.endswith("llada_tiny")
+    assert all(c.params.ignore_eos for c in dummy.cases)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mode": ["blok"]}, "--mode must be 'all' or names of vanilla_llada, .*got 'blok'; did you mean 'block'?"),
+        ({"unmasking": ["greedy"]}, "--unmasking must be 'all' or names of .*got 'greedy'"),
+        ({"source": ["mlu"]}, "source must be one of gsm8k, .*got 'mlu'"),
+        ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
+        ({"dataset": "nothing.jsonl"}, "the dataset 'nothing.jsonl' cannot be read"),
+        ({"skip_sample": 4}, "of 4 rows none is left"),
+        ({"threshold": 0.5}, "--threshold is read by --unmasking threshold alone, got low_confidence"),
+        ({"unmasking": ["threshold"], "threshold": 2.0}, "threshold must be between 0.0 and 1.0, got 2.0"),
+        ({"mode": ["vanilla"], "skip_vanilla": True}, "--skip-vanilla leaves no mode"),
+    ],
+)
+def test_bad_options(settings, changed, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        settings(**changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--block-length=0", "argument --block-length: must be at least 1, got 0"),
+        ("--block-length=8,x", "argument --block-length: must be an integer, got 'x'"),
+        ("--block-length=8,8", "argument --block-length: names a value twice: '8,8'"),
+        ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
+        ("--max-tokens=0", "argument --max-tokens: must be at least 1, got 0"),
+        ("--num-samples=-1", "argument --num-samples: must be at least 1, got -1"),
+        ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
+    ],
+)
+def test_options_that_do_not_parse(pytestconfig, option, message, capsys):
+    with pytest.raises((pytest.UsageError, SystemExit), match=message) as error:
+        pytestconfig._parser.parse([option])
+    assert error.value is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("suite"), vocab_size=300, max_sequence_length=1024)
+    write_tokenizer(folder)
+    return folder
+
+
+def run_suite(tmp_path, *options):
+    """`pytest evals` in a process of its own -> exit code, output, benchmarks by test id, the comparison file."""
+    rows = write(tmp_path / "rows.jsonl", [GSM, MATH, MMLU, QA])
+    json_file, output = tmp_path / "out.json", tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "evals", "-p", "no:cacheprovider", f"--benchmark-json={json_file}"]
+    command += [f"--dataset={rows}", f"--output={output}", "--device=cpu", "--max-tokens=12", "--block-length=8"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    benchmarks = (
+        json.loads(json_file.read_text())["benchmarks"] if json_file.exists() and json_file.stat().st_size else []
+    )
+    result = json.loads(output.read_text()) if output.exists() else None
+    return done.returncode, done.stdout + done.stderr, {b["name"]: b for b in benchmarks}, result
+
+
+def test_a_whole_run(tmp_path, folder):
+    code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
+    assert code == 0, text
+    assert list(benchmarks) == [f"test_throughput[{mode}-8]" for mode in ("vanilla_llada", "vanilla", "block")]
+    info = benchmarks["test_throughput[block-8]"]["extra_info"]
+    assert info["n"] == 4 and info["tokens"] <= 48 and info["nfe"] == info["steps"] >= info["tokens"]
+    assert info["tokens_per_second"] == pytest.approx(info["tokens"] / info["seconds"])
+    assert info["forwards"] < info["nfe"], "four requests share forwards"
+    assert set(info["accuracy_by_source"]) == {"gsm8k", "math500", "mmlu", "longbench_hotpotqa"}
+    assert info["weights"] == "checkpoint" and info["device"] == "cpu" and info["torch"] == torch.__version__
+    assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["block_length"] == 12
+
+    block, standard, semi = result["blockinfer"], result["vanilla_llada"], result["vanilla"]
+    assert block["throughput"] == pytest.approx(block["total_tokens"] / block["total_time"])
+    assert result["comparison"]["throughput_speedup"] == pytest.approx(block["throughput"] / standard["throughput"])
+    assert result["comparison_over_vanilla"]["time_speedup"] == pytest.approx(semi["total_time"] / block["total_time"])
+    assert 0 <= block["accuracy"] <= 100
+    assert "x standard" in text and "block_" not in text.split("== blockinfer")[1].split("benchmark")[0]
+
+
+def test_dummy_weights_have_no_accuracy(tmp_path, folder):
+    options = [
+        f"--model={folder}",
+        "--load-format=dummy",
+        f"--tokenizer={folder}",
+        "--mode=block",
+        "--benchmark-disable",
+    ]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert code == 0, text
+    assert result["blockinfer"]["accuracy"] is None and result["vanilla_llada"] is result["comparison"] is None
+    assert result["blockinfer"]["total_tokens"] == 4 * 12
+    assert "random weights" in text and "4 skipped" in text
+
+
+def test_a_bad_option_ends_the_run_with_one_line(tmp_path):
+    code, text, _, result = run_suite(tmp_path, "--mode=blok")
+    assert code == 4 and "ERROR: --mode must be" in text and "Traceback" not in text and result is None
+
+
+def test_wilson_interval_meets_published_values():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 15 of 148, 0 of 20
+    for correct, number, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+        assert wilson_interval(correct, number) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_sign_test():
+    assert sign_test(0, 0) == sign_test(0, 5) == 1.0
+    assert sign_test(7, 0) == 2**-7
+    assert math.isclose(sign_test(3, 1), 5 / 16)
