@@ -57,7 +57,11 @@ def _final_math(text: str) -> str:
     if box is not None:
         return rf"$\boxed{{{box}}}$"
     found = list(_ANSWER_IS.finditer(text))
-    return text[found[-1].start() :] if found else text
+    if not found:
+        return text
+    stated = text[found[-1].end() :].strip().removesuffix(".")
+    # TeX without its dollars is not read as such
+    return f"The answer is ${stated}$" if "\\" in stated and "$" not in stated else text[found[-1].start() :]
 
 
 def _last_braces(text: str) -> str | None:
@@ -107,7 +111,9 @@ def _grade_squad(row: dict[str, Any], text: str) -> Grade:
     except ImportError as error:
         raise ImportError("grading longbench_hotpotqa needs torchmetrics: pip install 'blockinfer[test]'") from error
     found = list(_ANSWER_IS.finditer(text))
-    answer = (text[found[-1].end() :] if found else text).strip().partition("\n")[0]
+    stated = text[found[-1].end() :] if found else text
+    box = _last_braces(stated) if "\\boxed" in stated else None
+    answer = (stated if box is None else box).strip().partition("\n")[0]
     answers = {"answer_start": [0] * len(row["answers"]), "text": row["answers"]}
     target = [{"id": row["id"], "answers": answers}]
     scores = squad([{"id": row["id"], "prediction_text": answer}], target)

@@ -53,6 +53,7 @@ def test_thousands_commas_on_one_side_only():
         ("x^2+1", "so we get \\boxed{1+x^2}"),
         ("(3, 4)", "\\boxed{(3,4)}"),
         ("2\\sqrt{3}", "$\\boxed{\\sqrt{12}}$"),
+        ("\\left[ \\frac{\\pi^2}{8}, 3 \\right]", "The answer is \\left[ \\frac{\\pi^2}{8}, 3 \\right]."),
     ],
 )
 def test_gold_mathematics(gold, text):
@@ -127,6 +128,7 @@ def test_wrong_or_misleading_letters(text):
     [
         ("The answer is Ann Lee.", True, 1.0),
         ("Ann Lee", True, 1.0),
+        ("\\boxed{Ann Lee}", True, 1.0),
         ("She works at the Mill. The Mill is in Rome. The answer is the ann lee", True, 1.0),
         ("The answer is Anna.", True, 1.0),
         ("The answer is Ann.", False, 2 / 3),
