@@ -208,7 +208,7 @@ class EngineConfig:
         check_int("page_size", self.page_size, 1)
 
     def resolve(self, model: ModelConfig, tokenizer_mask_id: int | None) -> "EngineConfig":
-        """The same with every None and "auto" replaced but kv_cache_memory, kv_cache and seed's own defaults.
+        """The same with dtype, device, lengths and mask token settled; kv_cache_memory and seed may stay None.
 
         Raises ValueError where an option disagrees with the checkpoint or the machine.
         """

@@ -111,7 +111,11 @@ class Suite:
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     settings = settings_of(request.config)
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
-    with LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options) as llm:
+    try:
+        llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
+    except ValueError as error:
+        pytest.exit(str(error), returncode=4)
+    with llm:
         if llm.tokenizer is None:
             pytest.exit(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer", returncode=4)
         request.config.stash[SUITE] = Suite(llm, settings)

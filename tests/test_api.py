@@ -223,3 +223,25 @@ def test_dummy_weights_can_borrow_a_tokenizer(tmp_path, checkpoint):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with LLM(tmp_path, load_format="dummy", device="cpu", tokenizer=checkpoint) as llm:
         assert generate(llm, "hello")[0].outputs[0].text is not None
+
+
+def test_a_hub_name_is_fetched_without_its_code(checkpoint, monkeypatch):
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr("blockinfer.llm.snapshot_download", fetch)
+    with LLM("some/model", revision="v2", device="cpu") as llm:
+        assert llm.tokenizer is not None and len(generate(llm, "hi")) == 1
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("some/model", "v2")
+    assert {"*.json", "*.safetensors"} <= set(patterns) and not any(p.endswith((".py", "*")) for p in patterns)
+
+
+def test_a_dummy_of_a_hub_name_fetches_its_config_alone(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr("blockinfer.llm.snapshot_download", lambda *a, **k: asked.append(k) or str(checkpoint))
+    with LLM("some/model", load_format="dummy", device="cpu"):
+        assert [k["allow_patterns"] for k in asked] == [["config.json"]]
