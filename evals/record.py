@@ -4,7 +4,6 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ import transformers
 from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.prompts import PROMPTS_VERSION
-from evals.settings import STANDARD, Case, Settings
+from evals.settings import STANDARD, Case, Settings, total_steps
 
 
 @dataclass
 class Run:
-    """One configuration's timed rounds: the outputs and grades of the last, each round's seconds and forwards.
+    """One configuration's timed rounds: each round's seconds; of the last its outputs, their grades, its forwards.
 
-    grades is None with random weights. peak_memory_gib is the GPU's, None on a CPU.
+    forwards are the model's, each shared by several requests. grades is None with random weights. peak_memory_gib is
+    the GPU's, None on a CPU.
     """
 
     case: Case
@@ -118,6 +118,7 @@ def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     on_gpu = settings.device == "cuda"
     return {
         "model": "evals/llada_tiny" if settings.is_tiny else settings.model,
+        "load_format": settings.load_format,
         "weights": "random" if settings.is_dummy else "checkpoint",
         "dtype": str(dtype).removeprefix("torch."),
         "device": settings.device,
@@ -146,9 +147,8 @@ def commit() -> str | None:
 
 def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict[str, Any]) -> None:
     """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them."""
-    block = _first(runs, lambda case: case.mode == "block")
-    standard = _first(runs, lambda case: case.mode == STANDARD)
-    semi = _first(runs, lambda case: case.mode == "vanilla")
+    block = next((run for run in runs if run.case.mode == "block"), None)
+    standard, semi = baselines((block or runs[0]).case, runs)
     result = {
         "blockinfer": _figures(block),
         "vanilla_llada": _figures(standard),
@@ -168,8 +168,13 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
     Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _first(runs: list[Run], matches: Callable[[Case], bool]) -> Run | None:
-    return next((run for run in runs if matches(run.case)), None)
+def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:
+    """The runs that `case` is compared with: the standard decoding in as many steps in all, and `vanilla`."""
+    same = [run for run in runs if run.case.unmasking == case.unmasking]
+    steps = total_steps(case.params)
+    standard = [run for run in same if run.case.mode == STANDARD and total_steps(run.case.params) == steps]
+    semi = [run for run in same if run.case.mode == "vanilla" and run.case.block_length == case.block_length]
+    return next(iter(standard), None), next(iter(semi), None)
 
 
 def _figures(run: Run | None) -> dict[str, Any] | None:
@@ -185,7 +190,7 @@ def _figures(run: Run | None) -> dict[str, Any] | None:
 
 
 def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
-    if run is None or baseline is None:
+    if run is None or baseline is None or not baseline.tokens:
         return None
     return {
         "throughput_speedup": run.tokens_per_second / baseline.tokens_per_second,
@@ -195,16 +200,14 @@ def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
 
 def table(runs: list[Run]) -> list[str]:
     """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
-    head = f"{'mode':<15}{'block':>6}  {'rule':<15}{'tokens/s':>9}{'tok/fwd':>9}{'NFE':>8}{'ms/fwd':>8}"
-    lines = [head + f"{'accuracy':>17}{'x standard':>12}{'x vanilla':>11}"]
+    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
+    lines = [head + f"{'accuracy':>16}{'x standard':>12}{'x vanilla':>11}"]
     for run in runs:
         case = run.case
-        same = [other for other in runs if other.case.unmasking == case.unmasking]
-        standard = _first(same, lambda c: c.mode == STANDARD)
-        semi = _first(same, lambda c, n=case.block_length: c.mode == "vanilla" and c.block_length == n)
-        line = f"{case.mode:<15}{case.block_length:>6}  {case.unmasking:<15}{run.tokens_per_second:>9.1f}"
-        line += f"{run.tokens / run.nfe:>9.2f}{run.nfe:>8}{1000 * run.median_seconds / run.forwards:>8.1f}"
-        lines.append(line + f"{_accuracy(run):>17}{_times(run, standard):>12}{_times(run, semi):>11}")
+        standard, semi = baselines(case, runs)
+        line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{run.tokens_per_second:>9.1f}"
+        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>8}{1000 * run.median_seconds / run.forwards:>8.1f}"
+        lines.append(line + f"{_accuracy(run):>16}{_times(run, standard):>12}{_times(run, semi):>11}")
     return lines
 
 
@@ -216,4 +219,5 @@ def _accuracy(run: Run) -> str:
 
 
 def _times(run: Run, baseline: Run | None) -> str:
-    return f"{run.tokens_per_second / baseline.tokens_per_second:.2f}" if baseline else "-"
+    ratios = _ratios(run, baseline)
+    return f"{ratios['throughput_speedup']:.2f}" if ratios else "-"

@@ -177,6 +177,22 @@ def test_alone_changes_nothing(engines, expect, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_logits_are_close_on_the_same_state(folders, shape, device, monkeypatch):
+    """The first step of several whole canvases in one batch: every masked row's logits, within rtol 1e-4."""
+    reference = Reference(folders[shape])
+    prompts = [list(case.prompt) for case in draw_cell(shape, "vanilla", "low_confidence")]
+    params = SamplingParams(mode="vanilla", max_tokens=9, block_length=9, denoising_steps=1, ignore_eos=True)
+    with LLM(folders[shape], device=device, dtype="float32") as llm:
+        head, seen = llm.engine.model.logits, []
+        monkeypatch.setattr(llm.engine.model, "logits", lambda hidden: seen.append(head(hidden)) or seen[-1].clone())
+        llm.generate(prompts, params, use_tqdm=False)
+    expected = torch.cat([reference.logits(prompt + [MASK] * 9)[-9:] for prompt in prompts])
+    (logits,) = seen
+    torch.testing.assert_close(logits.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_float32_tokens_are_equal_but_for_near_ties(folders, expect, device):
     pairs = []
     for shape, folder in folders.items():

@@ -27,6 +27,8 @@ NUMBER_FORMS = [
     "So 3 + 4 = 7 and 7 * 6 = 42.\nThe answer is {}.",
     "We have 12 first. Hence \\boxed{{12}} is wrong; in fact \\boxed{{{}}}.",
     "The answer is 3. No: the answer is {}.",
+    "The answer is {}. Then 17 more come.",
+    "He has 5 in 3 boxes.\n#### {}",
     "The final answer is ${}$",
     "{{{}}}",
 ]
@@ -53,6 +55,9 @@ def test_thousands_commas_on_one_side_only():
         ("x^2+1", "so we get \\boxed{1+x^2}"),
         ("(3, 4)", "\\boxed{(3,4)}"),
         ("2\\sqrt{3}", "$\\boxed{\\sqrt{12}}$"),
+        ("\\frac{14+2x+3y}{4}", "The answer is $\\frac{14+2x+3y}{4}$."),
+        ("\\frac{1}{2}", "{\\frac{1}{2}}."),
+        ("1200", "\\boxed{\\$1,200}"),
         ("\\left[ \\frac{\\pi^2}{8}, 3 \\right]", "The answer is \\left[ \\frac{\\pi^2}{8}, 3 \\right]."),
     ],
 )
@@ -70,6 +75,8 @@ def test_gold_mathematics(gold, text):
         "The answer is 420.",
         "The answer is 4.2.",
         "The answer is -42.",
+        "The answer is 41. Then 42 more come.",
+        "The answer is $\\frac{41 + 42 + 43}{42}$.",
         "The answer is 41. " + "{" * 3000,
         "\\boxed{" * 500 + "41",
         "41 " * 20_000,
@@ -103,6 +110,11 @@ def test_math_is_graded_outside_the_main_thread_too():
         "answer: **B**",
         "A trumpet is an instrument. The answer is B.",
         "The answer is A. No, wait. The answer is B.",
+        "The answer is B. Option A is wrong.",
+        "Option A is a cow. Therefore, the correct option is B.",
+        "**B**",
+        "**B.** a trumpet",
+        "B\n\nA trumpet is an instrument.",
         "\\boxed{B}",
         "\\boxed{\\text{B}}",
         "a trumpet",
@@ -117,7 +129,17 @@ def test_gold_letters(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "A trumpet is loud", "A", "The answer is Blue.", "The answer is D.", "BBBB", "The answer is a trumpet", "b"],
+    [
+        "",
+        "A trumpet is loud",
+        "A",
+        "The answer is Blue.",
+        "The answer is D.",
+        "BBBB",
+        "The answer is a trumpet",
+        "b",
+        "B.C. is",
+    ],
 )
 def test_wrong_or_misleading_letters(text):
     assert not is_right(row("mmlu", "B", choices=CHOICES), text)

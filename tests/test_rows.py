@@ -20,12 +20,17 @@ QA = {
 
 
 def write(path, rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", "utf-8")
     return path
 
 
 def test_rows_are_read_as_they_are(tmp_path):
     assert load_rows(write(tmp_path / "r", [GSM, "", MMLU, QA])) == [GSM, MMLU, QA]
+
+
+def test_line_separators_inside_a_string_do_not_end_the_row(tmp_path):
+    row = GSM | {"question": "one\u2028two\x85three"}
+    assert load_rows(write(tmp_path / "r", [json.dumps(row, ensure_ascii=False), MMLU])) == [row, MMLU]
 
 
 def test_the_public_form(tmp_path):

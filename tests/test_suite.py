@@ -78,6 +78,11 @@ def test_skip_vanilla_and_dummy(settings):
         ({"mode": ["blok"]}, "--mode must be 'all' or names of vanilla_llada, .*got 'blok'; did you mean 'block'?"),
         ({"unmasking": ["greedy"]}, "--unmasking must be 'all' or names of .*got 'greedy'"),
         ({"source": ["mlu"]}, "source must be one of gsm8k, .*got 'mlu'"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, float.*got 'int8'"),
+        (
+            {"output": "no/such/folder.json"},
+            "--output must be a file in a folder that exists, got 'no/such/folder.json'",
+        ),
         ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
         ({"dataset": "nothing.jsonl"}, "the dataset 'nothing.jsonl' cannot be read"),
         ({"skip_sample": 4}, "of 4 rows none is left"),
@@ -134,6 +139,8 @@ def test_a_whole_run(tmp_path, folder):
     code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
     assert code == 0, text
     assert list(benchmarks) == [f"test_throughput[{mode}-8]" for mode in ("vanilla_llada", "vanilla", "block")]
+    # each of 12 steps is a forward of all four rows
+    assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["forwards"] == 12
     info = benchmarks["test_throughput[block-8]"]["extra_info"]
     assert info["n"] == 4 and info["tokens"] <= 48 and info["nfe"] == info["steps"] >= info["tokens"]
     assert info["tokens_per_second"] == pytest.approx(info["tokens"] / info["seconds"])
@@ -147,7 +154,15 @@ def test_a_whole_run(tmp_path, folder):
     assert result["comparison"]["throughput_speedup"] == pytest.approx(block["throughput"] / standard["throughput"])
     assert result["comparison_over_vanilla"]["time_speedup"] == pytest.approx(semi["total_time"] / block["total_time"])
     assert 0 <= block["accuracy"] <= 100
-    assert "x standard" in text and "block_" not in text.split("== blockinfer")[1].split("benchmark")[0]
+    lines = text.split("= blockinfer =")[1].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    assert [line.split()[:2] for line in lines[head + 1 : head + 4]] == [
+        ["vanilla_llada", "8"],
+        ["vanilla", "8"],
+        ["block", "8"],
+    ]
+    assert lines[head + 1].endswith("1.00" + f"{standard['throughput'] / semi['throughput']:>11.2f}")
+    assert all(len(line) <= 110 for line in lines[: head + 6])
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
@@ -163,6 +178,20 @@ def test_dummy_weights_have_no_accuracy(tmp_path, folder):
     assert result["blockinfer"]["accuracy"] is None and result["vanilla_llada"] is result["comparison"] is None
     assert result["blockinfer"]["total_tokens"] == 4 * 12
     assert "random weights" in text and "4 skipped" in text
+
+
+def test_a_model_that_is_not_there_ends_the_run_with_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, text, _, result = run_suite(tmp_path, f"--model={tmp_path / 'empty'}", "--mode=block")
+    assert code == 4 and "there is no config.json" in text and "Traceback" not in text and result is None
+
+
+def test_test_ids(tmp_path, folder):
+    options = ["--collect-only", "-q", "--mode=block", "--block-length=8,32", "--unmasking=all", "-k=threshold"]
+    _, text, _, _ = run_suite(tmp_path, f"--model={folder}", *options)
+    ids = [line.split("::")[1] for line in text.splitlines() if "::" in line]
+    assert ids[:2] == ["test_throughput[block-8-threshold]", "test_throughput[block-32-threshold]"]
+    assert ids[2] == "test_accuracy[gsm8k-block-8-threshold]"
 
 
 def test_a_bad_option_ends_the_run_with_one_line(tmp_path):

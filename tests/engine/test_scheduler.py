@@ -102,8 +102,8 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadl
 def test_the_youngest_is_preempted_and_comes_back_first():
     pool = PagePool(6, 4)
     scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=100)
-    old, young, later = make(0, 4), make(1, 4), make(2, 4)
-    for sequence in (old, young, later):
+    old, young, later, fresh = (make(i, 4) for i in range(4))
+    for sequence in (old, young, later, fresh):
         scheduler.add(sequence)
     scheduled, _ = scheduler.schedule()  # 2 pages each: prompt and one block
     assert [entry.sequence for entry in scheduled] == [old, young, later]

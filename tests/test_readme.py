@@ -1,0 +1,33 @@
+"""What the README shows runs as it is shown."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_script(monkeypatch, capsys):
+    (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(script, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.strip().splitlines()
+    tokens, forwards = map(int, re.fullmatch(r"(\d+) tokens in (\d+) forwards", lines[-1]).groups())
+    assert tokens > 0 and forwards > 0 and len(lines) >= 2
+
+
+def test_every_mode_and_rule_is_described():
+    rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert named >= {*MODES, *RULES}
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))))
+def test_every_option_is_one(option, pytestconfig):
+    known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
+    assert option in known
