@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -194,6 +194,8 @@ def write_tokenizer(folder: str | Path) -> dict[str, int]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(sorted(special, key=special.get))
+    bos = "<|startoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $0", special_tokens=[(bos, special[bos])])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "bos_token": "<|startoftext|>",

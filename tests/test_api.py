@@ -24,6 +24,12 @@ def test_a_string_its_ids_and_a_dict_are_the_same_prompt(llm):
     assert all(isinstance(o, RequestOutput) and o.finished and o.prompt_token_ids == ids for o in outputs)
 
 
+def test_a_string_gets_the_tokenizer_s_special_tokens(llm):
+    bos = llm.tokenizer.convert_tokens_to_ids("<|startoftext|>")
+    (output,) = generate(llm, "abc")
+    assert output.prompt_token_ids == [bos, *llm.tokenizer.encode("abc", add_special_tokens=False)]
+
+
 def test_one_prompt_needs_no_list(llm):
     assert [len(generate(llm, prompt)) for prompt in ("hello", [1, 2, 3], {"prompt_token_ids": [1, 2, 3]})] == [1, 1, 1]
     assert generate(llm, []) == []

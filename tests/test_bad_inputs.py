@@ -122,7 +122,7 @@ def test_a_gpu_that_is_not_there(checkpoint):
         (5, "prompts must be a prompt or a list of prompts, got int"),
         (None, "prompts must be a prompt or a list of prompts, got NoneType"),
         ([[1] * 200], "the prompt's 200 tokens and max_tokens=128 make 328, more than max_model_len=256"),
-        (["x" * 300], "the prompt's 300 tokens and max_tokens=128 make 428"),
+        (["x" * 300], "the prompt's 301 tokens and max_tokens=128 make 429"),
     ],
 )
 def test_prompts(llm, prompt, message):

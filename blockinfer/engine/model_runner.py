@@ -32,8 +32,8 @@ class ModelRunner:
     """Owns the token state and the KV pages.
 
     tokens [slots, max_model_len] int64: prompt, revealed tokens, and the mask token where nothing is revealed yet.
-    masked, of that shape, bool: what is still to be revealed. It is state of its own, since a prompt may contain the
-    mask token. kv_pages [layers, 2, pages, P, HK, D].
+    masked, of that shape, bool: what is still to be revealed, from a sequence's current block on; before it, anything.
+    It is state of its own, since a prompt may contain the mask token. kv_pages [layers, 2, pages, P, HK, D].
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class ModelRunner:
         row = slice(sequence.block_start, sequence.canvas_end)
         self.tokens[sequence.slot, : len(known)] = known
         self.tokens[sequence.slot, row] = self.config.mask_token_id
-        self.masked[sequence.slot] = False
         self.masked[sequence.slot, row] = True
 
     def block_tokens(self, sequence: Sequence) -> list[int]:

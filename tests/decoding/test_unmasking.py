@@ -74,6 +74,15 @@ def test_equals_its_definition(rule, case):
         assert set(row.nonzero()[:, 0].tolist()) == expected
 
 
+@pytest.mark.parametrize("rule", ["low_confidence", "factor", "entropy"])
+def test_the_lowest_position_wins_among_many_equal_ones(rule):
+    """Wide enough that an unstable sort would mix them."""
+    scores, masked = torch.full((1, 500), -0.02 if rule == "entropy" else 0.9), torch.ones(1, 500, dtype=torch.bool)
+    masked[0, 3] = False
+    reveal = RULES[rule].select(scores, masked, torch.tensor([8]), torch.tensor([0.15 if rule == "entropy" else 0.92]))
+    assert reveal[0].nonzero()[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 32])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 31, 32])
 def test_schedule_is_even_and_complete(length, steps):

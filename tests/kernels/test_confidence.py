@@ -43,6 +43,17 @@ def test_equals_its_definition(data, dtype):
     torch.testing.assert_close(entropy, torch.tensor([h for _, _, h in expected]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize(("mask_token_id", "token", "candidates"), [(0, 1, 4), (2, 0, 4), (5, 0, 5)])
+def test_a_row_without_any_preference(value, mask_token_id, token, candidates):
+    """All candidates at -inf, or all at +inf: the lowest id but for the mask, each as likely as the others."""
+    logits = torch.full((1, 6), value)
+    token_ids, confidence, entropy = token_confidence(logits, 5, mask_token_id, with_entropy=True)
+    assert token_ids.tolist() == [token]
+    torch.testing.assert_close(confidence, torch.tensor([1 / candidates]))
+    torch.testing.assert_close(entropy, torch.tensor([math.log(candidates)]))
+
+
 def test_a_constant_added_to_a_row_changes_nothing():
     logits = torch.randn(5, 300, dtype=torch.float64)
     before = token_confidence(logits.clone(), 300, 7)
@@ -79,6 +90,12 @@ def test_sampled_tokens_follow_the_softmax_at_that_temperature():
 def test_philox_meets_the_published_known_answers(counter, key, expected):
     words = philox.philox4x32([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def test_uniform_takes_53_bits_of_the_first_two_words():
+    zero = torch.tensor(0)
+    bits = (0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)  # the known answer for counter 0 and key 0
+    assert float(philox.uniform(zero, 0, zero, zero, zero)) == bits * 2.0**-53
 
 
 def test_uniform_is_never_0_or_1_and_depends_on_every_argument():
