@@ -1,12 +1,14 @@
 """The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from _pytest.capture import CaptureManager
 
 from blockinfer import LLM, RequestOutput
 from evals.graders import grade
@@ -37,9 +39,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = settings.cases
     named = [f"{c.mode}-{c.block_length}" + f"-{c.unmasking}" * settings.several_rules for c in cases]
     values = [(c.mode, c.block_length, c.unmasking) for c in cases]
-    metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
     if "source" in metafunc.fixturenames:
         metafunc.parametrize("source", list(dict.fromkeys(row["source"] for row in settings.rows)))
+    metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,8 +59,9 @@ def case(request: pytest.FixtureRequest, mode: str, block_length: int, unmasking
 class Suite:
     """The session's model and measurements: each configuration is run once, and graded from the same generations."""
 
-    def __init__(self, llm: LLM, settings: Settings) -> None:
+    def __init__(self, llm: LLM, settings: Settings, capture: CaptureManager) -> None:
         self.llm = llm
+        self.capture = capture
         self.settings = settings
         self.environment = environment(settings, llm.config.dtype)
         self.runs: dict[Case, Run] = {}
@@ -70,6 +73,7 @@ class Suite:
     def measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
         """Runs a configuration under `time_it(function, setup)`, which may call both several times."""
         seconds: list[float] = []
+        forwards: list[int] = []
         outputs: list[RequestOutput] = []
         on_gpu = self.settings.device == "cuda"
 
@@ -82,19 +86,21 @@ class Suite:
 
         def generate() -> None:
             # ends with the token ids on the host, so the device is done
+            before = self.llm.stats.forwards
             start = time.perf_counter()
-            outputs[:] = self.llm.generate(self.prompts, case.params)
+            outputs[:] = self.llm.generate(self.prompts, case.params, use_tqdm=sys.stderr.isatty())
             seconds.append(time.perf_counter() - start)
+            forwards.append(self.llm.stats.forwards - before)
 
-        before = self.llm.stats.forwards
-        time_it(generate, warm_up)
-        forwards = self.llm.stats.forwards - before
+        # outside pytest's capture, where a terminal shows the progress
+        with self.capture.global_and_fixture_disabled():
+            time_it(generate, warm_up)
         grades = None
         if not self.settings.is_dummy:
             pairs = zip(self.settings.rows, outputs, strict=True)
             grades = [grade(row, output.outputs[0].text) for row, output in pairs]
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        self.runs[case] = Run(case, outputs, grades, seconds, forwards, peak)
+        self.runs[case] = Run(case, outputs, grades, seconds, forwards[-1], peak)
         return self.runs[case]
 
     def extra_info(self, run: Run) -> dict[str, Any]:
@@ -111,22 +117,25 @@ class Suite:
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     settings = settings_of(request.config)
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
     try:
         llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
-    except ValueError as error:
-        pytest.exit(str(error), returncode=4)
-    with llm:
         if llm.tokenizer is None:
-            pytest.exit(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer", returncode=4)
-        request.config.stash[SUITE] = Suite(llm, settings)
-        yield request.config.stash[SUITE]
+            raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
+        suite = Suite(llm, settings, capture)
+    except ValueError as error:
+        # every test would fail alike
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    with llm:
+        request.config.stash[SUITE] = suite
+        yield suite
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     settings = settings_of(config)
     weights = "random weights" if settings.is_dummy else settings.model
     where = "the GPU" if settings.device == "cuda" else "the CPU"
-    small = " (the small model: pass --model for another)" if settings.is_tiny else ""
+    small = " (the small model: pass --model for another)" if settings.is_tiny and not settings.is_dummy else ""
     number = f"{len(settings.rows)} rows, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
     return f"blockinfer: {weights}{small} on {where}, {number}"
 
@@ -137,9 +146,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     about = suite.environment
     place = about["gpu"] or f"CPU, {about['cpu_threads']} threads"
-    rows = f"{len(suite.prompts)} rows of {about['dataset']}, {suite.settings.batch_size} at once"
     terminalreporter.section("blockinfer")
-    terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {about['dtype']}, {place}; {rows}")
+    terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {about['dtype']}, {place}")
+    terminalreporter.write_line(
+        f"{len(suite.prompts)} rows of {about['dataset']}, {suite.settings.batch_size} at once, "
+        f"up to {suite.settings.max_tokens} tokens"
+    )
     if suite.truncated:
         terminalreporter.write_line(f"{suite.truncated} prompts were cut in the middle of their context to fit")
     for line in table(list(suite.runs.values())):

@@ -18,6 +18,8 @@ _STATED_LETTER = re.compile(
     r"[Aa]nswer(?:\s+is)?\s*:?\s*(?:option\s+)?\(?\**([A-D])\**\)?(?![A-Za-z0-9'])"
     r"|\\boxed\{\s*(?:\\text\{)?\(?([A-D])\)?\}"
 )
+_LEADING_LETTER = re.compile(r"\s*(?:\*\*)?\(?([A-D])(?:[).:](?![A-Za-z])|\*\*|\s*(?:\n|$))")
+_OPTION_LETTER = re.compile(r"\b(?:option|choice)\s+(?:is\s*:?\s*)?\(?\**([A-D])\b", re.IGNORECASE)
 
 
 class Grade(NamedTuple):
@@ -71,8 +73,11 @@ def _last_braces(text: str) -> str | None:
         inside = _balanced(text, start)
         if inside is not None:
             return inside
-    bare = re.search(r"\{([^{}]*)\}[\s.$]*$", text)
-    return bare.group(1) if bare and "\\" not in text[max(0, bare.start() - 12) : bare.start()] else None
+    for bare in re.finditer(r"(?<![^\s$=:])\{", text):
+        inside = _balanced(text, bare.end())
+        if inside is not None and not text[bare.end() + len(inside) + 1 :].strip(" \n.$"):
+            return inside
+    return None
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -90,16 +95,20 @@ def _grade_letter(row: dict[str, Any], text: str) -> Grade:
 
 
 def _last_letter(text: str, choices: list[str]) -> str | None:
-    """The letter that the text settles on: after the last "answer is", in the last box, alone, or as "(B)" or "B.".
+    """The letter that the text settles on: after the last "answer is" or in the last box; else the one that it begins
+    with, alone, in bold or as "(B)" or "B."; else after the last "option".
 
     A letter inside a sentence is not one, so the article "A" never counts; an answer that is one choice's words is.
     """
     stated = _STATED_LETTER.findall(text)
     if stated:
         return next(letter for letter in stated[-1] if letter)
-    alone = re.match(r"\s*\(?([A-D])(?:[).:]|\s*$)", text)
-    if alone:
-        return alone.group(1)
+    leading = _LEADING_LETTER.match(text)
+    if leading:
+        return leading.group(1)
+    options = _OPTION_LETTER.findall(text)
+    if options and options[-1].isupper():
+        return options[-1]
     bare = text.strip().rstrip(".").casefold()
     words = [letter for letter, choice in zip("ABCD", choices, strict=True) if choice.strip().casefold() == bare]
     return words[0] if len(words) == 1 else None

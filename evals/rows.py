@@ -1,6 +1,7 @@
 """The rows that are evaluated: read from JSON lines, every field checked, and turned into prompts."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,13 @@ def load_rows(
     if unknown:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {unknown[0]!r}")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the dataset {str(path)!r} cannot be read: {error}") from error
     rows = [_row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()]
-    ids = [row["id"] for row in rows]
-    twice = next((row_id for row_id in ids if ids.count(row_id) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path}: the id {twice!r} is there twice")
+    (row_id, times), *_ = Counter(row["id"] for row in rows).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"{path}: the id {row_id!r} is there twice")
     kept = [row for row in rows if not sources or row["source"] in sources][skip:][:number]
     if not kept:
         chosen = ", ".join(sources) if sources else "all sources"

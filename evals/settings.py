@@ -8,6 +8,7 @@ import torch
 
 from blockinfer import SamplingParams
 from blockinfer.checks import nearest
+from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals.rows import Row, load_rows
@@ -53,7 +54,8 @@ class Settings:
 
     @property
     def is_tiny(self) -> bool:
-        return Path(self.model).resolve() == TINY_MODEL.resolve() and not self.is_dummy
+        """Whether the small model is measured; with random weights it has only its shape."""
+        return Path(self.model).resolve() == TINY_MODEL.resolve()
 
     @property
     def several_rules(self) -> bool:
@@ -66,6 +68,12 @@ def read_settings(config: pytest.Config) -> Settings:
     device = option("--device")
     if device not in ("auto", "cpu", "cuda"):
         raise pytest.UsageError(f"--device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
+    if option("--dtype") not in ("auto", *DTYPES):
+        raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
+    if not Path(option("--output")).absolute().parent.is_dir() or Path(option("--output")).is_dir():
+        raise pytest.UsageError(f"--output must be a file in a folder that exists, got {option('--output')!r}")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
@@ -131,10 +139,15 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
     if mode != STANDARD:
         return block_wise
     # one block, with as many steps in all as the block-wise run
-    full, rest = divmod(block_wise.max_tokens, block_length)
-    lengths = [block_length] * full + [rest] * (rest > 0)
-    total = None if steps is None else sum(block_wise.block_steps(length) for length in lengths)
-    return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total)
+    return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total_steps(block_wise))
+
+
+def total_steps(params: SamplingParams) -> int | None:
+    """The step limit of all blocks together; None is no limit."""
+    full, rest = divmod(params.max_tokens, params.block_length)
+    lengths = [params.block_length] * full + [rest] * (rest > 0)
+    steps = [params.block_steps(length) for length in lengths]
+    return None if None in steps else sum(steps)
 
 
 def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:
