@@ -156,7 +156,12 @@ def test_tokenizer_loads_and_has_llada_s_tokens(tmp_path, vocab_size):
     assert tokenizer.convert_tokens_to_ids(list(special)) == list(special.values())
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (vocab_size - 5, vocab_size - 6)
     bos, *ids = tokenizer("hello there")["input_ids"]
-    assert bos == special["<|startoftext|>"] and len(ids) == 11 and max(ids) < vocab_size - 6 and tokenizer.decode(ids) == "hello there"
+    assert (
+        bos == special["<|startoftext|>"]
+        and len(ids) == 11
+        and max(ids) < vocab_size - 6
+        and tokenizer.decode(ids) == "hello there"
+    )
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": " hi "}], tokenize=False, add_generation_prompt=True
     )

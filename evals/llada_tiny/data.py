@@ -1,0 +1,146 @@
+"""Training batches: problems as canvases in LLaDA's and the decoder's own forms, packed into rows of 512 tokens.
+
+Everything random is drawn here, from the batch's number and the seed alone, so that a run can be repeated whatever the
+number of worker processes.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from evals.llada_tiny.problems import SOURCES, problem
+from evals.llada_tiny.tokenizer import EOS, EOT, MASK, chat_text
+
+ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
+MIXTURE = (0.3, 0.25, 0.25, 0.2)  # of gsm8k, math500, mmlu, longbench_hotpotqa, by documents
+FORMS = ("whole", "cut", "block", "staircase", "suffix")
+FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
+LOWEST_T = 0.02
+PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
+
+
+@dataclass
+class Batch:
+    """One step's arrays, [rows, ROW] but for `loss_at`, `loss_weight` and `loss_source` [places]."""
+
+    tokens: np.ndarray  # what the model sees
+    targets: np.ndarray  # [places]: the token behind each masked place
+    positions: np.ndarray
+    documents: np.ndarray  # -1 where a row is not filled
+    segments: np.ndarray  # a document's attention staircase: see attention_bias
+    loss_at: np.ndarray  # flat indices of masked places, padded with 0
+    loss_weight: np.ndarray  # weight / t, already divided by the batch's total weight; 0 where padded
+    loss_source: np.ndarray  # index of the source; -1 for padding and for stop tokens after the first
+
+
+@dataclass
+class Document:
+    """One problem in one form. Arrays of one length, the prompt's and the canvas's tokens."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segments: np.ndarray
+    weight: np.ndarray  # of a place among the maskable ones; 0 for given ones
+    masked: np.ndarray
+    t: float
+    source: int
+    content: np.ndarray  # places that hold the answer or its first stop token
+
+
+class Encoder:
+    """Rows to token ids with the fast tokenizer."""
+
+    def __init__(self, path: str) -> None:
+        self.tokenizer = Tokenizer.from_file(path)
+        self.eos, self.eot, self.mask = (self.tokenizer.token_to_id(token) for token in (EOS, EOT, MASK))
+
+    def __call__(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids ending with the stop token) of each row."""
+        prompts = self.tokenizer.encode_batch([chat_text(row) for row in rows], add_special_tokens=False)
+        answers = self.tokenizer.encode_batch([row["solution"] for row in rows], add_special_tokens=False)
+        return [(p.ids, [*a.ids, self.eot]) for p, a in zip(prompts, answers, strict=True)]
+
+
+def document(
+    encoder: Encoder, prompt: list[int], answer: list[int], source: int, t: float, rng: random.Random
+) -> Document:
+    """Lay out prompt and canvas in a form drawn by `rng`, mask the maskable places with probability t."""
+    form = rng.choices(FORMS, FORM_SHARES)[0]
+    n = len(answer)
+    start, stop = 0, 0  # the maskable part of the canvas
+    if form in ("whole", "cut"):
+        long = [c for c in (32, 64, 96, 128, 160) if c >= n]
+        size = rng.choice(long) if rng.random() < 0.6 else rng.randint(max(32, n), 160)
+        if form == "cut" and n > 8:
+            size = rng.randrange(8, n) if rng.random() < 0.5 or n <= 32 else rng.randrange(32, n, 32)
+        stop = size
+    else:
+        length = 32 if rng.random() < 0.6 else rng.choice((8, 16, 64))
+        start = rng.randrange((n + length - 1) // length) * length
+        stop = start + length
+        size = max(stop, 128 if rng.random() < 0.6 else rng.randint(stop, 160)) if form == "suffix" else stop
+    canvas = (answer + [encoder.eos] * size)[:size]
+    p = len(prompt)
+    targets = np.array(prompt + canvas, dtype=np.int64)
+    where = np.arange(p + size) - p
+    maskable = (where >= start) & (where < stop)
+    drawn = np.random.default_rng(rng.getrandbits(64)).random(p + size)
+    masked = maskable & (drawn < t)
+    tokens = np.where(masked | (where >= stop), encoder.mask, targets)
+    segments = np.zeros(p + size, dtype=np.int64)
+    if form == "staircase":
+        segments = np.where(where < 0, 0, where // (stop - start) + 1)
+    content = maskable & (where < n)
+    weight = np.where(content, 1.0, PADDING_WEIGHT) * maskable
+    return Document(tokens, targets, segments, weight, masked, t, source, content)
+
+
+def make_batch(encoder: Encoder, number: int, rows: int, level: float, seed: int) -> Batch:
+    """Batch `number` of a run: `rows` packed rows of training problems, t stratified over (0, 1)."""
+    rng = random.Random(f"{seed}/train/{number}")
+    space = [ROW] * rows
+    placed: list[tuple[int, int, Document]] = []
+    while True:
+        group = [problem(SOURCES[s], rng, "train", level) for s in rng.choices(range(4), MIXTURE, k=64)]
+        offset = rng.random()
+        rates = [(i + offset) / 64 for i in range(64)]
+        rng.shuffle(rates)
+        full = False
+        for row, (prompt, answer), rate in zip(group, encoder(group), rates, strict=True):
+            source = SOURCES.index(row["source"])
+            doc = document(encoder, prompt, answer, source, max(LOWEST_T, rate), rng)
+            at = next((r for r in range(rows) if space[r] >= len(doc.tokens)), None)
+            if at is None:
+                full = True
+                break
+            placed.append((at, ROW - space[at], doc))
+            space[at] -= len(doc.tokens)
+        if full:
+            return _pack(encoder, placed, rows)
+
+
+def _pack(encoder: Encoder, placed: list[tuple[int, int, Document]], rows: int) -> Batch:
+    tokens = np.full((rows, ROW), encoder.eos, dtype=np.int16)
+    targets = np.zeros((rows, ROW), dtype=np.int16)
+    positions = np.zeros((rows, ROW), dtype=np.int16)
+    documents = np.full((rows, ROW), -1, dtype=np.int16)
+    segments = np.zeros((rows, ROW), dtype=np.int16)
+    weight = np.zeros((rows, ROW), dtype=np.float32)
+    source = np.full((rows, ROW), -1, dtype=np.int8)
+    total = 0.0
+    for number, (row, column, doc) in enumerate(placed):
+        span = (row, slice(column, column + len(doc.tokens)))
+        tokens[span], targets[span], segments[span] = doc.tokens, doc.targets, doc.segments
+        positions[span], documents[span] = np.arange(len(doc.tokens)), number
+        weight[span] = doc.weight * doc.masked / doc.t
+        source[span] = np.where(doc.content, doc.source, -1)
+        total += float(doc.weight.sum())
+    places = rows * ROW // 4
+    at = np.flatnonzero(weight)[:places]
+    loss_at, loss_weight = np.zeros(places, dtype=np.int32), np.zeros(places, dtype=np.float32)
+    loss_source, wanted = np.full(places, -1, dtype=np.int8), np.zeros(places, dtype=np.int16)
+    loss_at[: len(at)], loss_weight[: len(at)] = at, weight.flat[at] / total
+    loss_source[: len(at)], wanted[: len(at)] = source.flat[at], targets.flat[at]
+    return Batch(tokens, wanted, positions, documents, segments, loss_at, loss_weight, loss_source)

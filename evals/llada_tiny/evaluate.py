@@ -1,0 +1,140 @@
+"""Accuracy of a model by two plain, uncached decoders; nothing here is shared with the engine.
+
+python -m evals.llada_tiny.evaluate evals/llada_tiny --rows 100
+"""
+
+import argparse
+import random
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evals.llada_tiny.data import Encoder
+from evals.llada_tiny.model import TinyLLaDA, attention_bias, load
+from evals.llada_tiny.problems import SOURCES, problem
+
+MODES = ("vanilla", "block", "block_uncached")
+MAX_TOKENS = 128
+
+
+@torch.no_grad()
+def decode(
+    model: TinyLLaDA,
+    prompts: list[list[int]],
+    encoder: Encoder,
+    mode: str,
+    block_length: int = 32,
+    steps: int | None = None,
+    threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Greedy decoding of MAX_TOKENS. Returns tokens [B, MAX_TOKENS] and forwards [B].
+
+    vanilla: the whole canvas is seen. block_uncached: the masked suffix is absent. block: so too, and the prompt and
+    every finished block see nothing behind themselves, which is what a K/V cache that is never refreshed computes.
+    Per step the most confident places of the block are revealed: block_length / steps of them, or all >= threshold.
+    """
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    size = width + MAX_TOKENS
+    tokens = torch.full((len(prompts), size), encoder.mask, device=device)
+    documents = torch.zeros(len(prompts), size, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):  # aligned to the right, so that canvases share their columns
+        tokens[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
+        documents[row, : width - len(prompt)] = -1
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    column = torch.arange(size, device=device)
+    positions = (column - width + lengths).clamp(min=0)
+    stairs = torch.where(column < width, 0, (column - width) // block_length + 1)
+    segments = (stairs if mode == "block" else torch.zeros_like(stairs)).expand_as(tokens)
+    per_step = max(1, block_length // (steps or block_length))
+    forwards = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for start in range(width, size, block_length):
+        end = start + block_length
+        seen = size if mode == "vanilla" else end
+        bias = attention_bias(documents[:, :seen], segments[:, :seen])
+        masked = torch.ones(len(prompts), block_length, dtype=torch.bool, device=device)
+        while True:
+            active = masked.any(1) & ~done
+            if not active.any():
+                break
+            forwards += active
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = model.hidden(tokens[:, :seen], positions[:, :seen], bias)[:, start:end]
+            logits = torch.nn.functional.linear(hidden.float(), model.transformer["wte"].weight.float())
+            logits[..., encoder.mask] = float("-inf")
+            confidence, best = logits.softmax(-1).max(-1)
+            confidence = confidence.masked_fill(~masked, -1.0)
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            reveal = masked & (rank < (per_step if threshold is None else 1))
+            if threshold is not None:
+                reveal |= masked & (confidence >= threshold)
+            reveal &= active[:, None]
+            tokens[:, start:end] = torch.where(reveal, best, tokens[:, start:end])
+            masked &= ~reveal
+        block = tokens[:, start:end]
+        done |= ((block == encoder.eot) | (block == encoder.eos)).any(1)
+    return tokens[:, width:], forwards
+
+
+def final_answer(source: str, text: str) -> str | None:
+    """What a solution text gives as its answer."""
+    pattern = r"\\boxed\{([^{}]*)\}" if source == "math500" else r"The answer is (.+?)\.(?:\s|$)"
+    found = re.findall(pattern, text)
+    return found[-1] if found else None
+
+
+def heldout_rows(count: int, split: str, seed: int = 7) -> list[dict]:
+    """`count` fresh problems of each source, interleaved."""
+    rng = random.Random(seed)
+    return [problem(source, rng, split) for _ in range(count) for source in SOURCES]
+
+
+def evaluate(
+    model: TinyLLaDA, encoder: Encoder, rows: list[dict], mode: str, batch: int = 256, **options: float
+) -> dict[str, float]:
+    """Accuracy by source and in all, and tokens per forward over gsm8k and math500."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("context", "")))  # less padding
+    right: dict[str, list[bool]] = {source: [] for source in SOURCES}
+    emitted = spent = 0
+    for first in range(0, len(rows), batch):
+        part = [rows[i] for i in order[first : first + batch]]
+        tokens, forwards = decode(model, [prompt for prompt, _ in encoder(part)], encoder, mode, **options)
+        for row, ids, nfe in zip(part, tokens.tolist(), forwards.tolist(), strict=True):
+            length = next((i for i, token in enumerate(ids) if token in (encoder.eot, encoder.eos)), len(ids))
+            text = encoder.tokenizer.decode(ids[:length])
+            right[row["source"]].append(final_answer(row["source"], text) == row["answer"])
+            if row["source"] in ("gsm8k", "math500"):
+                emitted, spent = emitted + length, spent + nfe
+    result = {source: sum(hits) / max(1, len(hits)) for source, hits in right.items()}
+    result["all"] = sum(map(sum, right.values())) / len(rows)
+    result["tokens_per_forward"] = emitted / max(1, spent)
+    return result
+
+
+def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> None:
+    """Print the table of modes and rules."""
+    print(f"n = {len(rows)}", *SOURCES, "all", "tokens/forward", sep="  ")
+    settings: list[tuple[str, dict]] = [(mode, {}) for mode in MODES]
+    settings += [("block", {"threshold": 0.9}), ("block", {"steps": 8}), ("block", {"steps": 4})]
+    for mode, options in settings:
+        result = evaluate(model, encoder, rows, mode, **options)
+        name = " ".join([mode, *(f"{key}={value}" for key, value in options.items())])
+        print(f"{name:22}", *(f"{value:.3f}" for value in result.values()), sep="  ", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=250, help="problems a source")
+    parser.add_argument("--split", default="heldout")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.folder).to(device)
+    report(model, Encoder(str(args.folder / "tokenizer.json")), heldout_rows(args.rows, args.split))
+
+
+if __name__ == "__main__":
+    main()
