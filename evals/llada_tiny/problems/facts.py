@@ -63,7 +63,8 @@ RELATIONS: dict[str, tuple[tuple[str, ...], str, list[tuple[str, str]]]] = {
         "A {o} {s}.",
         _pairs(
             "bakes bread:baker, teaches pupils:teacher, flies planes:pilot, treats sick people:doctor,"
-            "cuts hair:barber, grows crops:farmer, puts out fires:firefighter, fixes pipes:plumber, builds houses:builder,"
+            "cuts hair:barber, grows crops:farmer, puts out fires:firefighter, fixes pipes:plumber,"
+            "builds houses:builder,"
             "paints pictures:painter, cooks meals:cook, sails ships:sailor, catches fish:fisherman,"
             "sews clothes:tailor, repairs teeth:dentist"
         ),

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable
 
-from evals.llada_tiny.problems.split import draw
+from evals.llada_tiny.problems.split import draw, split_of
 
 # Each kind: numbers from (rng, level), or None where they do not fit; then (question forms, steps, answer).
 Problem = tuple[tuple[str, ...], list[str], int]
@@ -16,9 +16,28 @@ def math500(rng: random.Random, split: str, level: float = 1.0) -> dict:
     kind = rng.choice(names)
     numbers, build = KINDS[kind]
     drawn = draw(rng, split, numbers, "math500", kind)
+    while split != "train" and any(split_of("math500", kind, other) != split for other in _same_question(kind, drawn)):
+        drawn = draw(rng, split, numbers, "math500", kind)
     questions, steps, answer = build(*drawn)
     solution = " ".join([*steps, f"The answer is \\boxed{{{answer}}}."])
     return {"question": rng.choice(questions), "answer": str(answer), "solution": solution}
+
+
+def _same_question(kind: str, drawn: tuple) -> list[tuple]:
+    """The other number tuples that are put as the same question, so that none of them may be trained on."""
+    if kind == "expression" and drawn[4] == "-":
+        a, b, c, d, _ = drawn
+        return [(c, d, a, b, "-")]
+    if kind == "linear" and drawn[3] == "-":
+        a, b, x, _ = drawn
+        asked = _positive(a, b, x)
+        return [(a, other, x, "-") for other in range(1, 61) if other != b and _positive(a, other, x) == asked]
+    return []
+
+
+def _positive(a: int, b: int, x: int) -> int:
+    """b less as many times a as a * x - b needs to be at least 1."""
+    return b - a * max(0, -((a * x - b - 1) // a))
 
 
 def _two_products(r: random.Random) -> tuple:
@@ -40,9 +59,8 @@ def _linear_numbers(r: random.Random) -> tuple:
 
 
 def _linear(a: int, b: int, x: int, sign: str) -> Problem:
+    b = b if sign == "+" else _positive(a, b, x)
     right = a * x + b if sign == "+" else a * x - b
-    while right < 1:
-        right, b = right + a, b - a
     other = "-" if sign == "+" else "+"
     move = f"Subtract {b} from" if sign == "+" else f"Add {b} to"
     equation = f"{a}x {sign} {b} = {right}"
@@ -50,8 +68,6 @@ def _linear(a: int, b: int, x: int, sign: str) -> Problem:
         f"{move} both sides: {right} {other} {b} = {a * x}, so {a}x = {a * x}.",
         f"Divide: x = {a * x} / {a} = {x}.",
     ]
-    if b == 0:
-        steps[0] = f"So {a}x = {a * x}."
     return (f"Solve for x: {equation}.", f"If {equation}, what is x?", f"Find x such that {equation}."), steps, x
 
 

@@ -1,0 +1,207 @@
+"""The small model that the repository carries: its rows, that none was trained on, its checkpoint, its training."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerFast
+
+from blockinfer import LLM, SamplingParams
+from evals.graders import grade
+from evals.llada_tiny.data import Encoder, make_batch
+from evals.llada_tiny.problems import SOURCES, problem, split
+from evals.llada_tiny.problems.hotpotqa import lookup
+from evals.llada_tiny.sample import sample_rows, sample_text
+from evals.llada_tiny.tokenizer import MASK, chat_text
+from evals.llada_tiny.train import STAGES
+from evals.prompts import messages
+from evals.rows import load_rows
+from evals.settings import SAMPLE
+
+FOLDER = Path(__file__).parents[1] / "evals" / "llada_tiny"
+# the package's names are those of the functions
+MODULES = {
+    name: import_module(f"evals.llada_tiny.problems.{name}") for name in ("gsm8k", "math500", "mmlu", "hotpotqa")
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PreTrainedTokenizerFast.from_pretrained(FOLDER)
+
+
+def asked(row):
+    """What identifies a row for someone who is asked it."""
+    return row["question"], row.get("context"), tuple(sorted(row.get("choices", ())))
+
+
+def test_the_sample_is_what_its_command_writes():
+    assert SAMPLE.read_text("utf-8") == sample_text()
+
+
+def test_the_sample_s_rows():
+    rows = load_rows(SAMPLE)
+    assert [row["source"] for row in rows] == list(SOURCES) * 50
+    assert len({row["id"] for row in rows}) == len({asked(row) for row in rows}) == 200
+
+
+def test_the_sample_s_lengths(tokenizer):
+    lengths = {source: [] for source in SOURCES}
+    for row in sample_rows():
+        answer = len(tokenizer(row["solution"], add_special_tokens=False).input_ids) + 1  # with the stop token
+        assert answer <= 120
+        lengths[row["source"]].append(answer - 1)
+        prompt = tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, return_dict=False)
+        assert len(prompt) + 128 <= 512
+    for source in ("gsm8k", "math500"):
+        assert sum(length > 40 for length in lengths[source]) * 3 >= 50, source
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Every (keys, split asked for) of the draws that make problems."""
+    drawn = []
+
+    def recorded(rng, wanted, make, *name):
+        value = split.draw(rng, wanted, make, *name)
+        drawn.append(((*name, value), wanted))
+        return value
+
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "draw", recorded)
+    return drawn
+
+
+def test_no_row_was_trained_on(draws):
+    """Structures, numbers, names and pairings of every row belong to the held-out split, and training draws none."""
+    rows = sample_rows()
+    heldout = {key for key, _ in draws}
+    assert len(heldout) >= 200 and {split.split_of(*key) for key in heldout} == {"heldout"}
+    draws.clear()
+    rng = random.Random(0)
+    trained = set()
+    for number in range(8_000):
+        row = problem(SOURCES[number % 4], rng, "train", rng.random())
+        trained.add(asked(row))
+    for _ in range(2_000):
+        trained.add(asked(lookup(rng, "train", rng.random())))
+    seen = {key for key, _ in draws}
+    assert len(seen) > 8_000 and {split.split_of(*key) for key in seen} == {"train"}
+    assert not trained & {asked(row) for row in rows}
+
+
+def test_training_batches_draw_from_the_training_split_only(draws):
+    encoder = Encoder(str(FOLDER / "tokenizer.json"))
+    for stage in STAGES:
+        make_batch(encoder, stage.name, 0, 2, stage.mixture_at(0), stage.levels_at(stage.steps - 1), 0)
+    assert len(draws) > 50 and {wanted for _, wanted in draws} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "same"),
+    [
+        ("expression", (2, 3, 4, 5, "-"), [(4, 5, 2, 3, "-")]),
+        ("expression", (2, 3, 4, 5, "+"), []),
+        ("linear", (2, 9, 3, "-"), "asks 5"),
+        ("linear", (2, 9, 3, "+"), []),
+    ],
+)
+def test_the_same_question_from_other_numbers_is_known(kind, numbers, same):
+    build = MODULES["math500"].KINDS[kind][1]
+    found = MODULES["math500"]._same_question(kind, numbers)
+    assert all(build(*other) == build(*numbers) for other in found)
+    if isinstance(same, list):
+        assert found == same
+    else:
+        assert len(found) == 27  # every other b = 5 + 2k up to 60: 5, 7, 11, ..., 59
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_generators_own_solutions_are_right(source):
+    rng = random.Random(1)
+    rows = [problem(source, rng, "train", rng.random()) for _ in range(300)]
+    for row in rows:
+        assert grade({"id": "x", **row}, row["solution"]).correct, row
+        for left, value in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", row["solution"]):
+            assert eval(left) == int(value), row["solution"]
+    assert len({asked(row) for row in rows}) > 250
+    if source == "mmlu":
+        assert all(len(set(row["choices"])) == 4 for row in rows)
+        assert min(Counter(row["answer"] for row in rows).values()) > 40
+    if source == "longbench_hotpotqa":
+        for row in rows:
+            assert row["context"].count(row["answer"]) >= 1
+
+
+def test_a_two_hop_question_has_one_answer():
+    """Follow the passages from the question's subject: each hop is stated once."""
+    rng = random.Random(2)
+    for _ in range(200):
+        row = problem("longbench_hotpotqa", rng, "train")
+        first, second, last = row["solution"].split(". ")
+        passages = row["context"].split("\n")
+        assert passages.count(f"{first}.") == passages.count(f"{second}.") == 1
+        assert len({p for p in passages}) == len(passages)
+        assert last == f"The answer is {row['answer']}."
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in ["A plain line.", "x = 3^2, 10% of 50", "Zürich, naïve, 東京, 🙂", "tabs\tand\n\nlines  ", "<b>&amp;"]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer(text).input_ids == [tokenizer.bos_token_id, *ids]
+    assert [len(tokenizer(str(n), add_special_tokens=False).input_ids) for n in (7, 42, 1999)] == [1, 2, 4]
+
+
+def test_training_and_evaluation_see_the_same_prompt(tokenizer):
+    rng = random.Random(3)
+    for source in SOURCES:
+        row = problem(source, rng, "train")
+        assert chat_text(row) == tokenizer.apply_chat_template(
+            messages(row), tokenize=False, add_generation_prompt=True
+        )
+
+
+def test_the_checkpoint_is_in_the_published_format(tokenizer):
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["architectures"] == ["LLaDAModelLM"]
+    assert config["vocab_size"] == len(tokenizer)
+    for name, token in [("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("mask", MASK)]:
+        assert config[f"{name}_token_id"] == tokenizer.convert_tokens_to_ids(token)
+    with safe_open(FOLDER / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert "model.transformer.wte.weight" in names and "model.transformer.blocks.0.q_proj.weight" in names
+    assert len(names) == 2 + 9 * config["n_layers"]
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc") < 16e6
+
+
+def test_the_model_solves_what_it_was_trained_for():
+    """Problems of the validation split, which is neither the sample nor the training data."""
+    rng = random.Random(4)
+    rows = [problem(source, rng, "validation") for source in ("gsm8k", "math500", "mmlu") for _ in range(4)]
+    with LLM(str(FOLDER)) as llm:
+        params = SamplingParams(max_tokens=96, unmasking="threshold")
+        outputs = llm.chat([messages(row) for row in rows], params, use_tqdm=False)
+    right = sum(grade({"id": "x", **row}, out.outputs[0].text).correct for row, out in zip(rows, outputs, strict=True))
+    assert right >= 9, [out.outputs[0].text for out in outputs]
+
+
+def test_training_runs_from_nothing(tmp_path):
+    """The whole path on a CPU: data, tokenizer, both stages, export, report; then the engine reads the folder."""
+    command = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [stage.name for stage in STAGES if f"{stage.name}: 3 steps" in done.stdout] == ["train", "lookup"]
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0] < 8.5
+    with LLM(str(tmp_path)) as llm:
+        (output,) = llm.generate("Tom has 3 apples.", SamplingParams(max_tokens=8), use_tqdm=False)
+    assert output.finished
