@@ -70,7 +70,7 @@ STAGES = (
     ),
     Stage(
         name="lookup",
-        steps=7_000,
+        steps=6_500,
         learning_rate=2e-3,
         mixture=(0.22, 0.18, 0.15, 0.35, 0.1),
         drilled=(0.1, 0.08, 0.07, 0.25, 0.5),
@@ -80,7 +80,7 @@ STAGES = (
         cool=0.4,
     ),
 )
-FULL = {"rows": 192, "log_every": 500, "eval_rows": 250, "shape": {}}
+FULL = {"rows": 192, "log_every": 500, "eval_rows": 50, "shape": {}}
 SMOKE = {
     "rows": 4,
     "log_every": 2,
