@@ -11,11 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from evals.llada_tiny.problems import SOURCES, problem
-from evals.llada_tiny.problems.hotpotqa import lookup
 from evals.llada_tiny.tokenizer import EOS, EOT, MASK, chat_text
 
 ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
-Shares = tuple[float, float, float, float, float]  # of SOURCES and the look-up drill, by documents
+MIXTURE = (0.3, 0.25, 0.25, 0.2)  # of gsm8k, math500, mmlu, longbench_hotpotqa, by documents
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
 LOWEST_T = 0.02
@@ -98,18 +97,13 @@ def document(
     return Document(tokens, targets, segments, weight, masked, t, source, content)
 
 
-def make_batch(
-    encoder: Encoder, name: str, number: int, rows: int, mixture: Shares, levels: tuple[float, float], seed: int
-) -> Batch:
-    """Batch `number` of the stage `name`: `rows` packed rows of training problems, t stratified over (0, 1).
-
-    `levels`: the problems' width, that of the two-hop questions and the drill apart.
-    """
-    rng = random.Random(f"{seed}/{name}/{number}")
+def make_batch(encoder: Encoder, number: int, rows: int, level: float, seed: int) -> Batch:
+    """Batch `number` of a run: `rows` packed rows of training problems, t stratified over (0, 1)."""
+    rng = random.Random(f"{seed}/train/{number}")
     space = [ROW] * rows
     placed: list[tuple[int, int, Document]] = []
     while True:
-        group = [_draw(kind, rng, levels) for kind in rng.choices(range(5), mixture, k=64)]
+        group = [problem(SOURCES[s], rng, "train", level) for s in rng.choices(range(4), MIXTURE, k=64)]
         offset = rng.random()
         rates = [(i + offset) / 64 for i in range(64)]
         rng.shuffle(rates)
@@ -125,12 +119,6 @@ def make_batch(
             space[at] -= len(doc.tokens)
         if full:
             return _pack(encoder, placed, rows)
-
-
-def _draw(kind: int, rng: random.Random, levels: tuple[float, float]) -> dict:
-    if kind == len(SOURCES):
-        return {"source": "longbench_hotpotqa", **lookup(rng, "train", levels[1])}
-    return problem(SOURCES[kind], rng, "train", levels[SOURCES[kind] == "longbench_hotpotqa"])
 
 
 def _pack(encoder: Encoder, placed: list[tuple[int, int, Document]], rows: int) -> Batch:

@@ -8,108 +8,64 @@ import argparse
 import math
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.llada_tiny.data import ROW, Batch, Encoder, Shares, make_batch
+from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
 from evals.llada_tiny.evaluate import heldout_rows, report
-from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export, load
+from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export
 from evals.llada_tiny.problems import SOURCES
 from evals.llada_tiny.tokenizer import BOS, save_tokenizer, train_tokenizer
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of the optimizer from fresh state. Shares of the stage's steps are numbers in [0, 1]."""
-
-    name: str
-    steps: int
-    learning_rate: float
-    mixture: Shares
-    drilled: Shares  # the mixture of the first `drill` of the steps
-    drill: float
-    widen: tuple[float, float]  # shares at which the problems begin to widen and are at their full width
-    widen_hops: tuple[float, float]  # the same for two-hop questions and the drill
-    cool: float  # the last share, in which the learning rate falls linearly to zero: a cosine froze plateaus
-
-    def mixture_at(self, step: int) -> Shares:
-        return self.drilled if step < self.drill * self.steps else self.mixture
-
-    def levels_at(self, step: int) -> tuple[float, float]:
-        """The problems' width, 0 to 1, and that of the two-hop questions."""
-        share = step / self.steps
-        return tuple(
-            1.0 if share >= last else max(0.0, (share - first) / (last - first))
-            for first, last in (self.widen, self.widen_hops)
-        )
-
-    def rate_at(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / min(300, self.steps))
-        return self.learning_rate * warm * min(1.0, (1 - step / self.steps) / self.cool)
-
-
-# The first stage learns everything but to look up: its two-hop questions stayed at chance. The second teaches that.
-STAGES = (
-    Stage(
-        name="train",
-        steps=26_000,
-        learning_rate=3e-3,
-        mixture=(0.3, 0.25, 0.25, 0.2, 0.0),
-        drilled=(0.3, 0.25, 0.25, 0.2, 0.0),
-        drill=0.0,
-        widen=(0.03, 0.2),
-        widen_hops=(0.03, 0.2),
-        cool=0.3,
-    ),
-    Stage(
-        name="lookup",
-        steps=6_500,
-        learning_rate=2e-3,
-        mixture=(0.22, 0.18, 0.15, 0.35, 0.1),
-        drilled=(0.1, 0.08, 0.07, 0.25, 0.5),
-        drill=0.3,
-        widen=(0.0, 0.0),
-        widen_hops=(0.15, 0.5),
-        cool=0.4,
-    ),
-)
-FULL = {"rows": 192, "log_every": 500, "eval_rows": 50, "shape": {}}
+FULL = {"steps": 26_000, "rows": 192, "log_every": 500, "eval_rows": 250, "shape": {}}
 SMOKE = {
+    "steps": 6,
     "rows": 4,
     "log_every": 2,
     "eval_rows": 1,
     "shape": {"d_model": 64, "n_layers": 2, "n_heads": 1, "mlp_hidden_size": 128},
 }
-SMOKE_STEPS = 3  # a stage
+LEARNING_RATE = 3e-3
+CURRICULUM = (0.03, 0.2)  # shares of the training at which problems begin to widen and are at their full width
 
 
-def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, stage: Stage, options: dict) -> None:
+def level_at(share: float) -> float:
+    """The problems' width at this share of the training, 0 to 1."""
+    first, last = CURRICULUM
+    return min(1.0, max(0.0, (share - first) / (last - first)))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Warm up, hold to 70 %, then fall linearly to zero: a cosine froze plateaus."""
+    warm = min(1.0, (step + 1) / min(300, steps))
+    return warm * min(1.0, (1 - step / steps) / 0.3)
+
+
+def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_num_threads(1)
     encoder = Encoder(tokenizer)
-    for number in range(first, stage.steps, stride):
-        mixture, levels = stage.mixture_at(number), stage.levels_at(number)
-        queue.put(make_batch(encoder, stage.name, number, options["rows"], mixture, levels, options["seed"]))
+    for number in range(first, options["steps"], stride):
+        level = level_at(number / options["steps"])
+        queue.put(make_batch(encoder, number, options["rows"], level, options["seed"]))
 
 
-def batches(tokenizer: str, stage: Stage, options: dict, workers: int) -> Iterator[Batch]:
-    """The stage's batches in order; worker w makes every `workers`-th one."""
+def batches(tokenizer: str, options: dict, workers: int) -> Iterator[Batch]:
+    """The run's batches in order; worker w makes every `workers`-th one."""
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=4) for _ in range(workers)]
     processes = [
-        context.Process(target=_worker, args=(w, workers, tokenizer, queues[w], stage, options), daemon=True)
+        context.Process(target=_worker, args=(w, workers, tokenizer, queues[w], options), daemon=True)
         for w in range(workers)
     ]
     for process in processes:
         process.start()
-    for number in range(stage.steps):
+    for number in range(options["steps"]):
         yield queues[number % workers].get()
     for process in processes:
         process.join()
@@ -195,10 +151,8 @@ def optimizers(model: TinyLLaDA, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=lr), adam]
 
 
-def train(
-    model: TinyLLaDA, encoder_path: str, stage: Stage, options: dict, out: Path, device: str, save_every: float
-) -> None:
-    """Run a stage's steps, keeping an average of the weights, which the model ends with."""
+def train(model: TinyLLaDA, encoder_path: str, options: dict, out: Path, device: str, save_every: float) -> None:
+    """Run all steps, keeping an average of the weights, which the model ends with."""
     torch.manual_seed(options["seed"])
     objective: nn.Module = Objective(model)
     if device == "cuda":
@@ -206,14 +160,14 @@ def train(
         objective = torch.compile(objective)
     weights = list(model.parameters())
     average = [w.detach().clone() for w in weights]
-    steppers = optimizers(model, stage.learning_rate)
+    steppers = optimizers(model, LEARNING_RATE)
     started = saved = time.time()
     hits = torch.zeros(2, len(SOURCES) + 1, device=device)
     losses = torch.zeros((), device=device)
-    for step, batch in enumerate(batches(encoder_path, stage, options, options["workers"])):
+    for step, batch in enumerate(batches(encoder_path, options, options["workers"])):
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = stage.rate_at(step)
+                group["lr"] = LEARNING_RATE * rate_at(step, options["steps"])
         arrays = to_device(batch, device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss, right = objective(arrays)
@@ -238,7 +192,7 @@ def train(
     with torch.no_grad():
         for w, mean in zip(weights, average, strict=True):
             w.copy_(mean)
-    print(f"{stage.name}: {stage.steps} steps in {(time.time() - started) / 60:.1f} minutes", flush=True)
+    print(f"trained {options['steps']} steps in {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
 def _log(step: int, started: float, loss: Tensor, hits: Tensor) -> None:
@@ -273,31 +227,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for config, tokenizer and weights")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a smaller model")
-    parser.add_argument("--from", dest="start", type=Path, help="a folder whose weights the last stage starts from")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default {FULL['steps']})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     options = dict(SMOKE if args.smoke else FULL)
     options |= {"seed": args.seed, "workers": max(1, multiprocessing.cpu_count() - 1)}
-    stages = [replace(stage, steps=SMOKE_STEPS) for stage in STAGES] if args.smoke else STAGES
+    if args.steps:
+        options["steps"] = args.steps
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.start:
-        stages = stages[-1:]
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(args.start / name, args.out / name)
-    else:
-        save_tokenizer(train_tokenizer(2_000 if args.smoke else 60_000, args.seed), args.out)
+    save_tokenizer(train_tokenizer(2_000 if args.smoke else 60_000, args.seed), args.out)
     path = str(args.out / "tokenizer.json")
     encoder = Encoder(path)
     torch.manual_seed(args.seed)
-    model = (load(args.start) if args.start else TinyLLaDA(new_shape(encoder, options["shape"]))).to(device)
+    model = TinyLLaDA(new_shape(encoder, options["shape"])).to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f}M parameters on {device}; {options['rows'] * ROW} tokens a step; {options}", flush=True)
-    for stage in stages:
-        train(model, path, stage, options, args.out, device, save_every=math.inf if args.smoke else 60)
-        export(model, args.out)
-        # What was exported: the next stage and the report start from the file.
-        model.load_state_dict({name: w.bfloat16().float() for name, w in model.state_dict().items()})
+    train(model, path, options, args.out, device, save_every=math.inf if args.smoke else 60)
+    export(model, args.out)
+    model.load_state_dict({name: w.bfloat16().float() for name, w in model.state_dict().items()})  # what was exported
     report(model, encoder, heldout_rows(options["eval_rows"], "validation"))
 
 

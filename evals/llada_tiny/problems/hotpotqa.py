@@ -156,57 +156,6 @@ def author_town(rng: random.Random, split: str, people: list[str], pools: Pools)
     return _author(rng, split, people, pools, "town", "{p} lives in {e}.", ask)
 
 
-# What one sentence of a passage says: (kind of the pairing or None, who the sentence is about, what it says, how)
-STATEMENTS = (
-    (None, "person", "firm", "{a} works at the {b}."),
-    (None, "person", "town", "{a} lives in {b}."),
-    (None, "person", "town", "{a} was born in {b}."),
-    (None, "person", "novel", "{a} wrote {b}."),
-    (None, "person", "instrument", "{a} plays the {b}."),
-    ("firm town", "firm", "town", "The {a} is in {b}."),
-    ("firm year", "firm", "year", "The {a} opened in {b}."),
-    ("town river", "town", "river", "The town of {a} is on the {b}."),
-    ("town product", "town", "product", "{a} is known for its {b}."),
-)
-
-
-def lookup(rng: random.Random, split: str, level: float = 1.0) -> dict:
-    """A drill: find what the passages say of several subjects, or of whom they say it, and restate each sentence.
-
-    One answer of `hotpotqa` takes two look-ups; this takes as many as it asks for, which is what lets a small model
-    learn to look up at all.
-    """
-    kind, about, says, form = rng.choice(STATEMENTS)
-    pools = {name: pool[: max(8, round(level * len(pool)))] for name, pool in POOLS.items()}
-    pools["year"] = [str(year) for year in range(1800, 2000)]
-    n = rng.randint(2, 2 + round(8 * level))
-    pairs: dict[str, str] = {}
-    while len(pairs) < n:
-        if about == "person":
-            a = draw(rng, split, lambda r: f"{r.choice(pools['first'])} {r.choice(pools['last'])}", "hotpotqa name")
-            b = rng.choice(pools[says])
-        else:
-            a, b = draw(rng, split, lambda r: (r.choice(pools[about]), r.choice(pools[says])), "hotpotqa pair", kind)
-        if a in pairs or b in pairs.values():
-            n = max(2, n - 1)  # the pool is small: ask for less rather than search
-            continue
-        pairs[a] = b
-    passages = [form.format(a=a, b=b) for a, b in pairs.items()]
-    asked = rng.sample(list(pairs), rng.randint(2, min(n, 5)) if n > 2 else 2)
-    backwards = rng.random() < 0.4
-    keys = ", ".join(pairs[a] if backwards else a for a in asked)
-    chain = " ".join(form.format(a=a, b=pairs[a]) for a in asked)
-    rng.shuffle(passages)
-    answer = asked[-1] if backwards else pairs[asked[-1]]
-    return {
-        "question": f"What do the passages say of {keys}?",
-        "context": "\n".join(passages),
-        "answer": answer,
-        "answers": [answer],
-        "solution": f"{chain} The answer is {answer}.",
-    }
-
-
 KINDS: tuple[Callable[[random.Random, str, list[str], Pools], Built], ...] = (
     firm_town,
     firm_year,
