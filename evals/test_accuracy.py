@@ -9,8 +9,9 @@ from evals.record import baselines, by_source
 from evals.settings import SAMPLE, Case, Settings, total_steps
 
 # The least share of right answers, by source, that the small model may have on sample_200.jsonl, in any mode, at one
-# token a step. Well below what it scores (its card has the figures): this catches a broken engine, not a bad day.
-FLOORS = {"gsm8k": 0.0, "math500": 0.0, "mmlu": 0.25, "longbench_hotpotqa": 0.0}
+# token a step. Well below what it scores (its card has the figures): this catches a broken engine, not a bad day. At
+# two-hop questions it guesses, which leaves nothing to fall below.
+FLOORS = {"gsm8k": 0.375, "math500": 0.5, "mmlu": 0.5}
 
 
 def test_accuracy(suite, case, source):
@@ -19,7 +20,7 @@ def test_accuracy(suite, case, source):
     run = suite.result(case)
     grades = by_source(run, suite.settings)[source]
     accuracy = sum(g.correct for g in grades) / len(grades)
-    if has_floor(suite.settings, case) and len(grades) >= 8:
+    if source in FLOORS and has_floor(suite.settings, case) and len(grades) >= 8:
         assert accuracy >= FLOORS[source], f"{accuracy:.0%} of {len(grades)} right"
         return
     _, vanilla = baselines(case, list(suite.runs.values()))

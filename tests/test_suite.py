@@ -4,15 +4,18 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.record import wilson_interval
-from evals.settings import read_settings
-from evals.test_accuracy import sign_test
+from evals import test_accuracy
+from evals.graders import Grade
+from evals.record import Run, wilson_interval
+from evals.settings import SAMPLE, read_settings
+from evals.test_accuracy import FLOORS, sign_test
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MMLU, QA, write
 
@@ -203,6 +206,43 @@ def test_wilson_interval_meets_published_values():
     # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 15 of 148, 0 of 20
     for correct, number, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
         assert wilson_interval(correct, number) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("source", ["gsm8k", "math500", "mmlu"])
+@pytest.mark.parametrize("mode", ["vanilla_llada", "dual_cache", "block"])
+def test_the_floors_catch_an_engine_that_answers_wrongly(settings, source, mode):
+    """Of 8 rows: the floor's share right passes, one row less fails."""
+    s = settings(dataset=str(SAMPLE), num_samples=32)
+    case = next(c for c in s.cases if c.mode == mode)
+    enough = math.ceil(FLOORS[source] * 8)
+    assert 2 < enough < 6
+
+    def suite(right):
+        correct = iter([True] * right + [False] * 8)
+        grades = [Grade(row["source"] == source and next(correct), 0.0) for row in s.rows]
+        run = Run(case, [], grades, [1.0], 1, None)
+        return SimpleNamespace(settings=s, result=lambda _: run, runs={})
+
+    test_accuracy.test_accuracy(suite(enough), case, source)
+    with pytest.raises(AssertionError, match=f"{100 * (enough - 1) / 8:.0f}% of 8 right"):
+        test_accuracy.test_accuracy(suite(enough - 1), case, source)
+
+
+def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(settings):
+    def floors(**changed):
+        changed = {"dataset": str(SAMPLE), "num_samples": 32, "mode": ["block"]} | changed
+        return {test_accuracy.has_floor(s, case) for s in [settings(**changed)] for case in s.cases}
+
+    assert floors() == floors(mode=["all"]) == floors(block_length=[8, 32]) == {True}
+    assert floors(model="other") == floors(max_tokens=64) == floors(denoising_steps=4) == {False}
+    assert floors(unmasking=["threshold"]) == {False}
+
+
+def test_a_model_without_a_tokenizer_ends_the_run_with_one_line(tmp_path):
+    folder = write_checkpoint(tmp_path / "bare")
+    code, text, _, result = run_suite(tmp_path, f"--model={folder}", "--mode=block")
+    assert code == 4 and "has no tokenizer to ask the rows with; pass --tokenizer" in text
+    assert "Traceback" not in text and result is None
 
 
 def test_sign_test():
