@@ -1,17 +1,10 @@
-"""What tests and evals share: the environment, hypothesis's profiles, and the options of the suite in evals/."""
+"""What tests and evals share: the environment, and the options of the suite in evals/."""
 
 import argparse
 import os
 
 # Before torch is imported: with one of two cores busy, two spinning OpenMP threads were measured 47 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import hypothesis
-import torch
-
-hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
-hypothesis.settings.register_profile("gpu", max_examples=300, deadline=None)
-hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "ci")
 
 
 def _at_least(minimum):
@@ -40,7 +33,7 @@ def _comma_list(item):
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("blockinfer", "BlockInfer's suite (evals/)")
+    group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
     add("--dataset", help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
     add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")

@@ -157,14 +157,14 @@ class _Reader:
         return next(iter(self.token_ids("mask_token_id")), None)
 
     def boolean(self, name: str) -> bool:
-        value = self.raw.get(name) or False
+        value = False if self.raw.get(name) is None else self.raw[name]
         if not isinstance(value, bool):
             raise ValueError(f"{self.source}: {name} must be true or false, got {value!r}")
         return value
 
     def dtype(self) -> torch.dtype | None:
         name = self.raw.get("dtype", self.raw.get("torch_dtype"))
-        if name is not None and name not in DTYPES:
+        if name is not None and (not isinstance(name, str) or name not in DTYPES):
             raise ValueError(f"{self.source}: dtype must be one of {', '.join(DTYPES)}, got {name!r}")
         return DTYPES[name] if name is not None else None
 
@@ -198,12 +198,19 @@ class EngineConfig:
         elif self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         check_choice("load_format", self.load_format, ["auto", "dummy"])
+        for name in ("model", "tokenizer", "revision"):
+            value = getattr(self, name)
+            kinds = str if name == "revision" else str | os.PathLike
+            if not (isinstance(value, kinds) and str(value)) and (value is not None or name == "model"):
+                raise ValueError(f"{name} must be a folder or a name on the Hub, got {value!r}")
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
         for name in ("mask_token_id", "seed"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0)
+        if self.seed is not None and self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("page_size", self.page_size, 1)
 

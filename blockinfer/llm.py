@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockinfer.checks import refuse_unknown
+from blockinfer.checks import nearest, refuse_unknown
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.engine.engine import Engine, Prompt
 from blockinfer.engine.model_runner import EngineStats
@@ -29,16 +28,18 @@ class LLM:
 
     model: a local folder or a Hub name, which is fetched with its progress bars; a checkpoint's own code never runs.
     dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU; or "float32", "bfloat16", "float16", "float64".
+        Or a torch.dtype.
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also be "llada-8b", the published shape.
     tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
-    revision: the Hub revision of the model.
+    revision: the Hub revision of the model; a local folder has none.
     mask_token_id: overrides the config's and the tokenizer's.
     max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
     page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
-        more than kv_cache_memory bytes; by default 90 % of the GPU's free memory, or half of a CPU machine's.
+        more than kv_cache_memory bytes; by default 90 % of the GPU memory that a step leaves free, or half of a CPU
+        machine's.
     seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
 
     Raises ValueError for an option out of range and for a checkpoint that is broken or not implemented, TypeError for
@@ -91,7 +92,7 @@ class LLM:
                 randomize(network, seed or 0)
             else:
                 load_weights(network, folder)
-        self.engine = Engine(network, self.config, self.tokenizer)
+        self._engine: Engine | None = Engine(network, self.config, self.tokenizer)
 
     def generate(
         self,
@@ -103,14 +104,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; the outputs come in the order of the prompts.
 
-        A prompt is a string, a list of token ids, or {"prompt_token_ids": [...]}; params is one SamplingParams for all
-        or one each. on_finish is called with each output as it is finished. Whatever is raised meanwhile, Ctrl-C
-        included, leaves an empty engine that can go on.
+        A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; params is one
+        SamplingParams for all or one each. use_tqdm shows a progress bar. on_finish is called with each output as it is
+        finished. Whatever is raised meanwhile, Ctrl-C included, leaves an empty engine that can go on.
 
-        Raises ValueError for a bad prompt, naming its number, and RuntimeError while requests added to `engine` by hand
-        are unfinished.
+        Raises ValueError for a bad prompt, naming its number; FloatingPointError where the model's logits are NaN or
+        infinite; RuntimeError on a closed LLM, while requests added to `engine` by hand are unfinished, and where
+        on_finish aborted one of these.
         """
-        engine = self._open_engine()
+        engine = self.engine
         if engine.has_unfinished():
             raise RuntimeError("the engine has unfinished requests; step() until they are done or abort() them first")
         prompts = _as_list(prompts)
@@ -135,6 +137,11 @@ class LLM:
                             on_finish(output)
         finally:
             engine.abort_all()
+        missing = [i for i, request_id in enumerate(ids) if request_id not in outputs]
+        if missing:
+            raise RuntimeError(
+                f"prompts {missing} were aborted, so their outputs are missing; on_finish had the others"
+            )
         return [outputs[request_id] for request_id in ids]
 
     def chat(
@@ -145,8 +152,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """`generate` on one conversation, or on a list of them, through the checkpoint's chat template.
 
-        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. Raises
-        ValueError where there is no tokenizer or no template.
+        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. options are
+        those of `generate`. Raises what `generate` does, and ValueError where there is no tokenizer or no template.
         """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
@@ -161,11 +168,18 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """The engine's counts so far, as a copy: take differences."""
-        return EngineStats(**vars(self._open_engine().runner.stats))
+        return EngineStats(**vars(self.engine.runner.stats))
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests. Raises RuntimeError once the LLM is closed."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self._engine
 
     def close(self) -> None:
         """Drops the model and the KV cache. Closing twice is fine; generating afterwards raises RuntimeError."""
-        self.engine = None
+        self._engine = None
         if self.config.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -174,11 +188,6 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _open_engine(self) -> Engine:
-        if self.engine is None:
-            raise RuntimeError("this LLM is closed")
-        return self.engine
 
     def _add(self, number: int, prompt: Prompt, params: SamplingParams | None) -> int:
         try:
@@ -203,6 +212,8 @@ def _conversations(messages: object) -> list[list[dict[str, str]]]:
         raise ValueError("chat needs at least one message, got an empty list")
     conversations = [messages] if isinstance(messages[0], dict) else messages
     for i, conversation in enumerate(conversations):
+        if not isinstance(conversation, list | tuple):
+            raise ValueError(f"conversation {i}: it must be a list of {_MESSAGE}, got {type(conversation).__name__}")
         if not conversation:
             raise ValueError(f"conversation {i}: it has no messages")
         for j, message in enumerate(conversation):
@@ -210,7 +221,7 @@ def _conversations(messages: object) -> list[list[dict[str, str]]]:
                 raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE}, got {type(message).__name__}")
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise ValueError(
-                    f"conversation {i}: message {j} must be {_MESSAGE} with strings, got the keys {sorted(message)}"
+                    f"conversation {i}: message {j} must be {_MESSAGE} with strings, got the keys {list(message)}"
                 )
     return conversations
 
@@ -245,14 +256,19 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
 
 def _fetch(name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
     """A local folder as it is; anything else is looked for on the Hub."""
-    if Path(name).is_dir():
-        return Path(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for a Hub name, and {str(name)!r} is a local folder")
+        return path
+    if path.is_absolute() or path.exists() or str(name).startswith("."):
+        raise ValueError(f"{str(name)!r} is no folder; a checkpoint's folder or a Hub name is expected")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the Hub's client lets its HTTP library's own errors through
         raise ValueError(
             f"{str(name)!r} is no local folder and could not be fetched from the Hub: {error}; for random weights of a "
-            f"published shape pass load_format='dummy' with one of {', '.join(SHAPES)}"
+            f"published shape pass load_format='dummy' with one of {', '.join(SHAPES)}{nearest(str(name), SHAPES)}"
         ) from error
 
 
@@ -260,6 +276,8 @@ def _load_tokenizer(config: EngineConfig, folder: Path | None) -> PreTrainedToke
     """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights."""
     if config.tokenizer is not None:
         folder = _fetch(config.tokenizer, None, ["*.json", "*.jinja"])
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder}: there is no tokenizer.json; the fast tokenizer's file is expected")
     elif config.load_format == "dummy" or not (folder / "tokenizer.json").is_file():
         return None
     try:

@@ -18,9 +18,10 @@ class SamplingParams:
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
         is left. More steps than positions means one token a step.
     mode, unmasking: names of `decoding.modes.MODES` and `decoding.unmasking.RULES`; every mode takes every rule.
-    threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15). One that
-        the chosen rule does not read is refused.
-    temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits.
+    threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15 nats).
+        One that the chosen rule does not read is refused.
+    temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
+        samples from their softmax at that temperature. At most 1e6.
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report.
     stop_token_ids: these end a request besides the checkpoint's own, and do so under ignore_eos too.
     ignore_eos: the checkpoint's own stop tokens do not end the request.
@@ -40,7 +41,7 @@ class SamplingParams:
     entropy_bound: float | None = None
     temperature: float = 0.0
     seed: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
@@ -57,7 +58,7 @@ class SamplingParams:
         check_choice("mode", self.mode, MODES)
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
-        check_real("temperature", self.temperature, 0.0)
+        check_real("temperature", self.temperature, 0.0, 1e6)
         if self.seed is not None:
             check_int("seed", self.seed, 0)
             if self.seed >= 2**64:
@@ -66,6 +67,9 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
             check_int("every one of stop_token_ids", token_id, 0)
+        if self.stop_token_ids is not None:
+            # a copy that nobody can change, so that the checks hold and the params can be a key
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name in ("ignore_eos", "logits_eos_inf", "confidence_eos_eot_inf"):
             check_bool(name, getattr(self, name))
 

@@ -11,7 +11,7 @@ import torch
 from _pytest.capture import CaptureManager
 
 from blockinfer import LLM, RequestOutput
-from evals.graders import grade
+from evals.graders import grade, require
 from evals.record import Run, environment, extra_info, table, write_comparison
 from evals.rows import encode
 from evals.settings import Case, Settings, read_settings
@@ -65,13 +65,27 @@ class Suite:
         self.settings = settings
         self.environment = environment(settings, llm.config.dtype)
         self.runs: dict[Case, Run] = {}
+        self.failed: dict[Case, Exception] = {}
         limit = llm.config.max_model_len - settings.max_tokens
-        encoded = [encode(row, llm.tokenizer, limit) for row in settings.rows]
+        if limit < 1:
+            raise ValueError(f"--max-tokens {settings.max_tokens} leaves no room for a prompt: {_room(llm)}")
+        try:
+            encoded = [encode(row, llm.tokenizer, limit) for row in settings.rows]
+        except ValueError as error:
+            raise ValueError(f"{error}: {_room(llm)}, --max-tokens asks for {settings.max_tokens} of it") from error
         self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
         self.truncated = sum(was_cut for _, was_cut in encoded)
 
     def measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
         """Runs a configuration under `time_it(function, setup)`, which may call both several times."""
+        try:
+            self.runs[case] = self._measure(case, time_it)
+        except Exception as error:
+            self.failed[case] = error
+            raise
+        return self.runs[case]
+
+    def _measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
         seconds: list[float] = []
         forwards: list[int] = []
         outputs: list[RequestOutput] = []
@@ -100,17 +114,25 @@ class Suite:
             pairs = zip(self.settings.rows, outputs, strict=True)
             grades = [grade(row, output.outputs[0].text) for row, output in pairs]
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        self.runs[case] = Run(case, outputs, grades, seconds, forwards[-1], peak)
-        return self.runs[case]
+        return Run(case, outputs, grades, seconds, forwards[-1], peak)
 
     def extra_info(self, run: Run) -> dict[str, Any]:
         return extra_info(run, self.settings, self.truncated, self.environment)
 
     def result(self, case: Case) -> Run:
-        """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it."""
+        """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it.
+
+        Raises what making it raised, then too: it is not tried again for every source.
+        """
+        if case in self.failed:
+            raise self.failed[case]
         if case in self.runs:
             return self.runs[case]
         return self.measure(case, lambda function, setup: (setup(), function()))
+
+
+def _room(llm: LLM) -> str:
+    return f"{llm.config.model} takes {llm.config.max_model_len} tokens in all"
 
 
 @pytest.fixture(scope="session")
@@ -119,11 +141,13 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
     capture = request.config.pluginmanager.getplugin("capturemanager")
     try:
+        if not settings.is_dummy:
+            require(dict.fromkeys(row["source"] for row in settings.rows))
         llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
         if llm.tokenizer is None:
             raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
         suite = Suite(llm, settings, capture)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         # every test would fail alike
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     with llm:

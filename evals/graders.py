@@ -1,25 +1,29 @@
 """One grader per source, each with a version that is stored with every result.
 
 gsm8k and math500 are judged by math-verify, longbench_hotpotqa by torchmetrics' SQuAD metric, mmlu by the letter named
-last. The libraries are imported when they are first needed: a machine that only measures speed can do without them.
+last. The libraries are imported late: with random weights nothing is graded, and none is needed.
 """
 
+import importlib
 import re
 import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-GRADER_VERSIONS = {"gsm8k": 1, "math500": 1, "mmlu": 1, "longbench_hotpotqa": 1}
+GRADER_VERSIONS = {"gsm8k": 2, "math500": 2, "mmlu": 2, "longbench_hotpotqa": 2}
 
 # Final answers stand at the end; what comes before this many characters is not looked at.
 _TAIL = 4000
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
-_ANSWER_IS = re.compile(r"answer\s+is\s*:?\s*", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"answer(?:\s+is\s*:?|\s*:)\s*", re.IGNORECASE)
+# Emphasis, quotes and TeX around a letter; taken away before one is looked for.
+_DRESS = re.compile(r"\*\*|[\"$]|\\(?:text|textbf|textrm|mathrm|mathbf)\b")
 _STATED_LETTER = re.compile(
-    r"[Aa]nswer(?:\s+is)?\s*:?\s*(?:option\s+)?\(?\**([A-D])\**\)?(?![A-Za-z0-9'])"
-    r"|\\boxed\{\s*(?:\\text\{)?\(?([A-D])\)?\}"
+    r"(?i:answer(?:\s+is)?\s*:?\s*(?:option\s+|choice\s+)?)[{(]?([A-D])[)}]?(?![A-Za-z0-9'])"
+    r"|\\boxed\{[\s{(]*([A-D])(?:[).:}][^{}]*)?\}"
 )
 _LEADING_LETTER = re.compile(r"\s*(?:\*\*)?\(?([A-D])(?:[).:](?![A-Za-z])|\*\*|\s*(?:\n|$))")
-_OPTION_LETTER = re.compile(r"\b(?:option|choice)\s+(?:is\s*:?\s*)?\(?\**([A-D])\b", re.IGNORECASE)
+_OPTION_LETTER = re.compile(r"\b(?i:option|choice)\b(?i:\s+is)?\s*:?\s*\(?([A-D])\b")
 
 
 class Grade(NamedTuple):
@@ -29,18 +33,27 @@ class Grade(NamedTuple):
     score: float
 
 
+def require(sources: Iterable[str]) -> None:
+    """Imports what grading these sources takes. Raises ImportError, saying how to install what is missing."""
+    for source in sources:
+        library = {"gsm8k": "math_verify", "math500": "math_verify", "longbench_hotpotqa": "torchmetrics"}.get(source)
+        try:
+            if library:
+                importlib.import_module(library)
+        except ImportError as error:
+            raise ImportError(f"grading {source} needs {library}: pip install 'blockinfer[test]' ({error})") from error
+
+
 def grade(row: dict[str, Any], text: str) -> Grade:
-    """Judges the answer `text` to `row`. Raises ValueError for an unknown source, ImportError for a missing library."""
+    """Judges the answer `text` to `row`. Raises ValueError for an unknown source."""
     if row["source"] not in _GRADERS:
         raise ValueError(f"row {row['id']}: there is no grader for the source {row['source']!r}")
     return _GRADERS[row["source"]](row, text[-_TAIL:])
 
 
 def _grade_math(row: dict[str, Any], text: str) -> Grade:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError("grading gsm8k and math500 needs math-verify: pip install 'blockinfer[test]'") from error
+    from math_verify import parse, verify
+
     # math-verify keeps time with signal.alarm, which only the main thread may use
     timeout = 5 if threading.current_thread() is threading.main_thread() else None
     gold = row["answer"].replace(",", "") if _THOUSANDS.fullmatch(row["answer"]) else row["answer"]
@@ -98,27 +111,27 @@ def _last_letter(text: str, choices: list[str]) -> str | None:
     """The letter that the text settles on: after the last "answer is" or in the last box; else the one that it begins
     with, alone, in bold or as "(B)" or "B."; else after the last "option".
 
-    A letter inside a sentence is not one, so the article "A" never counts; an answer that is one choice's words is.
+    A letter inside a sentence is not one, so the article "A" never counts. Without a letter, the words of one choice
+    are taken for it where they are the whole answer.
     """
-    stated = _STATED_LETTER.findall(text)
+    plain = _DRESS.sub("", text)
+    stated = _STATED_LETTER.findall(plain)
     if stated:
         return next(letter for letter in stated[-1] if letter)
     leading = _LEADING_LETTER.match(text)
     if leading:
         return leading.group(1)
-    options = _OPTION_LETTER.findall(text)
-    if options and options[-1].isupper():
+    options = _OPTION_LETTER.findall(plain)
+    if options:
         return options[-1]
-    bare = text.strip().rstrip(".").casefold()
+    bare = _ANSWER_IS.split(plain)[-1].strip().rstrip(".").casefold()
     words = [letter for letter, choice in zip("ABCD", choices, strict=True) if choice.strip().casefold() == bare]
     return words[0] if len(words) == 1 else None
 
 
 def _grade_squad(row: dict[str, Any], text: str) -> Grade:
-    try:
-        from torchmetrics.functional.text import squad
-    except ImportError as error:
-        raise ImportError("grading longbench_hotpotqa needs torchmetrics: pip install 'blockinfer[test]'") from error
+    from torchmetrics.functional.text import squad
+
     found = list(_ANSWER_IS.finditer(text))
     stated = text[found[-1].end() :] if found else text
     box = _last_braces(stated) if "\\boxed" in stated else None

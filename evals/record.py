@@ -55,9 +55,9 @@ class Run:
         return statistics.fmean(g.correct for g in self.grades) if self.grades else None
 
 
-def wilson_interval(correct: int, number: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: int, number: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (E. B. Wilson, JASA 22, 1927)."""
-    p, n = correct / number, number
+    p, n, z = correct / number, number, 1.96
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -173,8 +173,13 @@ def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:
     same = [run for run in runs if run.case.unmasking == case.unmasking]
     steps = total_steps(case.params)
     standard = [run for run in same if run.case.mode == STANDARD and total_steps(run.case.params) == steps]
-    semi = [run for run in same if run.case.mode == "vanilla" and run.case.block_length == case.block_length]
+    semi = [run for run in same if is_baseline(run.case, case)]
     return next(iter(standard), None), next(iter(semi), None)
+
+
+def is_baseline(vanilla: Case, case: Case) -> bool:
+    """Whether `vanilla` is semi-autoregressive decoding at the block length and rule of `case`."""
+    return (vanilla.mode, vanilla.block_length, vanilla.unmasking) == ("vanilla", case.block_length, case.unmasking)
 
 
 def _figures(run: Run | None) -> dict[str, Any] | None:

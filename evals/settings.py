@@ -18,7 +18,7 @@ STANDARD = "vanilla_llada"
 SUITE_MODES = (STANDARD, *MODES)
 
 TINY_MODEL = Path(__file__).parent / "llada_tiny"
-SAMPLE = Path(__file__).parent.parent / "sample_200.jsonl"
+SAMPLE = Path(__file__).resolve().parent.parent / "sample_200.jsonl"
 PUBLISHED_MODEL = "GSAI-ML/LLaDA-8B-Instruct"
 
 
@@ -72,8 +72,10 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
-    if not Path(option("--output")).absolute().parent.is_dir() or Path(option("--output")).is_dir():
-        raise pytest.UsageError(f"--output must be a file in a folder that exists, got {option('--output')!r}")
+    for name in ("--output", "--benchmark-json"):
+        path = option(name)
+        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+            raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
@@ -117,7 +119,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
                 except ValueError as error:
                     raise pytest.UsageError(str(error)) from error
                 # the standard decoding may be the same at several block lengths: it is measured once
-                if mode != STANDARD or all(case.params != params for case in cases):
+                if mode != STANDARD or all(c.mode != STANDARD or c.params != params for c in cases):
                     cases.append(Case(mode, block_length, rule, params))
     return cases
 
@@ -153,6 +155,8 @@ def total_steps(params: SamplingParams) -> int | None:
 def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:
     if given == ["all"]:
         return list(known)
+    if "all" in given:
+        raise pytest.UsageError(f"{option}: 'all' stands alone, got {', '.join(given)}")
     for name in given:
         if name not in known:
             hint = nearest(name, known)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.record import baselines, by_source
+from evals.record import by_source, is_baseline
 from evals.settings import SAMPLE, Case, Settings, total_steps
 
 # The least share of right answers, by source, that the small model may have on sample_200.jsonl, in any mode, at one
@@ -23,10 +23,10 @@ def test_accuracy(suite, case, source):
     if source in FLOORS and has_floor(suite.settings, case) and len(grades) >= 8:
         assert accuracy >= FLOORS[source], f"{accuracy:.0%} of {len(grades)} right"
         return
-    _, vanilla = baselines(case, list(suite.runs.values()))
-    if vanilla in (None, run):
-        pytest.skip("no floor is known for this configuration, and there is no run of vanilla to compare with")
-    before = by_source(vanilla, suite.settings)[source]
+    vanilla = next((c for c in suite.settings.cases if is_baseline(c, case)), None)
+    if vanilla in (None, case):
+        pytest.skip("no floor is known for this configuration, and vanilla, to compare with, is not measured beside it")
+    before = by_source(suite.result(vanilla), suite.settings)[source]
     lost = sum(b.correct and not g.correct for b, g in zip(before, grades, strict=True))
     won = sum(g.correct and not b.correct for b, g in zip(before, grades, strict=True))
     assert sign_test(lost, won) >= 0.01, f"{lost} answers lost and {won} won against vanilla on {len(grades)} rows"
@@ -36,7 +36,7 @@ def has_floor(settings: Settings, case: Case) -> bool:
     """The floors hold for the small model on the project's own rows, answers not cut short, one token a step."""
     params = case.params
     one_a_step = params.unmasking == "low_confidence" and total_steps(params) >= params.max_tokens
-    own_rows = Path(settings.dataset).name == SAMPLE.name
+    own_rows = Path(settings.dataset).resolve() == SAMPLE
     return settings.is_tiny and own_rows and one_a_step and params.max_tokens >= 128
 
 

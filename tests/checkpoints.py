@@ -90,7 +90,7 @@ def write_checkpoint(
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "n_layers": n_layers,
-        "pad_token_id": eos_token_id if isinstance(eos_token_id, int) else eos_token_id[0],
+        "pad_token_id": eos_token_id if isinstance(eos_token_id, int) else next(iter(eos_token_id), None),
         "precision": "amp_bf16",
         "residual_dropout": 0.0,
         "rms_norm_eps": 1e-05,

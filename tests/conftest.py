@@ -1,9 +1,15 @@
-"""Random checkpoints and engines shared by the tests."""
+"""Hypothesis's profiles, and the random checkpoints and engines that the tests share."""
 
+import hypothesis
 import pytest
+import torch
 
 from blockinfer import LLM
 from tests.checkpoints import write_checkpoint, write_tokenizer
+
+hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("gpu", max_examples=300, deadline=None)
+hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "ci")
 
 
 @pytest.fixture(scope="session")

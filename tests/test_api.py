@@ -251,3 +251,24 @@ def test_a_dummy_of_a_hub_name_fetches_its_config_alone(checkpoint, monkeypatch)
     monkeypatch.setattr("blockinfer.llm.snapshot_download", lambda *a, **k: asked.append(k) or str(checkpoint))
     with LLM("some/model", load_format="dummy", device="cpu"):
         assert [k["allow_patterns"] for k in asked] == [["config.json"]]
+
+
+def test_params_keep_their_own_copy_and_can_be_a_key():
+    stops = [1, 2]
+    params = SamplingParams(stop_token_ids=stops)
+    stops.append("x")
+    assert params.stop_token_ids == (1, 2)
+    assert {params: 1}[dataclasses.replace(params)] == 1
+
+
+def test_a_prompt_in_a_dict(llm):
+    by_name, plain, both = generate(llm, [{"prompt": "hi"}, "hi", {"prompt": "x", "prompt_token_ids": [5]}])
+    assert by_name.outputs == plain.outputs and by_name.prompt_token_ids == plain.prompt_token_ids
+    assert (both.prompt, both.prompt_token_ids) == ("x", [5])
+
+
+def test_eos_flags_need_an_eos_token(tmp_path):
+    with LLM(write_checkpoint(tmp_path, eos_token_id=[]), device="cpu") as llm:
+        for flag in ("logits_eos_inf", "confidence_eos_eot_inf"):
+            with pytest.raises(ValueError, match=f"{flag} acts on the EOS token, and this checkpoint names none"):
+                llm.generate([1], SamplingParams(**{flag: True}))

@@ -38,7 +38,7 @@ WTE = "model.transformer.wte.weight"
         ({"unmasking": "threshold", "threshold": "0.9"}, ValueError, "threshold must be a finite number, got '0.9'"),
         ({"unmasking": "factor", "factor": -1}, ValueError, "factor must be at least 0.0, got -1"),
         ({"unmasking": "entropy", "entropy_bound": float("inf")}, ValueError, "entropy_bound must be a finite number"),
-        ({"temperature": -0.5}, ValueError, "temperature must be at least 0.0, got -0.5"),
+        ({"temperature": -0.5}, ValueError, "temperature must be between 0.0 and 1000000.0, got -0.5"),
         ({"temperature": float("nan")}, ValueError, "temperature must be a finite number, got nan"),
         ({"temperature": True}, ValueError, "temperature must be a finite number, got True"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
@@ -90,11 +90,27 @@ def test_sampling_params(options, error, message):
         ({"kv_cache_memory": 100}, ValueError, "a KV cache of 100 bytes holds no page; one of 16 tokens takes 8192"),
         ({"kv_cache_memory": 2**62, "page_size": 2**40}, ValueError, "the KV cache of .* bytes cannot be allocated"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 2**64}, ValueError, "seed must be below 2\\*\\*64"),
+        ({"tokenizer": 5}, ValueError, "tokenizer must be a folder or a name on the Hub, got 5"),
+        ({"tokenizer": ""}, ValueError, "tokenizer must be a folder or a name on the Hub, got ''"),
+        ({"revision": 7}, ValueError, "revision must be .*, got 7"),
+        ({"revision": "main"}, ValueError, "revision='main' is for a Hub name, and .* is a local folder"),
     ],
 )
 def test_llm_options(checkpoint, options, error, message):
     with pytest.raises(error, match=message):
         LLM(checkpoint, **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("model", [None, 5, "", b"folder"])
+def test_a_model_that_is_no_name(model):
+    with pytest.raises(ValueError, match="model must be a folder or a name on the Hub, got"):
+        LLM(model, device="cpu")
+
+
+def test_a_tokenizer_folder_without_its_file(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="there is no tokenizer.json; the fast tokenizer's file is expected"):
+        LLM(checkpoint, tokenizer=tmp_path, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -110,7 +126,9 @@ def test_a_gpu_that_is_not_there(checkpoint):
         ([], None),
         ({"prompt_token_ids": []}, "the prompt is empty"),
         ({"prompt_token_ids": "abc"}, "must be a string or a list of token ids, got str"),
-        ({"prompt": "abc"}, "a dict prompt must be .*prompt_token_ids.*got the keys .'prompt'"),
+        ({"prompt": 5}, '"prompt" must be a string, got int'),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({1: 2, "a": 3}, r"""a dict prompt has "prompt" or "prompt_token_ids", got the keys \[1, 'a'\]"""),
         ({"prompt_token_ids": [1], "multi_modal": 1}, "got the keys"),
         ({}, "got the keys"),
         ([[1, 2], [3, 300]], "prompt 1: prompt token 1 must be an integer from 0 to 299, got 300"),
@@ -156,6 +174,9 @@ def test_params_of_generate(llm, params, message):
         ([{"role": "user"}], "conversation 0: message 0 must be .*got the keys .'role'"),
         ([[{"role": "user", "content": "a"}], []], "conversation 1: it has no messages"),
         ([{"role": "user", "content": 5}], "conversation 0: message 0 must be"),
+        ([{"role": "user", 1: 5}], "conversation 0: message 0 must be .*got the keys"),
+        (["hi"], "conversation 0: it must be a list of .*, got str"),
+        ([1, 2], "conversation 0: it must be a list of .*, got int"),
     ],
 )
 def test_conversations(llm, messages, message):
@@ -215,6 +236,8 @@ def test_a_request_that_the_pages_can_never_hold(checkpoint):
         ({"mask_token_id": [4, 5]}, "mask_token_id must be one token id, got"),
         ({"mask_token_id": None}, "names a mask token; pass mask_token_id"),
         ({"torch_dtype": "float8"}, "dtype must be one of .*got 'float8'"),
+        ({"torch_dtype": ["bfloat16"]}, "dtype must be one of .*got .'bfloat16'."),
+        ({"weight_tying": []}, "weight_tying must be true or false, got"),
         ({"n_layers": 3}, "9 missing: model.transformer.blocks.2.attn_norm.weight"),
         ({"n_layers": 1}, "9 unexpected: model.transformer.blocks.1.attn_norm.weight"),
         ({"weight_tying": True}, "1 unexpected: model.transformer.ff_out.weight"),
@@ -332,8 +355,32 @@ def test_chat_without_a_template(tmp_path):
         llm.chat([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("name", ["no-such-model-here", "/no/such/folder", "a/b/c"])
-def test_a_model_that_is_nowhere(name, monkeypatch):
+HUB = "is no local folder and could not be fetched from the Hub"
+NO_FOLDER = "is no folder; a checkpoint's folder or a Hub name is expected"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no-such-model-here", HUB), ("a/b/c", HUB), ("/no/such/folder", NO_FOLDER), ("./here", NO_FOLDER)],
+)
+def test_a_model_that_is_nowhere(name, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"'{name}' is no local folder and could not be fetched from the Hub"):
+    with pytest.raises(ValueError, match=f"'{name}' {message}"):
         LLM(name, device="cpu")
+
+
+def test_a_shape_s_name_that_is_mistyped(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="with one of llada-8b; did you mean 'llada-8b'?"):
+        LLM("llada-8B", load_format="dummy", device="cpu")
+
+
+def test_a_download_that_breaks_off(monkeypatch):
+    """The Hub's client raises its HTTP library's own errors, which are no OSError."""
+
+    def broken(*args, **options):
+        raise RuntimeError("peer closed connection")
+
+    monkeypatch.setattr("blockinfer.llm.snapshot_download", broken)
+    with pytest.raises(ValueError, match=f"'some/model' {HUB}: peer closed connection"):
+        LLM("some/model", device="cpu")

@@ -1,10 +1,11 @@
 """Graders on gold answers in the forms that models write, on near misses, and on text made to mislead them."""
 
+import sys
 import threading
 
 import pytest
 
-from evals.graders import grade
+from evals.graders import grade, require
 from evals.rows import load_rows
 from evals.settings import SAMPLE
 
@@ -29,6 +30,8 @@ NUMBER_FORMS = [
     "The answer is 3. No: the answer is {}.",
     "The answer is {}. Then 17 more come.",
     "He has 5 in 3 boxes.\n#### {}",
+    "7 boxes of 3.\nAnswer: {}",
+    "7 boxes of 3.\n**Answer:** {}",
     "The final answer is ${}$",
     "{{{}}}",
 ]
@@ -117,6 +120,15 @@ def test_math_is_graded_outside_the_main_thread_too():
         "B\n\nA trumpet is an instrument.",
         "\\boxed{B}",
         "\\boxed{\\text{B}}",
+        "\\boxed{\\textbf{B}}",
+        "\\boxed{B. a trumpet}",
+        "**Answer:** B",
+        "ANSWER: B",
+        "Answer is $B$",
+        'The answer is "B".',
+        "Correct option: B",
+        "The answer is a trumpet.",
+        "**Answer:** a trumpet",
         "a trumpet",
         "A trumpet.",
     ],
@@ -136,7 +148,9 @@ def test_gold_letters(text):
         "The answer is Blue.",
         "The answer is D.",
         "BBBB",
-        "The answer is a trumpet",
+        "The answer is a trumpet or Vans",
+        "The answer is not a trumpet.",
+        "Options B and C are wrong",
         "b",
         "B.C. is",
     ],
@@ -153,6 +167,8 @@ def test_wrong_or_misleading_letters(text):
         ("\\boxed{Ann Lee}", True, 1.0),
         ("She works at the Mill. The Mill is in Rome. The answer is the ann lee", True, 1.0),
         ("The answer is Anna.", True, 1.0),
+        ("Answer: Ann Lee", True, 1.0),
+        ("**Answer:** Ann Lee", True, 1.0),
         ("The answer is Ann.", False, 2 / 3),
         ("The answer is Bob. It is not Ann Lee", False, 0.5),
         ("", False, 0.0),
@@ -163,6 +179,14 @@ def test_hotpotqa(text, correct, score):
     result = grade(row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee", "Anna"]), text)
     assert result.correct == correct
     assert result.score == pytest.approx(score, abs=1e-5)
+
+
+def test_what_grading_needs_is_named_before_anything_is_generated(monkeypatch):
+    require(["gsm8k", "mmlu", "longbench_hotpotqa"])
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    require(["mmlu"])
+    with pytest.raises(ImportError, match=r"grading math500 needs math_verify: pip install 'blockinfer\[test\]'"):
+        require(["mmlu", "math500"])
 
 
 def test_an_unknown_source_is_named():

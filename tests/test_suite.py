@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals import test_accuracy
+from evals.conftest import Suite
 from evals.graders import Grade
 from evals.record import Run, wilson_interval
 from evals.settings import SAMPLE, read_settings
@@ -55,6 +57,8 @@ def test_standard_decoding_is_measured_once_where_block_lengths_make_no_differen
     cases = settings(block_length=[8, 32, 64], mode=["vanilla_llada", "block"]).cases
     # 128 steps in all at 8 and 32, 64 at 64
     assert [c.block_length for c in cases if c.mode == "vanilla_llada"] == [8, 64]
+    modes = ["vanilla", "vanilla_llada", "block"]
+    assert [c.mode for c in settings(mode=modes).cases] == modes
     assert [c.block_length for c in cases if c.mode == "block"] == [8, 32, 64]
 
 
@@ -78,6 +82,8 @@ def test_skip_vanilla_and_dummy(settings):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"mode": ["all", "block"]}, "--mode: 'all' stands alone, got all, block"),
+        ({"benchmark_json": "/no/such/out.json"}, "--benchmark-json must be a file in a folder that exists, got"),
         ({"mode": ["blok"]}, "--mode must be 'all' or names of vanilla_llada, .*got 'blok'; did you mean 'block'?"),
         ({"unmasking": ["greedy"]}, "--unmasking must be 'all' or names of .*got 'greedy'"),
         ({"source": ["mlu"]}, "source must be one of gsm8k, .*got 'mlu'"),
@@ -228,7 +234,7 @@ def test_the_floors_catch_an_engine_that_answers_wrongly(settings, source, mode)
         test_accuracy.test_accuracy(suite(enough - 1), case, source)
 
 
-def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(settings):
+def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(settings, tmp_path):
     def floors(**changed):
         changed = {"dataset": str(SAMPLE), "num_samples": 32, "mode": ["block"]} | changed
         return {test_accuracy.has_floor(s, case) for s in [settings(**changed)] for case in s.cases}
@@ -236,6 +242,9 @@ def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(
     assert floors() == floors(mode=["all"]) == floors(block_length=[8, 32]) == {True}
     assert floors(model="other") == floors(max_tokens=64) == floors(denoising_steps=4) == {False}
     assert floors(unmasking=["threshold"]) == {False}
+    other = tmp_path / SAMPLE.name
+    other.write_bytes(SAMPLE.read_bytes())
+    assert floors(dataset=str(other)) == {False}
 
 
 def test_a_model_without_a_tokenizer_ends_the_run_with_one_line(tmp_path):
@@ -243,6 +252,31 @@ def test_a_model_without_a_tokenizer_ends_the_run_with_one_line(tmp_path):
     code, text, _, result = run_suite(tmp_path, f"--model={folder}", "--mode=block")
     assert code == 4 and "has no tokenizer to ask the rows with; pass --tokenizer" in text
     assert "Traceback" not in text and result is None
+
+
+@pytest.mark.parametrize("tokens", ["1000", "1024", "5000"])
+def test_max_tokens_that_leave_no_room_end_the_run_with_one_line(tmp_path, folder, tokens):
+    code, text, _, result = run_suite(tmp_path, f"--model={folder}", "--mode=block", f"--max-tokens={tokens}")
+    assert code == 4 and "takes 1024 tokens in all" in text and "--max-tokens" in text
+    assert "Traceback" not in text and result is None
+
+
+def test_a_configuration_that_fails_is_not_run_again_for_every_source(settings):
+    calls = []
+
+    def fails(function, setup):
+        calls.append(1)
+        raise FloatingPointError("broken")
+
+    s = settings(mode=["block"])
+    engine = SimpleNamespace(config=SimpleNamespace(max_model_len=512, dtype=torch.float32), tokenizer=None)
+    suite = object.__new__(Suite)
+    suite.llm, suite.settings, suite.runs, suite.failed = engine, s, {}, {}
+    suite.capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
+    for run in (lambda: suite.measure(s.cases[0], fails), lambda: suite.result(s.cases[0])):
+        with pytest.raises(FloatingPointError, match="broken"):
+            run()
+    assert calls == [1]
 
 
 def test_sign_test():

@@ -33,18 +33,17 @@ class Engine:
         eos_ids = list(model.config.eos_token_ids)
         eot_ids = [tokenizer.convert_tokens_to_ids(_EOT)] if tokenizer and _EOT in tokenizer.get_vocab() else []
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
-        self.pool = PagePool(_num_pages(model, config), config.page_size)
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
-        self.runner = ModelRunner(model, config, self.pool.num_pages, eos_ids, eos_ids + eot_ids)
-        self._sequences: dict[int, Sequence] = {}
+        self.runner = ModelRunner(model, config, _num_pages(model, config), eos_ids, eos_ids + eot_ids)
+        self.abort_all()
         self._next_id = 0
         self._seeds = random.Random(config.seed)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queues a request and returns its id. prompt: a string, token ids, or {"prompt_token_ids": [...]}.
+        """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
+        {"prompt_token_ids": [...]}.
 
-        Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, and for
-        a request that the page pool could never hold.
+        Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
+        a request that the page pool could never hold, and for an option that this checkpoint cannot follow.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -62,53 +61,67 @@ class Engine:
         return sequence.request_id
 
     def step(self) -> list[RequestOutput]:
-        """One forward for the requests that fit in it -> those that it finished, in the order they were added."""
-        scheduled, admitted = self.scheduler.schedule()
+        """One forward for the requests that fit in it -> those that it finished, in the order they were added.
+
+        Raises FloatingPointError, naming the requests, where logits are NaN or infinite. Nothing has moved then: abort
+        those and the others go on, at the cost of a forward.
+        """
+        scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
-        for sequence in admitted:
-            self.runner.start(sequence)
         for sequence, _ in scheduled:
+            if not sequence.on_device:
+                self.runner.start(sequence)
+                sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
         masked_left = self.runner.run(scheduled)
         finished = []
         for (sequence, _), left in zip(scheduled, masked_left, strict=True):
-            sequence.ran(self.runner.stats.forwards)
+            sequence.advance()
             if left:
                 continue
             sequence.finish_block(self.runner.block_tokens(sequence))
             if sequence.is_finished():
-                self.abort(sequence.request_id)
                 finished.append(self._output(sequence))
+                self.abort(sequence.request_id)
         return finished
 
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError where there is none of that id."""
         if request_id not in self._sequences:
             raise ValueError(f"there is no unfinished request {request_id!r}")
-        self.scheduler.release(self._sequences.pop(request_id))
+        self.scheduler.release(self._sequences[request_id])
+        del self._sequences[request_id]
 
     def abort_all(self) -> None:
-        """Drops every unfinished request."""
-        for request_id in list(self._sequences):
-            self.abort(request_id)
+        """Drops every unfinished request.
+
+        Begins anew rather than taking each one out, so that it also mends what Ctrl-C has cut in half.
+        """
+        self._sequences: dict[int, Sequence] = {}
+        self.pool = PagePool(self.runner.num_pages, self.config.page_size)
+        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
 
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """prompt -> its text, where it has one, and its token ids, checked."""
-        text = None
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
-            text, token_ids = prompt, self.tokenizer.encode(prompt) if prompt else []
-        elif isinstance(prompt, dict):
-            if "prompt_token_ids" not in prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
-                raise ValueError(f'a dict prompt must be {{"prompt_token_ids": [...]}}, got the keys {sorted(prompt)}')
-            text, token_ids = prompt.get("prompt"), prompt["prompt_token_ids"]
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, dict):
+            prompt = {"prompt_token_ids": prompt}
+        if not prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
+            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
+        text = prompt.get("prompt")
+        if not isinstance(text, str | None):
+            raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
+        if "prompt_token_ids" in prompt:
+            token_ids = prompt["prompt_token_ids"]
+        elif self.tokenizer is None:
+            raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
         else:
-            token_ids = prompt
+            token_ids = self.tokenizer.encode(text) if text else []
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
         if not token_ids:
@@ -132,6 +145,9 @@ class Engine:
                 f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
                 f"{self.pool.num_pages}; raise kv_cache_memory"
             )
+        for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
+            if getattr(params, option) and not len(ids):
+                raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
         outside = [i for i in params.stop_token_ids or () if i >= self.model.config.embedding_size]
         if outside:
             raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
@@ -171,12 +187,12 @@ class Engine:
 
 def _num_pages(model: LLaDA, config: EngineConfig) -> int:
     """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
-    allows; without it, as far as 90 % of the free GPU memory, or half of the machine's on a CPU, does.
+    allows; without it, as far as 90 % of the GPU memory that a step leaves free, or half of a CPU machine's, does.
 
     Raises ValueError when that is not one page.
     """
     page_bytes = math.prod(page_shape(model, config.page_size)) * config.dtype.itemsize
-    memory = config.kv_cache_memory or _available_memory(config.device)
+    memory = config.kv_cache_memory or _available_memory(model, config)
     num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
     if num_pages < 1:
         raise ValueError(
@@ -185,7 +201,11 @@ def _num_pages(model: LLaDA, config: EngineConfig) -> int:
     return num_pages
 
 
-def _available_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+def _available_memory(model: LLaDA, config: EngineConfig) -> int:
+    """Bytes for the KV cache."""
+    if config.device.type == "cuda":
+        # the widest moment of a layer: gate and up, their product, and a few hidden states
+        width = 3 * model.config.mlp_hidden_size + 8 * model.config.d_model
+        step = config.max_num_batched_tokens * width * config.dtype.itemsize
+        return max(0, int(torch.cuda.mem_get_info(config.device)[0] * 0.9) - step)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -15,8 +15,9 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.confidence import RowNoise, token_confidence
 from blockinfer.models.llada import LLaDA
 
-# Rows that go through the LM head at once: bounds the logits' memory (at 126,464 columns, 130 MB in float32).
-_LM_HEAD_ROWS = 256
+# Rows that go through the LM head at once, which bounds the memory of what has a column for every token: at 126,464
+# columns about 0.3 GB, in float32 and with noise, whose float64 and int64 intermediates are ten times as large.
+_LM_HEAD_ROWS, _NOISY_LM_HEAD_ROWS = 256, 32
 
 
 @dataclass
@@ -46,6 +47,7 @@ class ModelRunner:
         shape = (config.max_num_seqs, config.max_model_len)
         self.tokens = torch.full(shape, config.mask_token_id, device=self.device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self.num_pages = num_pages
         self.kv_pages = _allocate_pages(model, config, num_pages)
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
@@ -65,12 +67,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> list[int]:
-        """One denoising step of every scheduled sequence -> the masked positions left in each one's block."""
+        """One denoising step of every scheduled sequence -> the masked positions left in each one's block.
+
+        Raises FloatingPointError, naming the requests, where logits are NaN or infinite.
+        """
         batch = build_batch(scheduled, self.config.page_size, self.device)
         sequences = [entry.sequence for entry in scheduled]
         hidden = self.model(self.tokens[batch.slots, batch.positions], batch.positions, self.kv_pages, batch.segments)
         self.stats.forwards += 1
         self.stats.rows += len(batch.positions)
+        for sequence in sequences:
+            sequence.ran(self.stats.forwards)
 
         # Blocks are padded to one width: [B, L]. Padding repeats the block's last position and is never masked.
         offsets = torch.arange(int(batch.block_lengths.max()), device=self.device)
@@ -101,14 +108,16 @@ class ModelRunner:
         """hidden [N, d] of masked rows; block, offset [N]: which block each is of, and where in it."""
         self.stats.lm_head_rows += len(hidden)
         chunks = []
-        for rows in torch.arange(len(hidden), device=self.device).split(_LM_HEAD_ROWS):
+        vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
+        size = _NOISY_LM_HEAD_ROWS if options.any_noise else _LM_HEAD_ROWS
+        for rows in torch.arange(len(hidden), device=self.device).split(size):
             logits = self.model.logits(hidden[rows])
+            logits[:, mask_token_id] = -torch.inf
             self._check_finite(logits, options, block[rows])
             if options.any_eos_inf:
                 forbidden = torch.isin(torch.arange(logits.shape[1], device=self.device), self.eos_ids)
                 logits[options.eos_inf[block[rows], None] & forbidden] = -torch.inf
             noise = options.noise(block[rows], offset[rows]) if options.any_noise else None
-            vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
             chunks.append(token_confidence(logits, vocab_size, mask_token_id, noise, options.any_entropy))
         token_ids, confidence, entropy = zip(*chunks, strict=True)
         return _Predicted(
@@ -116,7 +125,10 @@ class ModelRunner:
         )
 
     def _check_finite(self, logits: torch.Tensor, options: "_BlockOptions", block: torch.Tensor) -> None:
-        """Raises FloatingPointError where a row's largest logit is NaN or infinite: its token would mean nothing."""
+        """Raises FloatingPointError where a candidate is NaN or the largest is infinite: the token would mean nothing.
+
+        `token_confidence` defines a token even then; the engine rather says that the model is broken.
+        """
         broken = ~logits[:, : self.model.config.vocab_size].amax(dim=-1).isfinite()
         if broken.any():
             ids = sorted({options.request_ids[i] for i in block[broken].tolist()})

@@ -34,13 +34,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
-        """The next step's sequences, and those among them admitted just now, whose tokens the device does not have.
+    def schedule(self) -> list[ScheduledSequence]:
+        """The next step's sequences, in the order they were added.
 
         Where the rows exceed max_num_batched_tokens, the sequences that ran least recently go first.
         """
         self._grow()
-        admitted = self._admit()
+        self._admit()
         scheduled, rows = [], 0
         for sequence in sorted(self.running, key=lambda s: (s.last_run, s.request_id)):
             entry = ScheduledSequence(sequence, sequence.segments())
@@ -48,7 +48,7 @@ class Scheduler:
                 scheduled.append(entry)
                 rows += entry.rows
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
-        return scheduled, admitted
+        return scheduled
 
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out, running or waiting; its pages and slot are free again."""
@@ -65,16 +65,13 @@ class Scheduler:
             if sequence.slot is not None:
                 sequence.pages += self.pool.allocate(self._shortage(sequence))
 
-    def _admit(self) -> list[Sequence]:
-        admitted = []
+    def _admit(self) -> None:
         while self.waiting and self._free_slots and self._shortage(self.waiting[0]) <= self.pool.num_free:
             sequence = self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             sequence.pages = self.pool.allocate(self._shortage(sequence))
             self.running.append(sequence)
-            admitted.append(sequence)
         self.running.sort(key=lambda s: s.request_id)
-        return admitted
 
     def _shortage(self, sequence: Sequence) -> int:
         """Pages that the sequence's next step needs beyond those it has."""
@@ -92,3 +89,4 @@ class Scheduler:
         sequence.pages = []
         self._free_slots.append(sequence.slot)
         sequence.slot = None
+        sequence.on_device = False

@@ -28,6 +28,7 @@ class Sequence:
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
         self.slot: int | None = None
+        self.on_device = False  # whether the slot's tokens are this sequence's
         self.pages: list[int] = []
         self.step = 0
         self.num_cached = 0
@@ -79,9 +80,12 @@ class Sequence:
         return limit is not None and self.step + 1 >= limit
 
     def ran(self, forward: int) -> None:
-        """Forward number `forward`, with this sequence's rows, is done."""
+        """Forward number `forward` was launched with this sequence's rows."""
         self.last_run = forward
         self.nfe += 1
+
+    def advance(self) -> None:
+        """What the step revealed and cached stands."""
         self.step += 1
         self.num_cached = self.block_start
 

@@ -41,9 +41,8 @@ def token_confidence(
         draws = philox.gumbel(noise.seed, noise.position, noise.step, vocab_size)
         noisy = logits.double() + noise.temperature[:, None] * draws
     token_ids = noisy.argmax(dim=-1, keepdim=True)
-    best = noisy.gather(1, token_ids)[:, 0]
     probabilities = logits.softmax(dim=-1)
-    infinite = best.isinf()
+    infinite = logits.amax(dim=-1).isinf()
     if infinite.any():
         ties = _infinite_ties(logits[infinite], mask_token_id)
         token_ids[infinite] = ties.int().argmax(dim=-1, keepdim=True)

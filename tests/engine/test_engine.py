@@ -51,8 +51,8 @@ def test_any_order_of_events(folder, alone):
     # 14 pages of 5 tokens, where six requests want up to 10 each
     options = dict(max_model_len=50, max_num_batched_tokens=100, max_num_seqs=6, page_size=5)
     llm = LLM(folder, device="cpu", dtype="float64", kv_cache_memory=14 * page_bytes, **options)
-    engine, pool = llm.engine, llm.engine.pool
-    assert pool.num_pages == 14
+    engine = llm.engine
+    assert engine.pool.num_pages == 14
     counts = {"steps": 0, "finished": 0, "preemptions": 0, "aborted": 0}
 
     class Machine(RuleBasedStateMachine):
@@ -92,7 +92,7 @@ def test_any_order_of_events(folder, alone):
         @invariant()
         def every_page_is_free_or_owned_once(self):
             owned = [page for sequence in engine.scheduler.running for page in sequence.pages]
-            assert sorted(owned + pool._free) == list(range(pool.num_pages))
+            assert sorted(owned + engine.pool._free) == list(range(14))
 
         @invariant()
         def no_request_is_lost(self):
@@ -106,7 +106,7 @@ def test_any_order_of_events(folder, alone):
                     break
                 self.step(1)
             assert not self.alive, "requests hang"
-            assert pool.num_free == pool.num_pages
+            assert engine.pool.num_free == 14
 
     options = dict(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
     run_state_machine_as_test(Machine, settings=settings(**options))

@@ -45,10 +45,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(finish=st.lists(st.booleans(), min_size=MAX_SEQS, max_size=MAX_SEQS))
     def step(self, finish):
-        scheduled, admitted = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
         assert scheduled, "requests are there, but none runs"
         assert sum(entry.rows for entry in scheduled) <= MAX_LEN
-        assert all(sequence.nfe == 0 or sequence.preemptions for sequence in admitted)
+        assert all(not sequence.on_device for sequence in self.scheduler.waiting)
         self.forward += 1
         ran = {entry.sequence.request_id for entry in scheduled}
         for sequence in self.scheduler.running:
@@ -57,7 +57,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.idle[sequence.request_id] < MAX_SEQS
         for (sequence, segments), ends_block in zip(scheduled, finish, strict=False):
             assert max(segment.kv_len for segment in segments) <= len(sequence.pages) * PAGE_SIZE
+            sequence.on_device = True
             sequence.ran(self.forward)
+            sequence.advance()
             if ends_block:
                 sequence.finish_block([0] * (sequence.block_end - sequence.block_start))
                 if sequence.is_finished():
@@ -105,17 +107,19 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     old, young, later, fresh = (make(i, 4) for i in range(4))
     for sequence in (old, young, later, fresh):
         scheduler.add(sequence)
-    scheduled, _ = scheduler.schedule()  # 2 pages each: prompt and one block
+    scheduled = scheduler.schedule()  # 2 pages each: prompt and one block
     assert [entry.sequence for entry in scheduled] == [old, young, later]
     for entry in scheduled:
         entry.sequence.ran(1)
+        entry.sequence.advance()
+        entry.sequence.on_device = True
         entry.sequence.finish_block([0] * 4)
-    scheduled, admitted = scheduler.schedule()  # 3 pages each: room for two
-    assert [entry.sequence for entry in scheduled] == [old, young] and not admitted
-    assert (later.preemptions, later.num_cached, later.pages, later.slot) == (1, 0, [], None)
+    scheduled = scheduler.schedule()  # 3 pages each: room for two
+    assert [entry.sequence for entry in scheduled] == [old, young]
+    assert (later.preemptions, later.num_cached, later.pages, later.slot, later.on_device) == (1, 0, [], None, False)
     scheduler.release(old)
-    scheduled, admitted = scheduler.schedule()
-    assert admitted == [later]
+    scheduled = scheduler.schedule()
+    assert [entry.sequence for entry in scheduled] == [young, later]
     assert scheduled[-1].segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
 
 
