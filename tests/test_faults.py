@@ -31,6 +31,13 @@ def test_logits_that_are_not_finite(llm, monkeypatch, value):
     assert llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs == expected
 
 
+def test_the_mask_token_s_logit_may_be_anything(llm, monkeypatch):
+    expected = llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs
+    logits, mask = llm.engine.model.logits, llm.config.mask_token_id
+    monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h).index_fill_(1, torch.tensor(mask), torch.nan))
+    assert llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs == expected
+
+
 def test_the_other_requests_go_on_once_the_broken_one_is_aborted(llm, monkeypatch):
     expected = llm.generate([4, 5], PARAMS, use_tqdm=False)[0].outputs
     engine = llm.engine
