@@ -130,6 +130,7 @@ def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(),
         "dataset": Path(settings.dataset).name,
+        "dataset_revisions": sorted({row["revision"] for row in settings.rows if "revision" in row}),
         "grader_versions": GRADER_VERSIONS,
         "prompts_version": PROMPTS_VERSION,
     }

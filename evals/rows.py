@@ -20,8 +20,8 @@ def load_rows(
     """The rows of `path` from the given sources (None is all), without the first `skip`, at most `number`.
 
     A line is an object with id, source, question, answer; mmlu rows also have choices (a list, the answer a letter),
-    longbench_hotpotqa rows context and answers. The public form is read too: no id, choices a JSON string ("" for
-    none), mmlu's answer an index, no context and answers.
+    longbench_hotpotqa rows context and answers. A row drawn by evals.build_sample has its set's revision as well. The
+    public form is read too: no id, choices a JSON string ("" for none), mmlu's answer an index, no context and answers.
 
     Raises ValueError for a file that cannot be read, a malformed row (file, line, field) and when no row is left.
     """
@@ -60,6 +60,8 @@ def _row(line: str, where: str, number: int) -> Row:
             raise ValueError(f"{where}: field {field!r} must be a string that is not empty, got {row.get(field)!r}")
     if row["source"] not in SOURCES:
         raise ValueError(f"{where}: field 'source' must be one of {', '.join(SOURCES)}, got {row['source']!r}")
+    if not isinstance(row.get("revision", ""), str):
+        raise ValueError(f"{where}: field 'revision' must be a string, got {row['revision']!r}")
     if row["source"] == "mmlu":
         _check_choices(row, where)
     if row["source"] == "longbench_hotpotqa":

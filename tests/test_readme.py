@@ -7,6 +7,7 @@ import pytest
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from evals import build_sample
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,4 +31,5 @@ def test_every_mode_and_rule_is_described():
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))))
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
+    known.update(build_sample.parser()._option_string_actions)
     assert option in known

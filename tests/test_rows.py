@@ -25,7 +25,8 @@ def write(path, rows):
 
 
 def test_rows_are_read_as_they_are(tmp_path):
-    assert load_rows(write(tmp_path / "r", [GSM, "", MMLU, QA])) == [GSM, MMLU, QA]
+    drawn = GSM | {"id": "d", "revision": "openai/gsm8k@0f"}
+    assert load_rows(write(tmp_path / "r", [GSM, "", MMLU, QA, drawn])) == [GSM, MMLU, QA, drawn]
 
 
 def test_line_separators_inside_a_string_do_not_end_the_row(tmp_path):
@@ -70,6 +71,7 @@ def test_source_skip_and_number(tmp_path):
         (MMLU | {"answer": "E"}, "r:2: field 'answer' must be a letter from A to D, got 'E'"),
         (MMLU | {"answer": "4"}, "r:2: field 'answer' must be a letter from A to D, got '4'"),
         (QA | {"answers": []}, "r:2: field 'answers' must be a list of strings"),
+        (MMLU | {"revision": 3}, "r:2: field 'revision' must be a string, got 3"),
         (QA | {"context": 3}, "r:2: field 'context' must be a string, got int"),
         (GSM, "the id 'a' is there twice"),
     ],
