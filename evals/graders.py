@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-GRADER_VERSIONS = {"gsm8k": 2, "math500": 2, "mmlu": 2, "longbench_hotpotqa": 2}
+GRADER_VERSIONS = {"gsm8k": 2, "math500": 2, "mmlu": 3, "longbench_hotpotqa": 2}
 
 # Final answers stand at the end; what comes before this many characters is not looked at.
 _TAIL = 4000
@@ -125,7 +125,9 @@ def _last_letter(text: str, choices: list[str]) -> str | None:
     if options:
         return options[-1]
     bare = _ANSWER_IS.split(plain)[-1].strip().rstrip(".").casefold()
-    words = [letter for letter, choice in zip("ABCD", choices, strict=True) if choice.strip().casefold() == bare]
+    words = [
+        letter for letter, choice in zip("ABCD", choices, strict=True) if choice.strip().rstrip(".").casefold() == bare
+    ]
     return words[0] if len(words) == 1 else None
 
 

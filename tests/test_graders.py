@@ -159,6 +159,13 @@ def test_wrong_or_misleading_letters(text):
     assert not is_right(row("mmlu", "B", choices=CHOICES), text)
 
 
+@pytest.mark.parametrize("text", ["a trumpet.", "The answer is a trumpet.", "The answer is a trumpet", "B"])
+def test_choices_that_end_with_a_period(text):
+    one = row("mmlu", "B", choices=["a cow.", "a trumpet.", "Vans.", "iron."])
+    assert is_right(one, text)
+    assert not is_right(one | {"answer": "A"}, text)
+
+
 @pytest.mark.parametrize(
     ("text", "correct", "score"),
     [
