@@ -20,6 +20,19 @@ def _at_least(minimum):
     return integer
 
 
+def _at_least_real(minimum):
+    def real(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
+        return value
+
+    return real
+
+
 def _comma_list(item):
     def items(text):
         values = [item(part.strip()) for part in text.split(",") if part.strip()]
@@ -52,4 +65,11 @@ def pytest_addoption(parser):
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add(
+        "--max-seconds",
+        type=_at_least_real(0),
+        help="repeat each timed run for so long at most (0 on a CPU, 60 on a GPU)",
+    )
+    add("--relative-error", type=_at_least_real(0), default=0.01, help="or until its mean is known so well (0.01)")
+    add("--max-accuracy-loss", type=_at_least_real(0), default=3.0, help="points that a mode may lose to vanilla (3)")
     add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

@@ -3,16 +3,18 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from _pytest.capture import CaptureManager
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from blockinfer import LLM, RequestOutput
 from evals.graders import grade, require
-from evals.record import Run, environment, extra_info, table, write_comparison
+from evals.paired import against_vanilla, losses
+from evals.record import Run, environment, extra_info, is_enough, table, write_comparison
 from evals.rows import encode
 from evals.settings import Case, Settings, read_settings
 
@@ -40,7 +42,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     named = [f"{c.mode}-{c.block_length}" + f"-{c.unmasking}" * settings.several_rules for c in cases]
     values = [(c.mode, c.block_length, c.unmasking) for c in cases]
     if "source" in metafunc.fixturenames:
-        metafunc.parametrize("source", list(dict.fromkeys(row["source"] for row in settings.rows)))
+        sources = list(dict.fromkeys(row["source"] for row in settings.rows))
+        metafunc.parametrize("source", sources + ["all"] * (len(sources) > 1))
     metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
 
 
@@ -76,16 +79,19 @@ class Suite:
         self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
         self.truncated = sum(was_cut for _, was_cut in encoded)
 
-    def measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
-        """Runs a configuration under `time_it(function, setup)`, which may call both several times."""
+    def measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
+        """Runs a configuration, timed by `benchmark`: again and again until the mean is known or the time is over.
+
+        Without a benchmark it is run once. Raises what the engine or a grader raises.
+        """
         try:
-            self.runs[case] = self._measure(case, time_it)
+            self.runs[case] = self._measure(case, benchmark)
         except Exception as error:
             self.failed[case] = error
             raise
         return self.runs[case]
 
-    def _measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
+    def _measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
         seconds: list[float] = []
         forwards: list[int] = []
         outputs: list[RequestOutput] = []
@@ -108,7 +114,16 @@ class Suite:
 
         # outside pytest's capture, where a terminal shows the progress
         with self.capture.global_and_fixture_disabled():
-            time_it(generate, warm_up)
+            if benchmark is None:
+                warm_up()
+                generate()
+            else:
+                benchmark.pedantic(generate, setup=warm_up, rounds=1)
+                while not is_enough(seconds, self.settings.max_seconds, self.settings.relative_error):
+                    warm_up()
+                    generate()
+                    if benchmark.enabled:
+                        benchmark.stats.update(seconds[-1])
         grades = None
         if not self.settings.is_dummy:
             pairs = zip(self.settings.rows, outputs, strict=True)
@@ -128,7 +143,7 @@ class Suite:
             raise self.failed[case]
         if case in self.runs:
             return self.runs[case]
-        return self.measure(case, lambda function, setup: (setup(), function()))
+        return self.measure(case, None)
 
 
 def _room(llm: LLM) -> str:
@@ -183,6 +198,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(
         "standard: vanilla_llada; accuracy with its 95 % interval; NFE: forwards summed over requests"
     )
+    for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
+        terminalreporter.write_line(line)
     terminalreporter.write_line(f"written to {suite.settings.output}")
 
 
@@ -190,6 +207,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     suite = session.config.stash.get(SUITE, None)
     if suite is not None and suite.runs:
         write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """Adds what needs all configurations: each one's paired loss against `vanilla`."""
+    suite = config.stash.get(SUITE, None)
+    for benchmark in output_json["benchmarks"] if suite else []:
+        info = benchmark["extra_info"]
+        for run in suite.runs.values():
+            case = run.case
+            if (case.mode, case.block_length, case.unmasking) == tuple(benchmark["params"].values()):
+                info["against_vanilla"] = against_vanilla(run, list(suite.runs.values()))
 
 
 @pytest.hookimpl(optionalhook=True)

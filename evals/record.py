@@ -90,6 +90,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "ms_per_forward": 1000 * run.median_seconds / run.forwards,
         "seconds": run.median_seconds,
         "rounds": len(run.seconds),
+        "relative_error": standard_error(run.seconds),
         "latency_p50": latencies[len(latencies) // 2],
         "latency_p95": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
         "accuracy": run.accuracy,
@@ -203,14 +204,30 @@ def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
     }
 
 
+def is_enough(seconds: list[float], max_seconds: float, relative_error: float) -> bool:
+    """Whether rounds of these seconds are enough: another would pass max_seconds, or the mean is known well enough."""
+    if sum(seconds) + statistics.fmean(seconds) > max_seconds:
+        return True
+    return len(seconds) >= 3 and standard_error(seconds) <= relative_error
+
+
+def standard_error(seconds: list[float]) -> float | None:
+    """The mean's standard error as a share of the mean; None for one round, which says nothing of it."""
+    if len(seconds) < 2:
+        return None
+    return statistics.stdev(seconds) / len(seconds) ** 0.5 / statistics.fmean(seconds)
+
+
 def table(runs: list[Run]) -> list[str]:
     """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
-    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
+    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
     lines = [head + f"{'accuracy':>16}{'x standard':>12}{'x vanilla':>11}"]
     for run in runs:
         case = run.case
         standard, semi = baselines(case, runs)
+        error = standard_error(run.seconds)
         line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{run.tokens_per_second:>9.1f}"
+        line += f"{'-' if error is None else f'{100 * error:.1f}':>5}"
         line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>8}{1000 * run.median_seconds / run.forwards:>8.1f}"
         lines.append(line + f"{_accuracy(run):>16}{_times(run, standard):>12}{_times(run, semi):>11}")
     return lines

@@ -34,7 +34,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of one session, with every default filled in. device is "cpu" or "cuda"; batch_size in requests."""
+    """The options of one session, with every default filled in.
+
+    device is "cpu" or "cuda"; batch_size in requests; max_seconds of repeated timing of a case; relative_error of the
+    mean at which it may end before; max_accuracy_loss a share, not points.
+    """
 
     model: str
     load_format: str
@@ -46,6 +50,9 @@ class Settings:
     rows: list[Row] = dataclasses.field(repr=False)
     cases: list[Case] = dataclasses.field(repr=False)
     max_tokens: int
+    max_seconds: float
+    relative_error: float
+    max_accuracy_loss: float
     output: str
 
     @property
@@ -96,6 +103,9 @@ def read_settings(config: pytest.Config) -> Settings:
         rows=rows,
         cases=_cases(config, dummy),
         max_tokens=option("--max-tokens"),
+        max_seconds=(60.0 if on_gpu else 0.0) if option("--max-seconds") is None else option("--max-seconds"),
+        relative_error=option("--relative-error"),
+        max_accuracy_loss=option("--max-accuracy-loss") / 100,
         output=option("--output"),
     )
 

@@ -7,8 +7,7 @@ import pytest
 
 @pytest.mark.benchmark(group="throughput")
 def test_throughput(benchmark, suite, case):
-    rounds = 3 if suite.settings.device == "cuda" else 1
-    run = suite.measure(case, lambda function, setup: benchmark.pedantic(function, setup=setup, rounds=rounds))
+    run = suite.measure(case, benchmark)
     benchmark.extra_info.update(suite.extra_info(run))
     assert run.tokens > 0, "every answer is empty"
     assert math.isfinite(run.tokens_per_second)
