@@ -65,6 +65,8 @@ def pytest_addoption(parser):
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")
+    add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")
     add(
         "--max-seconds",
         type=_at_least_real(0),

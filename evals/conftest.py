@@ -15,8 +15,9 @@ from blockinfer import LLM, RequestOutput
 from evals.graders import grade, require
 from evals.paired import against_vanilla, losses
 from evals.record import Run, environment, extra_info, is_enough, table, write_comparison
+from evals.reference_impl import ReferenceLLM
 from evals.rows import encode
-from evals.settings import Case, Settings, read_settings
+from evals.settings import REFERENCE_IMPL, Case, Settings, read_settings
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey["Suite"]()
@@ -64,6 +65,9 @@ class Suite:
 
     def __init__(self, llm: LLM, settings: Settings, capture: CaptureManager) -> None:
         self.llm = llm
+        self.reference = None
+        if any(case.mode == REFERENCE_IMPL for case in settings.cases):
+            self.reference = ReferenceLLM(llm)
         self.capture = capture
         self.settings = settings
         self.environment = environment(settings, llm.config.dtype)
@@ -96,21 +100,22 @@ class Suite:
         forwards: list[int] = []
         outputs: list[RequestOutput] = []
         on_gpu = self.settings.device == "cuda"
+        llm = self.reference if case.mode == REFERENCE_IMPL else self.llm
 
         def warm_up() -> None:
             # one step a block: every shape but the schedule's length is the timed run's
             params = dataclasses.replace(case.params, denoising_steps=1)
-            self.llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
+            llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
 
         def generate() -> None:
             # ends with the token ids on the host, so the device is done
-            before = self.llm.stats.forwards
+            before = llm.stats.forwards
             start = time.perf_counter()
-            outputs[:] = self.llm.generate(self.prompts, case.params, use_tqdm=sys.stderr.isatty())
+            outputs[:] = llm.generate(self.prompts, case.params, use_tqdm=sys.stderr.isatty())
             seconds.append(time.perf_counter() - start)
-            forwards.append(self.llm.stats.forwards - before)
+            forwards.append(llm.stats.forwards - before)
 
         # outside pytest's capture, where a terminal shows the progress
         with self.capture.global_and_fixture_disabled():

@@ -14,7 +14,7 @@ import transformers
 from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.prompts import PROMPTS_VERSION
-from evals.settings import STANDARD, Case, Settings, total_steps
+from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
 
 
 @dataclass
@@ -110,7 +110,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "ignore_eos": params.ignore_eos,
-        "batch_size": settings.batch_size,
+        "batch_size": 1 if run.case.mode == REFERENCE_IMPL else settings.batch_size,
     }
 
 

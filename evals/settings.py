@@ -16,6 +16,8 @@ from evals.rows import Row, load_rows
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
 SUITE_MODES = (STANDARD, *MODES)
+# `vanilla` through the checkpoint's own modelling code, measured where --reference-impl asks for it.
+REFERENCE_IMPL = "reference_impl"
 
 TINY_MODEL = Path(__file__).parent / "llada_tiny"
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_200.jsonl"
@@ -83,6 +85,14 @@ def read_settings(config: pytest.Config) -> Settings:
         path = option(name)
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
+    if option("--reference-impl") != option("--trust-remote-code"):
+        raise pytest.UsageError(
+            "--reference-impl runs the code that the checkpoint brings: read it, then pass --trust-remote-code with it"
+            if option("--reference-impl")
+            else "--trust-remote-code is read by --reference-impl alone: nothing else runs a checkpoint's code"
+        )
+    if option("--reference-impl") and option("--load-format") == "dummy":
+        raise pytest.UsageError("--reference-impl needs a checkpoint, and --load-format dummy has none")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
@@ -121,7 +131,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
     if option("--threshold") is not None and "threshold" not in rules:
         raise pytest.UsageError(f"--threshold is read by --unmasking threshold alone, got {', '.join(rules)}")
     cases = []
-    for mode in modes:
+    for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
             for rule in rules:
                 try:
@@ -143,7 +153,7 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         max_tokens=config.getoption("--max-tokens"),
         block_length=block_length,
         denoising_steps=steps,
-        mode="vanilla" if mode == STANDARD else mode,
+        mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
         threshold=config.getoption("--threshold") if rule == "threshold" else None,
         ignore_eos=ignore_eos,
