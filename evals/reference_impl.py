@@ -58,11 +58,12 @@ def _load(name: str, dtype: torch.dtype) -> nn.Module:
     if not classes:
         raise ValueError(f"--reference-impl: {name} brings no modelling code: its config.json has no auto_map for it")
     auto = getattr(transformers, classes[0])
+    saved_with = raw.get("transformers_version", "a version that its config.json does not name")
     try:
         return auto.from_pretrained(name, trust_remote_code=True, dtype=dtype)
     except Exception as error:
         raise ValueError(
             f"--reference-impl: the modelling code of {name} does not load with transformers "
-            f"{transformers.__version__}; it was saved with {raw.get('transformers_version', 'a version that its config.json does not name')}: "
+            f"{transformers.__version__}; it was saved with {saved_with}: "
             f"{type(error).__name__}: {error}"
         ) from error
