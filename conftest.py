@@ -52,4 +52,5 @@ def pytest_addoption(parser):
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add("--resume", help="a .jsonl file that keeps every generation; the same command again goes on from it (none)")
     add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

@@ -4,6 +4,8 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from _pytest.capture import CaptureManager
 from blockinfer import LLM, RequestOutput
 from evals.graders import grade, require
 from evals.record import Run, environment, extra_info, table, write_comparison
+from evals.resume import Generations, fingerprint, settings_hash
 from evals.rows import encode
 from evals.settings import Case, Settings, read_settings
 
@@ -59,7 +62,7 @@ def case(request: pytest.FixtureRequest, mode: str, block_length: int, unmasking
 class Suite:
     """The session's model and measurements: each configuration is run once, and graded from the same generations."""
 
-    def __init__(self, llm: LLM, settings: Settings, capture: CaptureManager) -> None:
+    def __init__(self, llm: LLM, settings: Settings, capture: CaptureManager, kept: Generations | None = None) -> None:
         self.llm = llm
         self.capture = capture
         self.settings = settings
@@ -75,6 +78,13 @@ class Suite:
             raise ValueError(f"{error}: {_room(llm)}, --max-tokens asks for {settings.max_tokens} of it") from error
         self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
         self.truncated = sum(was_cut for _, was_cut in encoded)
+        self.kept = kept
+        self.found: dict[Case, list[RequestOutput | None]] = {}
+        self.hashes: dict[Case, bytes] = {}
+        if kept is not None:
+            model = fingerprint(llm)
+            self.hashes = {c: settings_hash(model, c.params) for c in settings.cases}
+            self.found = {c: [kept.take(h, token_ids) for token_ids, _ in encoded] for c, h in self.hashes.items()}
 
     def measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
         """Runs a configuration under `time_it(function, setup)`, which may call both several times."""
@@ -88,10 +98,14 @@ class Suite:
     def _measure(self, case: Case, time_it: Callable[..., Any]) -> Run:
         seconds: list[float] = []
         forwards: list[int] = []
-        outputs: list[RequestOutput] = []
+        outputs = list(self.found.get(case, [None] * len(self.prompts)))
+        resumed = len(outputs) - outputs.count(None)
         on_gpu = self.settings.device == "cuda"
 
         def warm_up() -> None:
+            if resumed:
+                return
+            outputs[:] = [None] * len(outputs)
             # one step a block: every shape but the schedule's length is the timed run's
             params = dataclasses.replace(case.params, denoising_steps=1)
             self.llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
@@ -99,12 +113,18 @@ class Suite:
                 torch.cuda.reset_peak_memory_stats()
 
         def generate() -> None:
-            # ends with the token ids on the host, so the device is done
+            missing = [i for i, output in enumerate(outputs) if output is None]
+            prompts = [self.prompts[i] for i in missing]
+            keep = self.kept is not None and not seconds
+            on_finish = partial(self.kept.append, self.hashes[case]) if keep else None
             before = self.llm.stats.forwards
             start = time.perf_counter()
-            outputs[:] = self.llm.generate(self.prompts, case.params, use_tqdm=sys.stderr.isatty())
+            # ends with the token ids on the host, so the device is done
+            made = self.llm.generate(prompts, case.params, use_tqdm=sys.stderr.isatty(), on_finish=on_finish)
             seconds.append(time.perf_counter() - start)
             forwards.append(self.llm.stats.forwards - before)
+            for i, output in zip(missing, made, strict=True):
+                outputs[i] = output
 
         # outside pytest's capture, where a terminal shows the progress
         with self.capture.global_and_fixture_disabled():
@@ -114,10 +134,18 @@ class Suite:
             pairs = zip(self.settings.rows, outputs, strict=True)
             grades = [grade(row, output.outputs[0].text) for row, output in pairs]
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        if resumed:
+            return Run(case, outputs, grades, [], None, None, resumed)
         return Run(case, outputs, grades, seconds, forwards[-1], peak)
 
     def extra_info(self, run: Run) -> dict[str, Any]:
         return extra_info(run, self.settings, self.truncated, self.environment)
+
+    def resume_line(self) -> str:
+        found = [output for outputs in self.found.values() for output in outputs]
+        others = f"; {self.kept.num_left} there are of other settings" if self.kept.num_left else ""
+        number = len(found) - found.count(None)
+        return f"blockinfer: {number} of {len(found)} generations found in {self.settings.resume}{others}"
 
     def result(self, case: Case) -> Run:
         """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it.
@@ -140,17 +168,22 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     settings = settings_of(request.config)
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
     capture = request.config.pluginmanager.getplugin("capturemanager")
-    try:
-        if not settings.is_dummy:
-            require(dict.fromkeys(row["source"] for row in settings.rows))
-        llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
-        if llm.tokenizer is None:
-            raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
-        suite = Suite(llm, settings, capture)
-    except (ValueError, ImportError) as error:
-        # every test would fail alike
-        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-    with llm:
+    with ExitStack() as stack:
+        try:
+            kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
+            if not settings.is_dummy:
+                require(dict.fromkeys(row["source"] for row in settings.rows))
+            llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
+            stack.enter_context(llm)
+            if llm.tokenizer is None:
+                raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
+            suite = Suite(llm, settings, capture, kept)
+        except (ValueError, ImportError) as error:
+            # every test would fail alike
+            pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+        if kept is not None:
+            with capture.global_and_fixture_disabled():
+                print(f"\n{suite.resume_line()}")
         request.config.stash[SUITE] = suite
         yield suite
 

@@ -47,6 +47,7 @@ class Settings:
     cases: list[Case] = dataclasses.field(repr=False)
     max_tokens: int
     output: str
+    resume: str | None
 
     @property
     def is_dummy(self) -> bool:
@@ -72,7 +73,7 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
-    for name in ("--output", "--benchmark-json"):
+    for name in ("--output", "--benchmark-json", "--resume"):
         path = option(name)
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
@@ -97,6 +98,7 @@ def read_settings(config: pytest.Config) -> Settings:
         cases=_cases(config, dummy),
         max_tokens=option("--max-tokens"),
         output=option("--output"),
+        resume=option("--resume"),
     )
 
 
