@@ -193,7 +193,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     weights = "random weights" if settings.is_dummy else settings.model
     where = "the GPU" if settings.device == "cuda" else "the CPU"
     small = " (the small model: pass --model for another)" if settings.is_tiny and not settings.is_dummy else ""
-    number = f"{len(settings.rows)} rows, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
+    part = f" (shard {settings.shard.index}/{settings.shard.of})" if settings.shard else ""
+    number = f"{len(settings.rows)} rows{part}, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
     return f"blockinfer: {weights}{small} on {where}, {number}"
 
 

@@ -1,5 +1,6 @@
 """What a run stores: the figures of one configuration, the comparison file, and the table for a person."""
 
+import dataclasses
 import json
 import platform
 import statistics
@@ -89,6 +90,8 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
     correct = sum(g.correct for g in run.grades) if run.grades else None
     return environment | {
         "n": len(outputs),
+        "shard": dataclasses.asdict(settings.shard) if settings.shard else None,
+        "rows": rows_info(run, settings),
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
         "steps": steps,
@@ -104,6 +107,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "latency_p95": None if run.resumed else latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
         "accuracy": run.accuracy,
         "accuracy_interval": wilson_interval(correct, len(outputs)) if run.grades else None,
+        "n_by_source": {source: len(grades) for source, grades in sources.items()},
         "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
         "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
         "peak_memory_gib": run.peak_memory_gib,
@@ -121,6 +125,15 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "ignore_eos": params.ignore_eos,
         "batch_size": settings.batch_size,
     }
+
+
+def rows_info(run: Run, settings: Settings) -> list[list[Any]]:
+    """[id, tokens, nfe, correct] of every row, in their order; correct is None with random weights."""
+    grades = run.grades or [None] * len(run.outputs)
+    return [
+        [row["id"], len(output.outputs[0].token_ids), output.metrics.nfe, grade.correct if grade else None]
+        for row, output, grade in zip(settings.rows, run.outputs, grades, strict=True)
+    ]
 
 
 def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.rows import Row, load_rows
+from evals.rows import Row, load_rows, shard_positions
 
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
@@ -33,6 +35,19 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of the chosen rows a session evaluates: shard `index` of `of`, from 1, with the rows at `positions`.
+
+    rows is a hash of all chosen rows: shards of one run have the same.
+    """
+
+    index: int
+    of: int
+    positions: list[int]
+    rows: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """The options of one session, with every default filled in. device is "cpu" or "cuda"; batch_size in requests."""
 
@@ -48,6 +63,7 @@ class Settings:
     max_tokens: int
     output: str
     resume: str | None
+    shard: Shard | None
 
     @property
     def is_dummy(self) -> bool:
@@ -86,6 +102,7 @@ def read_settings(config: pytest.Config) -> Settings:
         rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    shard = _shard(option("--shard"), rows)
     return Settings(
         model=model,
         load_format=option("--load-format"),
@@ -94,12 +111,23 @@ def read_settings(config: pytest.Config) -> Settings:
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,
-        rows=rows,
+        rows=[rows[i] for i in shard.positions] if shard else rows,
         cases=_cases(config, dummy),
         max_tokens=option("--max-tokens"),
         output=option("--output"),
         resume=option("--resume"),
+        shard=shard,
     )
+
+
+def _shard(given: tuple[int, int] | None, rows: list[Row]) -> Shard | None:
+    if given is None:
+        return None
+    index, of = given
+    if of > len(rows):
+        raise pytest.UsageError(f"--shard {index}/{of}: there are more shards than rows, of which {len(rows)} are left")
+    whole = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Shard(index, of, shard_positions(rows, index, of), whole)
 
 
 def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:

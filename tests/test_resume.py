@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +11,9 @@ import torch
 import blockinfer
 from blockinfer import LLM, SamplingParams
 from evals import resume
-from evals.conftest import Suite
 from evals.record import table
 from evals.resume import Generations, fingerprint, settings_hash
-from evals.settings import read_settings
-from tests.checkpoints import write_checkpoint, write_tokenizer
-from tests.test_rows import GSM, MMLU, QA, write
+from tests.checkpoints import write_checkpoint
 
 SETTINGS = settings_hash("model", SamplingParams())
 
@@ -119,38 +115,6 @@ def test_the_fingerprint_is_of_weights_config_dtype_and_code(tmp_path, checkpoin
     assert len(seen) == 6
 
 
-@pytest.fixture(scope="module")
-def chat_llm(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("chat"), vocab_size=300, max_sequence_length=1024)
-    write_tokenizer(folder)
-    with LLM(folder, device="cpu", dtype="float64", max_num_seqs=2) as llm:
-        yield llm
-
-
-@pytest.fixture
-def make_suite(pytestconfig, tmp_path, chat_llm):
-    """A suite of four rows and two configurations; `resume=` is its file, which the next suite finds closed."""
-    dataset = write(tmp_path / "rows.jsonl", [GSM, GSM | {"id": "again"}, MMLU, QA])
-
-    class Config:
-        def __init__(self, changed):
-            self.changed = {"dataset": str(dataset), "device": "cpu", "max_tokens": 12, "block_length": [8]} | changed
-
-        def getoption(self, name):
-            key = name.removeprefix("--").replace("-", "_")
-            return self.changed[key] if key in self.changed else pytestconfig.getoption(name)
-
-    def make(**changed):
-        settings = read_settings(Config({"mode": ["vanilla", "block"]} | changed))
-        capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
-        opened.close()
-        kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
-        return Suite(chat_llm, settings, capture, kept)
-
-    with ExitStack() as opened:
-        yield make
-
-
 def three_rounds(function, setup):
     for _ in range(3):
         setup()
@@ -168,9 +132,9 @@ def test_a_suite_stopped_in_the_middle_goes_on(make_suite, tmp_path, chat_llm, m
     expected = {case: whole.measure(case, three_rounds) for case in (vanilla, block)}
 
     suite = make_suite(resume=str(path))
-    assert suite.resume_line() == f"blockinfer: 0 of 8 generations found in {path}"
+    assert suite.resume_line() == f"blockinfer: 0 of 14 generations found in {path}"
     run = suite.measure(vanilla, three_rounds)
-    assert run.resumed == 0 and len(run.seconds) == 3 and len(path.read_bytes().splitlines()) == 4
+    assert run.resumed == 0 and len(run.seconds) == 3 and len(path.read_bytes().splitlines()) == 7
     append, number = Generations.append, 0
 
     def stops(self, settings, output):
@@ -186,13 +150,13 @@ def test_a_suite_stopped_in_the_middle_goes_on(make_suite, tmp_path, chat_llm, m
     monkeypatch.undo()
 
     again = make_suite(resume=str(path))
-    assert again.resume_line() == f"blockinfer: 5 of 8 generations found in {path}"
+    assert again.resume_line() == f"blockinfer: 8 of 14 generations found in {path}"
     before = chat_llm.stats.forwards
     assert generations(again.measure(vanilla, three_rounds)) == generations(expected[vanilla])
     assert chat_llm.stats.forwards == before, "nothing was left to generate"
     run = again.measure(block, three_rounds)
     assert run.resumed == 1 and generations(run) == generations(expected[block])
-    assert len(path.read_bytes().splitlines()) == 8
+    assert len(path.read_bytes().splitlines()) == 14
     assert run.grades == expected[block].grades
 
     info, before = again.extra_info(run), whole.extra_info(expected[block])
@@ -209,11 +173,11 @@ def test_other_settings_are_not_mixed_up(make_suite, tmp_path):
     suite = make_suite(resume=str(path), mode=["block"])
     suite.measure(suite.settings.cases[0], three_rounds)
     other = make_suite(resume=str(path), mode=["block"], max_tokens=11)
-    assert other.resume_line() == f"blockinfer: 0 of 4 generations found in {path}; 4 there are of other settings"
+    assert other.resume_line() == f"blockinfer: 0 of 7 generations found in {path}; 7 there are of other settings"
     run = other.measure(other.settings.cases[0], three_rounds)
     assert run.resumed == 0 and run.tokens_per_second > 0
-    batch = make_suite(resume=str(path), mode=["block"], batch_size=1)
-    assert "4 of 4 generations found" in batch.resume_line()
+    batch = make_suite(resume=str(path), mode=["block"], batch_size=2)
+    assert "7 of 7 generations found" in batch.resume_line()
 
 
 def test_bfloat16_weights_have_a_fingerprint(checkpoint):
