@@ -45,12 +45,20 @@ def _comma_list(item):
     return items
 
 
+def _shard(text):
+    index, slash, of = text.partition("/")
+    if not slash or not index.isdecimal() or not of.isdecimal() or not 1 <= int(index) <= int(of):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 1 to n, got {text!r}")
+    return int(index), int(of)
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
     add("--dataset", help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
     add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
     add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
+    add("--shard", type=_shard, help="i/n: of these rows the i-th of n parts, from 1/n to n/n (all)")
     add("--source", type=_comma_list(str), help="rows of these sources only, a comma list (all)")
     add("--max-tokens", type=_at_least(1), default=128, help="new tokens per row (128)")
     add("--block-length", type=_comma_list(_at_least(1)), default=[32], help="block lengths, a comma list (32)")
@@ -74,4 +82,5 @@ def pytest_addoption(parser):
     )
     add("--relative-error", type=_at_least_real(0), default=0.01, help="or until its mean is known so well (0.01)")
     add("--max-accuracy-loss", type=_at_least_real(0), default=3.0, help="points that a mode may lose to vanilla (3)")
+    add("--resume", help="a .jsonl file that keeps every generation; the same command again goes on from it (none)")
     add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

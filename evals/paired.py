@@ -85,10 +85,13 @@ def pair(before: list[Grade], after: list[Grade]) -> Paired:
 
 
 def against_vanilla(run: Run, runs: list[Run]) -> dict[str, Any] | None:
-    """What is stored of it; the loss and its one-sided 95 % bounds are shares."""
+    """What a benchmark's record says of it; None where there is no such pair."""
     both = paired(run, runs)
-    if both is None:
-        return None
+    return stored(both) if both is not None else None
+
+
+def stored(both: Paired) -> dict[str, Any]:
+    """The loss and its one-sided 95 % bounds are shares."""
     bounds = {"loss": both.loss, "loss_at_least": both.lower(), "loss_at_most": both.upper()}
     return both._asdict() | bounds | {"mcnemar_p": both.mcnemar()}
 

@@ -1,6 +1,8 @@
 """What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.rows import Row, load_rows
+from evals.rows import Row, load_rows, shard_positions
 
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
@@ -32,6 +34,19 @@ class Case:
     block_length: int
     unmasking: str
     params: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of the chosen rows a session evaluates: shard `index` of `of`, from 1, with the rows at `positions`.
+
+    rows is a hash of all chosen rows: shards of one run have the same.
+    """
+
+    index: int
+    of: int
+    positions: list[int]
+    rows: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +71,8 @@ class Settings:
     relative_error: float
     max_accuracy_loss: float
     output: str
+    resume: str | None
+    shard: Shard | None
 
     @property
     def is_dummy(self) -> bool:
@@ -81,7 +98,7 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
-    for name in ("--output", "--benchmark-json"):
+    for name in ("--output", "--benchmark-json", "--resume"):
         path = option(name)
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
@@ -102,6 +119,7 @@ def read_settings(config: pytest.Config) -> Settings:
         rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    shard = _shard(option("--shard"), rows)
     return Settings(
         model=model,
         load_format=option("--load-format"),
@@ -110,14 +128,26 @@ def read_settings(config: pytest.Config) -> Settings:
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,
-        rows=rows,
+        rows=[rows[i] for i in shard.positions] if shard else rows,
         cases=_cases(config, dummy),
         max_tokens=option("--max-tokens"),
         max_seconds=(60.0 if on_gpu else 0.0) if option("--max-seconds") is None else option("--max-seconds"),
         relative_error=option("--relative-error"),
         max_accuracy_loss=option("--max-accuracy-loss") / 100,
         output=option("--output"),
+        resume=option("--resume"),
+        shard=shard,
     )
+
+
+def _shard(given: tuple[int, int] | None, rows: list[Row]) -> Shard | None:
+    if given is None:
+        return None
+    index, of = given
+    if of > len(rows):
+        raise pytest.UsageError(f"--shard {index}/{of}: there are more shards than rows, of which {len(rows)} are left")
+    whole = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Shard(index, of, shard_positions(rows, index, of), whole)
 
 
 def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:

@@ -273,7 +273,7 @@ def test_a_configuration_that_fails_is_not_run_again_for_every_source(settings):
     s = settings(mode=["block"])
     engine = SimpleNamespace(config=SimpleNamespace(max_model_len=512, dtype=torch.float32), tokenizer=None)
     suite = object.__new__(Suite)
-    suite.llm, suite.settings, suite.runs, suite.failed = engine, s, {}, {}
+    suite.llm, suite.settings, suite.runs, suite.failed, suite.found, suite.prompts = engine, s, {}, {}, {}, [{}]
     suite.capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
     for run in (lambda: suite.measure(s.cases[0], SimpleNamespace(pedantic=fails)), lambda: suite.result(s.cases[0])):
         with pytest.raises(FloatingPointError, match="broken"):
