@@ -20,6 +20,19 @@ def _at_least(minimum):
     return integer
 
 
+def _at_least_real(minimum):
+    def real(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
+        return value
+
+    return real
+
+
 def _comma_list(item):
     def items(text):
         values = [item(part.strip()) for part in text.split(",") if part.strip()]
@@ -32,12 +45,20 @@ def _comma_list(item):
     return items
 
 
+def _shard(text):
+    index, slash, of = text.partition("/")
+    if not slash or not index.isdecimal() or not of.isdecimal() or not 1 <= int(index) <= int(of):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 1 to n, got {text!r}")
+    return int(index), int(of)
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
     add("--dataset", help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
     add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
     add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
+    add("--shard", type=_shard, help="i/n: of these rows the i-th of n parts, from 1/n to n/n (all)")
     add("--source", type=_comma_list(str), help="rows of these sources only, a comma list (all)")
     add("--max-tokens", type=_at_least(1), default=128, help="new tokens per row (128)")
     add("--block-length", type=_comma_list(_at_least(1)), default=[32], help="block lengths, a comma list (32)")
@@ -52,4 +73,14 @@ def pytest_addoption(parser):
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")
+    add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")
+    add(
+        "--max-seconds",
+        type=_at_least_real(0),
+        help="repeat each timed run for so long at most (0 on a CPU, 60 on a GPU)",
+    )
+    add("--relative-error", type=_at_least_real(0), default=0.01, help="or until its mean is known so well (0.01)")
+    add("--max-accuracy-loss", type=_at_least_real(0), default=3.0, help="points that a mode may lose to vanilla (3)")
+    add("--resume", help="a .jsonl file that keeps every generation; the same command again goes on from it (none)")
     add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

@@ -1,5 +1,6 @@
 """What a run stores: the figures of one configuration, the comparison file, and the table for a person."""
 
+import dataclasses
 import json
 import platform
 import statistics
@@ -14,7 +15,10 @@ import transformers
 from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.prompts import PROMPTS_VERSION
-from evals.settings import STANDARD, Case, Settings, total_steps
+from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
+
+# Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
+RESUMED = " (resumed)"
 
 
 @dataclass
@@ -22,15 +26,17 @@ class Run:
     """One configuration's timed rounds: each round's seconds; of the last its outputs, their grades, its forwards.
 
     forwards are the model's, each shared by several requests. grades is None with random weights. peak_memory_gib is
-    the GPU's, None on a CPU.
+    the GPU's, None on a CPU. resumed is the number of outputs that an earlier run generated: where there are any,
+    seconds is empty, and forwards and peak_memory_gib are None.
     """
 
     case: Case
     outputs: list[RequestOutput]
     grades: list[Grade] | None
     seconds: list[float]
-    forwards: int
+    forwards: int | None
     peak_memory_gib: float | None
+    resumed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -43,12 +49,16 @@ class Run:
         return sum(output.metrics.nfe for output in self.outputs)
 
     @property
-    def median_seconds(self) -> float:
-        return statistics.median(self.seconds)
+    def median_seconds(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.median_seconds
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.median_seconds if self.seconds else None
+
+    @property
+    def ms_per_forward(self) -> float | None:
+        return 1000 * self.median_seconds / self.forwards if self.seconds else None
 
     @property
     def accuracy(self) -> float | None:
@@ -80,6 +90,8 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
     correct = sum(g.correct for g in run.grades) if run.grades else None
     return environment | {
         "n": len(outputs),
+        "shard": dataclasses.asdict(settings.shard) if settings.shard else None,
+        "rows": rows_info(run, settings),
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
         "steps": steps,
@@ -87,13 +99,16 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "tokens_per_step": run.tokens / steps,
         "tokens_per_forward": run.tokens / run.nfe,
         "forwards": run.forwards,
-        "ms_per_forward": 1000 * run.median_seconds / run.forwards,
+        "ms_per_forward": run.ms_per_forward,
         "seconds": run.median_seconds,
         "rounds": len(run.seconds),
-        "latency_p50": latencies[len(latencies) // 2],
-        "latency_p95": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+        "relative_error": standard_error(run.seconds),
+        "resumed": run.resumed,
+        "latency_p50": None if run.resumed else latencies[len(latencies) // 2],
+        "latency_p95": None if run.resumed else latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
         "accuracy": run.accuracy,
         "accuracy_interval": wilson_interval(correct, len(outputs)) if run.grades else None,
+        "n_by_source": {source: len(grades) for source, grades in sources.items()},
         "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
         "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
         "peak_memory_gib": run.peak_memory_gib,
@@ -109,8 +124,17 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "ignore_eos": params.ignore_eos,
-        "batch_size": settings.batch_size,
+        "batch_size": 1 if run.case.mode == REFERENCE_IMPL else settings.batch_size,
     }
+
+
+def rows_info(run: Run, settings: Settings) -> list[list[Any]]:
+    """[id, tokens, nfe, correct] of every row, in their order; correct is None with random weights."""
+    grades = run.grades or [None] * len(run.outputs)
+    return [
+        [row["id"], len(output.outputs[0].token_ids), output.metrics.nfe, grade.correct if grade else None]
+        for row, output, grade in zip(settings.rows, run.outputs, grades, strict=True)
+    ]
 
 
 def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
@@ -190,13 +214,13 @@ def _figures(run: Run | None) -> dict[str, Any] | None:
         "total_time": run.median_seconds,
         "total_tokens": run.tokens,
         "throughput": run.tokens_per_second,
-        "avg_latency": statistics.fmean(output.metrics.total_seconds for output in run.outputs),
+        "avg_latency": None if run.resumed else statistics.fmean(o.metrics.total_seconds for o in run.outputs),
         "accuracy": None if run.accuracy is None else 100 * run.accuracy,
     }
 
 
 def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
-    if run is None or baseline is None or not baseline.tokens:
+    if run is None or baseline is None or not baseline.tokens or not run.seconds or not baseline.seconds:
         return None
     return {
         "throughput_speedup": run.tokens_per_second / baseline.tokens_per_second,
@@ -204,15 +228,32 @@ def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
     }
 
 
+def is_enough(seconds: list[float], max_seconds: float, relative_error: float) -> bool:
+    """Whether rounds of these seconds are enough: another would pass max_seconds, or the mean is known well enough."""
+    if sum(seconds) + statistics.fmean(seconds) > max_seconds:
+        return True
+    return len(seconds) >= 3 and standard_error(seconds) <= relative_error
+
+
+def standard_error(seconds: list[float]) -> float | None:
+    """The mean's standard error as a share of the mean; None for one round, which says nothing of it."""
+    if len(seconds) < 2:
+        return None
+    return statistics.stdev(seconds) / len(seconds) ** 0.5 / statistics.fmean(seconds)
+
+
 def table(runs: list[Run]) -> list[str]:
     """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
-    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
+    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
     lines = [head + f"{'accuracy':>16}{'x standard':>12}{'x vanilla':>11}"]
     for run in runs:
         case = run.case
         standard, semi = baselines(case, runs)
-        line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{run.tokens_per_second:>9.1f}"
-        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>8}{1000 * run.median_seconds / run.forwards:>8.1f}"
+        error = standard_error(run.seconds)
+        speed, step = (f"{run.tokens_per_second:.1f}", f"{run.ms_per_forward:.1f}") if run.seconds else ("resumed", "-")
+        line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{speed:>9}"
+        line += f"{'-' if error is None else f'{100 * error:.1f}':>5}"
+        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>8}{step:>8}"
         lines.append(line + f"{_accuracy(run):>16}{_times(run, standard):>12}{_times(run, semi):>11}")
     return lines
 

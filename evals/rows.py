@@ -43,6 +43,15 @@ def load_rows(
     return kept
 
 
+def shard_positions(rows: list[Row], index: int, of: int) -> list[int]:
+    """The positions of the rows of shard `index` of `of`, from 1: every `of`-th row of each source.
+
+    Rows often alternate between sources, so a stride over all of them would give a shard some sources and not others.
+    """
+    by_source = sorted(range(len(rows)), key=lambda i: rows[i]["source"])
+    return sorted(by_source[index - 1 :: of])
+
+
 def _row(line: str, where: str, number: int) -> Row:
     try:
         row = json.loads(line)

@@ -1,6 +1,8 @@
 """What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.rows import Row, load_rows
+from evals.rows import Row, load_rows, shard_positions
 
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
 SUITE_MODES = (STANDARD, *MODES)
+# `vanilla` through the checkpoint's own modelling code, measured where --reference-impl asks for it.
+REFERENCE_IMPL = "reference_impl"
 
 TINY_MODEL = Path(__file__).parent / "llada_tiny"
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_200.jsonl"
@@ -33,8 +37,25 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of the chosen rows a session evaluates: shard `index` of `of`, from 1, with the rows at `positions`.
+
+    rows is a hash of all chosen rows: shards of one run have the same.
+    """
+
+    index: int
+    of: int
+    positions: list[int]
+    rows: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of one session, with every default filled in. device is "cpu" or "cuda"; batch_size in requests."""
+    """The options of one session, with every default filled in.
+
+    device is "cpu" or "cuda"; batch_size in requests; max_seconds of repeated timing of a case; relative_error of the
+    mean at which it may end before; max_accuracy_loss a share, not points.
+    """
 
     model: str
     load_format: str
@@ -46,7 +67,12 @@ class Settings:
     rows: list[Row] = dataclasses.field(repr=False)
     cases: list[Case] = dataclasses.field(repr=False)
     max_tokens: int
+    max_seconds: float
+    relative_error: float
+    max_accuracy_loss: float
     output: str
+    resume: str | None
+    shard: Shard | None
 
     @property
     def is_dummy(self) -> bool:
@@ -72,10 +98,18 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
-    for name in ("--output", "--benchmark-json"):
+    for name in ("--output", "--benchmark-json", "--resume"):
         path = option(name)
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
+    if option("--reference-impl") != option("--trust-remote-code"):
+        raise pytest.UsageError(
+            "--reference-impl runs the code that the checkpoint brings: read it, then pass --trust-remote-code with it"
+            if option("--reference-impl")
+            else "--trust-remote-code is read by --reference-impl alone: nothing else runs a checkpoint's code"
+        )
+    if option("--reference-impl") and option("--load-format") == "dummy":
+        raise pytest.UsageError("--reference-impl needs a checkpoint, and --load-format dummy has none")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
@@ -85,6 +119,7 @@ def read_settings(config: pytest.Config) -> Settings:
         rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    shard = _shard(option("--shard"), rows)
     return Settings(
         model=model,
         load_format=option("--load-format"),
@@ -93,11 +128,26 @@ def read_settings(config: pytest.Config) -> Settings:
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,
-        rows=rows,
+        rows=[rows[i] for i in shard.positions] if shard else rows,
         cases=_cases(config, dummy),
         max_tokens=option("--max-tokens"),
+        max_seconds=(60.0 if on_gpu else 0.0) if option("--max-seconds") is None else option("--max-seconds"),
+        relative_error=option("--relative-error"),
+        max_accuracy_loss=option("--max-accuracy-loss") / 100,
         output=option("--output"),
+        resume=option("--resume"),
+        shard=shard,
     )
+
+
+def _shard(given: tuple[int, int] | None, rows: list[Row]) -> Shard | None:
+    if given is None:
+        return None
+    index, of = given
+    if of > len(rows):
+        raise pytest.UsageError(f"--shard {index}/{of}: there are more shards than rows, of which {len(rows)} are left")
+    whole = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Shard(index, of, shard_positions(rows, index, of), whole)
 
 
 def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
@@ -111,7 +161,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
     if option("--threshold") is not None and "threshold" not in rules:
         raise pytest.UsageError(f"--threshold is read by --unmasking threshold alone, got {', '.join(rules)}")
     cases = []
-    for mode in modes:
+    for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
             for rule in rules:
                 try:
@@ -133,7 +183,7 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         max_tokens=config.getoption("--max-tokens"),
         block_length=block_length,
         denoising_steps=steps,
-        mode="vanilla" if mode == STANDARD else mode,
+        mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
         threshold=config.getoption("--threshold") if rule == "threshold" else None,
         ignore_eos=ignore_eos,

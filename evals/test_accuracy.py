@@ -1,11 +1,12 @@
 """Accuracy of every configuration, source by source, on the generations that test_throughput.py timed."""
 
-from math import comb
 from pathlib import Path
 
 import pytest
 
-from evals.record import by_source, is_baseline
+from evals.graders import Grade
+from evals.paired import pair
+from evals.record import Run, by_source, is_baseline
 from evals.settings import SAMPLE, Case, Settings, total_steps
 
 # The least share of right answers, by source, that the small model may have on sample_200.jsonl, in any mode, at one
@@ -15,21 +16,29 @@ FLOORS = {"gsm8k": 0.375, "math500": 0.5, "mmlu": 0.5}
 
 
 def test_accuracy(suite, case, source):
-    if suite.settings.is_dummy:
+    """A floor where one is known, and no more lost against `vanilla` on the same rows than --max-accuracy-loss."""
+    settings = suite.settings
+    if settings.is_dummy:
         pytest.skip("random weights answer at random")
-    run = suite.result(case)
-    grades = by_source(run, suite.settings)[source]
-    accuracy = sum(g.correct for g in grades) / len(grades)
-    if source in FLOORS and has_floor(suite.settings, case) and len(grades) >= 8:
-        assert accuracy >= FLOORS[source], f"{accuracy:.0%} of {len(grades)} right"
-        return
-    vanilla = next((c for c in suite.settings.cases if is_baseline(c, case)), None)
-    if vanilla in (None, case):
+    grades = grades_of(suite.result(case), settings, source)
+    floor = FLOORS.get(source) if has_floor(settings, case) and len(grades) >= 8 else None
+    if floor is not None:
+        accuracy = sum(g.correct for g in grades) / len(grades)
+        assert accuracy >= floor, f"{accuracy:.0%} of {len(grades)} right"
+    vanilla = next((c for c in settings.cases if is_baseline(c, case)), None)
+    if vanilla not in (None, case):
+        both = pair(grades_of(suite.result(vanilla), settings, source), grades)
+        assert both.lower() <= settings.max_accuracy_loss, (
+            f"{both.lost} answers lost and {both.won} won of {both.n} against vanilla: with 95 % confidence a loss of "
+            f"{100 * both.lower():.1f} points or more, over --max-accuracy-loss {100 * settings.max_accuracy_loss:g}"
+        )
+    elif floor is None:
         pytest.skip("no floor is known for this configuration, and vanilla, to compare with, is not measured beside it")
-    before = by_source(suite.result(vanilla), suite.settings)[source]
-    lost = sum(b.correct and not g.correct for b, g in zip(before, grades, strict=True))
-    won = sum(g.correct and not b.correct for b, g in zip(before, grades, strict=True))
-    assert sign_test(lost, won) >= 0.01, f"{lost} answers lost and {won} won against vanilla on {len(grades)} rows"
+
+
+def grades_of(run: Run, settings: Settings, source: str) -> list[Grade]:
+    """The grades of one source's rows, or of all."""
+    return run.grades if source == "all" else by_source(run, settings)[source]
 
 
 def has_floor(settings: Settings, case: Case) -> bool:
@@ -38,9 +47,3 @@ def has_floor(settings: Settings, case: Case) -> bool:
     one_a_step = params.unmasking == "low_confidence" and total_steps(params) >= params.max_tokens
     own_rows = Path(settings.dataset).resolve() == SAMPLE
     return settings.is_tiny and own_rows and one_a_step and params.max_tokens >= 128
-
-
-def sign_test(lost: int, won: int) -> float:
-    """The chance of `lost` or more losses among the rows that changed, were loss and gain equally likely."""
-    changed = lost + won
-    return sum(comb(changed, k) for k in range(lost, changed + 1)) / 2**changed

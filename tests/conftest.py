@@ -1,11 +1,18 @@
 """Hypothesis's profiles, and the random checkpoints and engines that the tests share."""
 
+from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
+
 import hypothesis
 import pytest
 import torch
 
 from blockinfer import LLM
+from evals.conftest import Suite
+from evals.resume import Generations
+from evals.settings import read_settings
 from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.test_rows import GSM, MMLU, QA, write
 
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("gpu", max_examples=300, deadline=None)
@@ -32,3 +39,45 @@ def llm(shared_llm):
     yield shared_llm
     assert not shared_llm.engine.has_unfinished()
     assert shared_llm.engine.pool.num_free == shared_llm.engine.pool.num_pages
+
+
+@pytest.fixture(scope="session")
+def chat_llm(tmp_path_factory):
+    # every fifth token ends an answer, so that lengths differ
+    options = dict(vocab_size=300, max_sequence_length=1024, eos_token_id=[295, *range(0, 295, 5)])
+    folder = write_checkpoint(tmp_path_factory.mktemp("chat"), **options)
+    write_tokenizer(folder)
+    with LLM(folder, device="cpu", dtype="float64", max_num_seqs=1) as llm:
+        yield llm
+
+
+@pytest.fixture
+def make_suite(pytestconfig, tmp_path, chat_llm):
+    """A suite of seven rows, two of which ask the same, and two configurations, a row at a time.
+
+    `resume=` is its file, which the next suite finds closed.
+    """
+    rows = [GSM, MMLU, QA, GSM | {"id": "a2"}, MMLU | {"id": "b2", "question": "Which?"}]
+    rows += [GSM | {"id": "a3", "question": "3 + 4?"}, GSM | {"id": "a4", "question": "Half of 8?"}]
+    dataset = write(tmp_path / "rows.jsonl", rows)
+    fixed = {"dataset": str(dataset), "model": str(chat_llm.config.model), "device": "cpu", "max_tokens": 12}
+    fixed |= {"block_length": [8], "batch_size": 1, "mode": ["vanilla", "block"]}
+    fixed |= {"max_seconds": 600.0, "relative_error": 9.0}  # three rounds
+
+    class Config:
+        def __init__(self, changed):
+            self.changed = fixed | changed
+
+        def getoption(self, name):
+            key = name.removeprefix("--").replace("-", "_")
+            return self.changed[key] if key in self.changed else pytestconfig.getoption(name)
+
+    def make(**changed):
+        settings = read_settings(Config(changed))
+        capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
+        opened.close()
+        kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
+        return Suite(chat_llm, settings, capture, kept)
+
+    with ExitStack() as opened:
+        yield make

@@ -1,5 +1,6 @@
 """The suite itself: its options, the cases they make, and a whole run on a random checkpoint."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,9 +16,10 @@ from blockinfer.decoding.unmasking import RULES
 from evals import test_accuracy
 from evals.conftest import Suite
 from evals.graders import Grade
-from evals.record import Run, wilson_interval
+from evals.paired import losses
+from evals.record import Run, is_enough, standard_error, wilson_interval
 from evals.settings import SAMPLE, read_settings
-from evals.test_accuracy import FLOORS, sign_test
+from evals.test_accuracy import FLOORS
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MMLU, QA, write
 
@@ -171,7 +173,7 @@ def test_a_whole_run(tmp_path, folder):
         ["block", "8"],
     ]
     assert lines[head + 1].endswith("1.00" + f"{standard['throughput'] / semi['throughput']:>11.2f}")
-    assert all(len(line) <= 110 for line in lines[: head + 6])
+    assert all(len(line) <= 115 for line in lines[: head + 6])
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
@@ -186,7 +188,7 @@ def test_dummy_weights_have_no_accuracy(tmp_path, folder):
     assert code == 0, text
     assert result["blockinfer"]["accuracy"] is None and result["vanilla_llada"] is result["comparison"] is None
     assert result["blockinfer"]["total_tokens"] == 4 * 12
-    assert "random weights" in text and "4 skipped" in text
+    assert "random weights" in text and "5 skipped" in text
 
 
 def test_a_model_that_is_not_there_ends_the_run_with_one_line(tmp_path):
@@ -264,22 +266,74 @@ def test_max_tokens_that_leave_no_room_end_the_run_with_one_line(tmp_path, folde
 def test_a_configuration_that_fails_is_not_run_again_for_every_source(settings):
     calls = []
 
-    def fails(function, setup):
+    def fails(*args, **options):
         calls.append(1)
         raise FloatingPointError("broken")
 
     s = settings(mode=["block"])
     engine = SimpleNamespace(config=SimpleNamespace(max_model_len=512, dtype=torch.float32), tokenizer=None)
     suite = object.__new__(Suite)
-    suite.llm, suite.settings, suite.runs, suite.failed = engine, s, {}, {}
+    suite.llm, suite.settings, suite.runs, suite.failed, suite.found, suite.prompts = engine, s, {}, {}, {}, [{}]
     suite.capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
-    for run in (lambda: suite.measure(s.cases[0], fails), lambda: suite.result(s.cases[0])):
+    for run in (lambda: suite.measure(s.cases[0], SimpleNamespace(pedantic=fails)), lambda: suite.result(s.cases[0])):
         with pytest.raises(FloatingPointError, match="broken"):
             run()
     assert calls == [1]
 
 
-def test_sign_test():
-    assert sign_test(0, 0) == sign_test(0, 5) == 1.0
-    assert sign_test(7, 0) == 2**-7
-    assert math.isclose(sign_test(3, 1), 5 / 16)
+@pytest.mark.parametrize(("lost", "fails"), [(0, False), (3, False), (4, True), (8, True)])
+@pytest.mark.parametrize("source", ["mmlu", "all"])
+def test_a_loss_against_vanilla_is_judged_on_the_same_rows(settings, source, lost, fails):
+    """Of 8 rows, three lost may be chance at a true loss of 3 points; four are not."""
+    dataset_rows = [MMLU | {"id": f"r{i}"} for i in range(8)]
+    s = settings(mode=["vanilla", "block"], unmasking=["threshold"])
+    s = dataclasses.replace(s, rows=dataset_rows)
+    vanilla, block = s.cases
+    grades = {vanilla: [Grade(True, 1.0)] * 8, block: [Grade(i >= lost, 0.0) for i in range(8)]}
+    runs = {case: Run(case, [], grades[case], [1.0], 1, None) for case in s.cases}
+    suite = SimpleNamespace(settings=s, result=runs.__getitem__, runs=runs)
+    if not fails:
+        test_accuracy.test_accuracy(suite, block, source)
+    else:
+        with pytest.raises(AssertionError, match=f"{lost} answers lost and 0 won of 8 against vanilla: with 95 %"):
+            test_accuracy.test_accuracy(suite, block, source)
+    lines = losses(list(runs.values()), s.max_accuracy_loss)
+    assert len(lines) == 2 and lines[1].split()[:5] == ["block", "32", "threshold", str(lost), "0"]
+    assert lines[1].endswith("rows to rule out 3")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "error", "enough"),
+    [
+        ([1.0], 0.0, 0.01, True),
+        ([1.0], 60.0, 0.01, False),
+        ([1.0, 1.0], 60.0, 0.01, False),
+        ([1.0, 1.0, 1.0], 60.0, 0.01, True),
+        ([1.0, 1.2, 1.4], 60.0, 0.01, False),
+        ([1.0, 1.2, 1.4], 60.0, 0.1, True),
+        ([1.0, 1.2, 1.4], 4.0, 0.01, True),
+    ],
+)
+def test_rounds_go_on_until_the_mean_is_known_or_the_time_is_over(seconds, budget, error, enough):
+    assert is_enough(seconds, budget, error) == enough
+
+
+def test_the_standard_error_is_a_share_of_the_mean():
+    assert standard_error([2.0]) is None
+    assert standard_error([2.0, 4.0]) == pytest.approx(1 / 3)
+
+
+def test_repeated_rounds_are_all_stored(tmp_path, folder):
+    code, text, benchmarks, _ = run_suite(
+        tmp_path, f"--model={folder}", "--mode=vanilla,block", "--max-seconds=2", "--relative-error=0"
+    )
+    assert code == 0, text
+    for name in ("test_throughput[vanilla-8]", "test_throughput[block-8]"):
+        info, stats = benchmarks[name]["extra_info"], benchmarks[name]["stats"]
+        assert info["rounds"] == stats["rounds"] >= 3 and stats["total"] <= 2.5
+        assert info["seconds"] == pytest.approx(stats["median"], rel=0.05)
+        assert info["relative_error"] > 0
+    against = benchmarks["test_throughput[block-8]"]["extra_info"]["against_vanilla"]
+    assert against["n"] == 4 and against["loss"] == (against["lost"] - against["won"]) / 4
+    assert against["loss_at_least"] <= against["loss"] <= against["loss_at_most"]
+    assert benchmarks["test_throughput[vanilla-8]"]["extra_info"]["against_vanilla"] is None

@@ -1,0 +1,176 @@
+"""`python -m evals.merge OUT SHARD...`: the pytest-benchmark files of a run's shards (--shard) as the file of one run.
+
+Rows, tokens, forwards and grades are those of all rows, in their order. The time is the slowest shard's, as if all had
+run at once, each on a device of its own; tokens/s follow from it, and latencies over all rows are not known (null).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from evals.paired import Paired, stored
+from evals.record import RESUMED, wilson_interval
+
+Json = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m evals.merge", description="Merges the shards of a run into one file.")
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("shards", type=Path, nargs="+", help="what --benchmark-json wrote, of every shard")
+    options = parser.parse_args(arguments)
+    try:
+        result = merge([(str(path), read(path)) for path in options.shards])
+        # whole or not at all
+        part = options.out.with_name(options.out.name + ".part")
+        part.write_text(json.dumps(result, indent=4, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"merge: {error}")
+    number = result["benchmarks"][0]["extra_info"]["n"]
+    print(f"{len(options.shards)} shards, {number} rows, {len(result['benchmarks'])} configurations: {options.out}")
+
+
+def read(path: Path) -> Json:
+    """Raises ValueError for a file that holds no shard."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shards = [benchmark["extra_info"]["shard"] for benchmark in content["benchmarks"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no file that --benchmark-json wrote: {error!r}") from error
+    if not shards or shards[0] is None:
+        raise ValueError(f"{path} holds no shard: the suite was not run with --shard")
+    return content
+
+
+def merge(files: list[tuple[str, Json]]) -> Json:
+    """(name, content) of every shard's file, in any order -> the content of one.
+
+    Raises ValueError, naming them, for shards that are missing, there twice or of different rows or settings.
+    """
+    _check_shards([(path, _shard(content)) for path, content in files])
+    by_name: dict[str, dict[str, Json]] = defaultdict(dict)
+    for path, content in files:
+        for benchmark in content["benchmarks"]:
+            by_name[benchmark["fullname"].removesuffix(RESUMED)][path] = benchmark
+    for name, benchmarks in by_name.items():
+        _check_settings(name, benchmarks, [path for path, _ in files])
+    merged = [_merge_benchmark(list(benchmarks.values())) for benchmarks in by_name.values()]
+    return files[0][1] | {"benchmarks": merged, "datetime": max(content["datetime"] for _, content in files)}
+
+
+def _shard(content: Json) -> Json:
+    return content["benchmarks"][0]["extra_info"]["shard"]
+
+
+def _check_shards(shards: list[tuple[str, Json]]) -> None:
+    (first, base), *others = shards
+    for path, shard in others:
+        if shard["of"] != base["of"]:
+            has, wants = (f"{s['index']}/{s['of']}" for s in (shard, base))
+            raise ValueError(f"{path} is shard {has}, {first} is shard {wants}")
+        if shard["rows"] != base["rows"]:
+            raise ValueError(f"{path} and {first} are shards of different rows")
+    paths = defaultdict(list)
+    for path, shard in shards:
+        paths[shard["index"]].append(path)
+    faults = [f"shard {i} is there {len(same)} times: {', '.join(same)}" for i, same in paths.items() if same[1:]]
+    missing = [str(index) for index in range(1, base["of"] + 1) if index not in paths]
+    if missing:
+        faults.append(f"missing of {base['of']} shards: {', '.join(missing)}")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _check_settings(name: str, benchmarks: dict[str, Json], paths: list[str]) -> None:
+    lacking = [path for path in paths if path not in benchmarks]
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)}: there is no {name}, which {next(iter(benchmarks))} has")
+    base, *infos = (benchmarks[path]["extra_info"] for path in paths)
+    for path, info in zip(paths[1:], infos, strict=True):
+        for key in sorted((base.keys() | info.keys()) - _combine([base]).keys()):
+            if base.get(key) != info.get(key):
+                raise ValueError(f"{path} has {key} {info.get(key)!r}, {paths[0]} has {base.get(key)!r}: {name}")
+
+
+def _merge_benchmark(benchmarks: list[Json]) -> Json:
+    """pytest-benchmark's own record is that of the slowest shard."""
+    slowest = max(benchmarks, key=lambda benchmark: benchmark["stats"]["median"])
+    resumed = next((benchmark for benchmark in benchmarks if benchmark["extra_info"]["resumed"]), slowest)
+    titles = {key: resumed[key] for key in ("group", "name", "fullname")}
+    infos = [benchmark["extra_info"] for benchmark in benchmarks]
+    return slowest | titles | {"extra_info": infos[0] | _combine(infos)}
+
+
+def _combine(infos: list[Json]) -> Json:
+    """What of the shards' extra_info has another value for all rows; the rest are settings, which must agree."""
+    sums = {
+        k: sum(i[k] for i in infos) for k in ("n", "tokens", "steps", "nfe", "prompts_truncated", "stopped", "resumed")
+    }
+    n, tokens = sums["n"], sums["tokens"]
+    numbered = [pair for i in infos for pair in zip(i["shard"]["positions"], i["rows"], strict=True)]
+    rows = [row for _, row in sorted(numbered)]
+    correct = [row[3] for row in rows]
+    graded = None not in correct
+    memory = [i["peak_memory_gib"] for i in infos]
+    against = [i.get("against_vanilla") for i in infos]
+    pairs = Paired(*(sum(a[k] for a in against) for k in Paired._fields)) if None not in against else None
+    sources = sum((Counter(i["n_by_source"]) for i in infos), Counter())
+    return (
+        sums
+        | _speed(infos, tokens)
+        | {
+            "shard": None,
+            "shards": len(infos),
+            "rows": rows,
+            "tokens_per_step": tokens / sums["steps"],
+            "tokens_per_forward": tokens / sums["nfe"],
+            "mean_prompt_tokens": sum(i["mean_prompt_tokens"] * i["n"] for i in infos) / n,
+            "mean_generated_tokens": tokens / n,
+            "peak_memory_gib": None if None in memory else max(memory),
+            "accuracy": sum(correct) / n if graded else None,
+            "accuracy_interval": wilson_interval(sum(correct), n) if graded else None,
+            "against_vanilla": stored(pairs) if pairs else None,
+            "n_by_source": dict(sources),
+            "accuracy_by_source": _mean_by_source("accuracy_by_source", infos, sources),
+            "score_by_source": _mean_by_source("score_by_source", infos, sources),
+        }
+    )
+
+
+def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
+    weighted = [(i[key][source] * i["n_by_source"][source], source) for i in infos for source in i[key]]
+    return {source: sum(value for value, s in weighted if s == source) / n for source, n in sources.items()}
+
+
+def _speed(infos: list[Json], tokens: int) -> Json:
+    unknown = dict.fromkeys(
+        (
+            "seconds",
+            "tokens_per_second",
+            "relative_error",
+            "forwards",
+            "ms_per_forward",
+            "latency_p50",
+            "latency_p95",
+        )
+    )
+    if any(info["resumed"] for info in infos):
+        return unknown | {"rounds": 0}
+    slowest = max(info["seconds"] for info in infos)
+    forwards = sum(info["forwards"] for info in infos)
+    return unknown | {
+        "seconds": slowest,
+        "tokens_per_second": tokens / slowest,
+        "forwards": forwards,
+        "ms_per_forward": 1000 * sum(info["seconds"] for info in infos) / forwards,
+        "rounds": min(info["rounds"] for info in infos),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The checkpoint's own modelling code as a baseline, run through transformers under this engine's loop.
+
+The engine schedules, predicts, unmasks and counts as it does for `vanilla`; only the forward is the checkpoint's: the
+whole canvas of one request, without a cache. So the ratio to `vanilla` at batch size 1 is what the engine's own model
+and kernels bring, and their tokens should agree.
+"""
+
+import dataclasses
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+
+from blockinfer import LLM
+from blockinfer.config import ModelConfig
+from blockinfer.engine.engine import Engine
+from blockinfer.kernels.paged_attention import SegmentTable
+
+
+class RemoteCodeModel(nn.Module):
+    """A transformers model in the place of the engine's: `forward` gives logits, and `logits` passes them on."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable
+    ) -> torch.Tensor:
+        """token_ids [T] of whole canvases, one after the other -> logits [T, embedding_size]. kv_pages are not used."""
+        canvases = token_ids.split(table.query_starts.diff().tolist())
+        return torch.cat([self.model(input_ids=canvas[None]).logits[0] for canvas in canvases])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class ReferenceLLM(LLM):
+    """`LLM` with the modelling code that `llm`'s checkpoint brings, one request at a time, for mode `vanilla` alone.
+
+    Runs that code. Raises ValueError where the checkpoint brings none, and where it does not load, saying which
+    transformers it was saved with.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.model_config, self.tokenizer = llm.model_config, llm.tokenizer
+        # the scheduler wants pages for one canvas, which nothing is written to
+        self.config = dataclasses.replace(llm.config, max_num_seqs=1)
+        model = _load(str(llm.config.model), llm.config.dtype).to(llm.config.device).eval()
+        self._engine = Engine(RemoteCodeModel(model, llm.model_config), self.config, llm.tokenizer)
+
+
+def _load(name: str, dtype: torch.dtype) -> nn.Module:
+    raw, _ = PretrainedConfig.get_config_dict(name)
+    classes = [kind for kind in ("AutoModel", "AutoModelForCausalLM") if kind in raw.get("auto_map", {})]
+    if not classes:
+        raise ValueError(f"--reference-impl: {name} brings no modelling code: its config.json has no auto_map for it")
+    auto = getattr(transformers, classes[0])
+    saved_with = raw.get("transformers_version", "a version that its config.json does not name")
+    try:
+        return auto.from_pretrained(name, trust_remote_code=True, dtype=dtype)
+    except Exception as error:
+        raise ValueError(
+            f"--reference-impl: the modelling code of {name} does not load with transformers "
+            f"{transformers.__version__}; it was saved with {saved_with}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
