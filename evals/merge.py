@@ -127,6 +127,7 @@ def _combine(infos: list[Json]) -> Json:
             "shard": None,
             "shards": len(infos),
             "rows": rows,
+            "dataset_revisions": sorted({revision for i in infos for revision in i["dataset_revisions"]}),
             "tokens_per_step": tokens / sums["steps"],
             "tokens_per_forward": tokens / sums["nfe"],
             "mean_prompt_tokens": sum(i["mean_prompt_tokens"] * i["n"] for i in infos) / n,

@@ -57,7 +57,7 @@ def make_suite(pytestconfig, tmp_path, chat_llm):
 
     `resume=` is its file, which the next suite finds closed.
     """
-    rows = [GSM, MMLU, QA, GSM | {"id": "a2"}, MMLU | {"id": "b2", "question": "Which?"}]
+    rows = [GSM, MMLU, QA | {"revision": "LongBench@1"}, GSM | {"id": "a2"}, MMLU | {"id": "b2", "question": "Which?"}]
     rows += [GSM | {"id": "a3", "question": "3 + 4?"}, GSM | {"id": "a4", "question": "Half of 8?"}]
     dataset = write(tmp_path / "rows.jsonl", rows)
     fixed = {"dataset": str(dataset), "model": str(chat_llm.config.model), "device": "cpu", "max_tokens": 12}

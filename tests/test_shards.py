@@ -73,6 +73,8 @@ def test_merged_shards_are_the_whole_run(make_suite, shards, tmp_path, capsys):
     assert capsys.readouterr().out == f"3 shards, 7 rows, 2 configurations: {out}\n"
     merged = json.loads(out.read_text())
     assert merged["datetime"] == "2030-01-03"
+    # of the row that only one shard has
+    assert merged["benchmarks"][0]["extra_info"]["dataset_revisions"] == ["LongBench@1"]
     assert [b["fullname"] for b in merged["benchmarks"]] == [b["fullname"] for b in whole["benchmarks"]]
     for one, all_rows, slowest in zip(merged["benchmarks"], whole["benchmarks"], [3, 4], strict=True):
         info, expected = one["extra_info"], all_rows["extra_info"]
