@@ -1,5 +1,6 @@
-"""The project's sessions: `nox -s tests`, `evals`, `lint`, `gpu`. Arguments after `--` go to pytest."""
+"""The project's sessions: `nox -s tests`, `evals`, `lint`, `slurm`, `gpu`. Arguments after `--` go to pytest."""
 
+import os
 import shutil
 
 import nox
@@ -34,6 +35,20 @@ def lint(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(default=False)
+def slurm(session: nox.Session) -> None:
+    """evals/slurm's job on a SLURM of this machine's own: two nodes, on the CPU; a shard is killed and run again."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    if not all(shutil.which(daemon, path=path) for daemon in ("munged", "slurmctld", "slurmd", "sbatch")):
+        command = ["apt-get", "install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
+        if os.geteuid() or not shutil.which("apt-get"):
+            session.error(f"SLURM and munge are needed; on Debian or Ubuntu: sudo {' '.join(command)}")
+        session.run("apt-get", "update", "--quiet", external=True)
+        session.run(*command, external=True, env={"DEBIAN_FRONTEND": "noninteractive"})
+    install(session)
+    session.run("python", "evals/slurm/check.py", *session.posargs)
 
 
 @nox.session(default=False, venv_backend="none")
