@@ -1,0 +1,132 @@
+"""What the report computes: baselines, frontier, names, and the geometry of its charts."""
+
+import dataclasses
+from itertools import combinations, product
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockinfer import SamplingParams
+from blockinfer.decoding.unmasking import RULES
+from evals import record
+from evals.report import page
+from evals.report.charts import Point, history, scatter
+from evals.report.labels import MARK, Box, width_of
+from evals.report.results import Configuration, baselines, names, on_frontier, speed_up, total_steps
+from evals.settings import STANDARD, SUITE_MODES, Case
+from evals.settings import total_steps as suite_steps
+from tests.report.sample import info
+
+shares = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+speeds = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.0]))
+points = st.lists(
+    st.tuples(st.floats(0.1, 5000), st.sampled_from([k / 8 for k in range(9)]) | st.floats(0, 1), st.booleans()),
+    min_size=1,
+    max_size=14,
+)
+
+
+def test_speed_ups_are_those_of_the_suite():
+    """For the modes, block lengths, rules and step limits of a session: the baselines that evals/record.py picks."""
+    for max_tokens, steps in [(128, 32), (100, 8), (100, 32), (128, None)]:
+        rules = ["low_confidence", "threshold"] if steps else ["threshold", "entropy"]
+        runs, configurations = [], []
+        for mode, block_length, rule in product(SUITE_MODES, (8, 32, 64), rules):
+            params = SamplingParams(
+                max_tokens=max_tokens, block_length=block_length, denoising_steps=steps, unmasking=rule
+            )
+            if mode == STANDARD:
+                params = dataclasses.replace(params, block_length=max_tokens, denoising_steps=suite_steps(params))
+            runs.append(record.Run(Case(mode, block_length, rule, params), [], None, [1.0], 1, None))
+            fields = {f: getattr(params, f) for f in ("block_length", "unmasking", "denoising_steps", "max_tokens")}
+            configurations.append(Configuration(mode=mode, asked_block_length=block_length, **fields))
+            assert total_steps(configurations[-1]) == suite_steps(params)
+        for run, c in zip(runs, configurations, strict=True):
+            expected = [None if r is None else runs.index(r) for r in record.baselines(run.case, runs)]
+            found = [None if b is None else configurations.index(b) for b in baselines(c, configurations)]
+            assert found == expected and expected[1] is not None
+
+
+def test_what_the_page_knows_of_modes_and_rules_is_the_suites():
+    assert page.MODES == SUITE_MODES and len(set(page.MARKS)) == len(SUITE_MODES) + 1
+    assert set(page.SCHEDULED) == {name for name, rule in RULES.items() if rule.scheduled}
+
+
+@given(st.lists(st.tuples(speeds, shares), min_size=1, max_size=8))
+def test_the_frontier_is_what_nothing_beats(pairs):
+    run = [Configuration(mode="block", tokens_per_second=s, accuracy=a) for s, a in pairs]
+    flags = on_frontier(run)
+
+    def beats(a, b):
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    frontier = [p for p, on in zip(pairs, flags, strict=True) if on]
+    for pair, on in zip(pairs, flags, strict=True):
+        if None in pair:
+            assert not on
+        else:
+            assert on != any(beats(other, pair) for other in frontier)
+    assert not any(beats(a, b) for a in frontier for b in frontier)
+    assert frontier or all(None in p for p in pairs)
+
+
+@given(points, st.sampled_from([page.WIDE, page.NARROW]))
+def test_labels_cover_neither_marks_nor_each_other(drawn, size):
+    found = scatter([Point(i, "name" * (1 + i % 5), s, a, None, on) for i, (s, a, on) in enumerate(drawn)], *size)
+    labels = [m.label for m in found.marks if m.label]
+    boxes = [Box(label.left, label.y - 7.5, label.left + width_of(label.text), label.y + 7.5) for label in labels]
+    marks = [Box(m.x - MARK, m.y - MARK, m.x + MARK, m.y + MARK) for m in found.marks]
+
+    def overlap(a, b):
+        # coordinates are rounded to a tenth
+        return min(a.right, b.right) - max(a.left, b.left) > 0.3 and min(a.bottom, b.bottom) - max(a.top, b.top) > 0.3
+
+    assert not any(overlap(a, b) for a, b in combinations(boxes, 2))
+    assert not any(overlap(a, b) for a in boxes for b in marks)
+    assert all(box.left >= found.area.left - 0.3 and box.right <= found.area.right + 0.3 for box in boxes)
+    assert all(
+        found.area.left <= m.x <= found.area.right and found.area.top <= m.y <= found.area.bottom for m in found.marks
+    )
+    for ticks in (found.x_ticks, found.y_ticks):
+        assert len(ticks) >= 2 and len({text for _, text in ticks}) == len(ticks)
+
+
+def test_a_lone_mark_is_labelled_with_its_name():
+    (mark,) = scatter([Point(1, "block", 20.0, 0.5, (0.4, 0.6), True)], *page.WIDE).marks
+    assert mark.label.text == "block" and mark.label.leader is None and mark.band[0] < mark.y
+
+
+def test_ticks_are_at_their_values():
+    found = scatter([Point(1, "a", 10.0, 0.2, None, True), Point(2, "b", 1000.0, 0.6, None, True)], *page.WIDE)
+    at = {text: x for x, text in found.x_ticks}
+    assert found.logarithmic and at["10"] == found.marks[0].x and at["1,000"] == found.marks[1].x
+    assert dict((text, y) for y, text in found.y_ticks)["20"] == found.marks[0].y
+
+
+def test_the_history_is_drawn_from_zero():
+    drawn = history([50.0, None, 100.0, 25.0], ["aaaaaaa", "bbbbbbb", "ccccccc", "ddddddd"])
+    heights = [None if s.y is None else drawn.base - s.y for s in drawn.steps]
+    assert heights[1] is None and heights[0] == heights[2] / 2 == heights[3] * 2 > 0
+    assert drawn.lines == [(drawn.steps[2], drawn.steps[3])], "no line over a run that did not measure it"
+    assert [text for *_, text in drawn.values] == ["50.0", "25.0 (−75.0 %)"]
+    assert [text for *_, text in drawn.commits] == ["aaaaaaa", "ddddddd"]
+
+
+def test_names_tell_configurations_apart():
+    def of(*cases):
+        found = [Configuration(**{k: v for k, v in info(*case).items() if v is not None}) for case in cases]
+        return names(found)
+
+    assert of(("vanilla_llada",), ("vanilla",), ("block",)) == ["vanilla_llada", "vanilla", "block"]
+    assert of(("vanilla_llada",), ("block", 8), ("block", 32)) == ["vanilla_llada", "block 8", "block 32"]
+    assert of(("block",), ("block", 32, "entropy")) == ["block low_confidence", "block entropy"]
+    assert of(("block",), ("block",)) == ["block (1)", "block (2)"]
+    standard = Configuration(mode="vanilla_llada", block_length=128, denoising_steps=64)
+    other = standard.model_copy(update={"denoising_steps": 128})
+    assert names([standard, other]) == ["vanilla_llada 64 steps", "vanilla_llada 128 steps"]
+
+
+def test_speed_up_of_nothing_is_not_known():
+    nothing, something = (Configuration(mode="block", tokens_per_second=s) for s in (0.0, 2.0))
+    assert speed_up(something, nothing) is None and speed_up(nothing, something) == 0.0
+    assert speed_up(something, None) is None
