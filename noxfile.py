@@ -1,4 +1,4 @@
-"""The project's sessions: `nox -s tests`, `evals`, `lint`, `slurm`, `gpu`. Arguments after `--` go to pytest."""
+"""The project's sessions: `nox -s` tests, evals, screenshots, lint, slurm, gpu. Arguments after `--` go to pytest."""
 
 import os
 import shutil
@@ -27,6 +27,23 @@ def evals(session: nox.Session) -> None:
     """Speed and accuracy of the small model on this machine."""
     install(session)
     session.run("pytest", "evals", "--benchmark-json=out.json", *session.posargs)
+
+
+@nox.session
+def screenshots(session: nox.Session) -> None:
+    """The report of evals/report in headless Chromium: its layout is checked, its pictures are in build/screenshots."""
+    chromium = shutil.which("chromium") or _install_chromium(session)
+    # without the project and torch: the report does not need them, and tests/conftest.py, which does, is left out
+    session.install("-c", "constraints.txt", "jinja2", "pillow", "playwright", "pydantic", "pytest")
+    session.run("pytest", "--noconftest", "tests/browser", *session.posargs, env={"CHROMIUM": chromium})
+
+
+def _install_chromium(session: nox.Session) -> str:
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        session.error("there is no chromium on the PATH: install it, on Debian `apt-get install chromium` as root")
+    session.run("apt-get", "update", external=True)
+    session.run("apt-get", "install", "-y", "--no-install-recommends", "chromium", external=True)
+    return shutil.which("chromium")
 
 
 @nox.session

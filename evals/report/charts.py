@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evals.report.labels import SIZE, Box, Label, place, width_of
+from evals.report.labels import SIZE, Box, Label, place, shortened, width_of
 from evals.report.scales import Scale, around
 
 
@@ -56,7 +56,7 @@ def scatter(points: list[Point], width: int, height: int) -> Scatter:
     places = [(x(p.speed), y(p.accuracy)) for p in points]
     corners = _staircase([at for at, p in zip(places, points, strict=True) if p.frontier], area)
     lines = [Box(min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairwise(corners)]
-    named, numbers = [_shortened(p.name) for p in points], [str(p.number) for p in points]
+    named, numbers = [shortened(p.name, 240) for p in points], [str(p.number) for p in points]
     frontier = [p.frontier for p in points]
     all_names = [list(pair) for pair in zip(named, numbers, strict=True)]
     its_names = [pair if on else pair[1:] for pair, on in zip(all_names, frontier, strict=True)]
@@ -103,10 +103,6 @@ def _staircase(places: list[tuple[float, float]], area: Box) -> list[tuple[float
     return [*corners, (left, area.bottom)]
 
 
-def _shortened(name: str, most: int = 32) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
 @dataclass(frozen=True)
 class Step:
     """One run in a history: x in percent of the chart's width, y in pixels (None: not measured then)."""
@@ -133,7 +129,7 @@ class History:
     commits: list[tuple[float, str, str]]
 
 
-NARROWEST = 232  # pixels that a chart of the history has at the least
+NARROWEST = 260  # pixels that a panel of style.css has at the least
 
 
 def history(values: list[float | None], commits: list[str], height: int = 116) -> History:

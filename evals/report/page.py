@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evals.report.charts import History, Point, Scatter, history, scatter
+from evals.report.labels import shortened
 from evals.report.results import (
     Configuration,
     Run,
@@ -102,6 +103,7 @@ def render(run: Run, history_runs: list[Run]) -> str:
         when=when,
         speed=lambda value: f"{value:,.1f}",
         percent=percent,
+        shortened=shortened,
         share=lambda value: f"{100 * value:.4g}%",
     )
 
