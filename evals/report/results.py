@@ -11,7 +11,7 @@ STANDARD = "vanilla_llada"
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Number = Annotated[float, Field(ge=0, le=1e15)]
+Number = Annotated[float, Field(ge=0, le=1e15)]  # not infinite either, nor NaN
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[Share, Share]
 
@@ -27,7 +27,7 @@ class Configuration(BaseModel):
     asked_block_length is the test id's; block_length, in vanilla_llada, is all of max_tokens.
     """
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True)
 
     mode: Annotated[str, Field(min_length=1)]
     asked_block_length: Positive | None = None

@@ -11,7 +11,7 @@ from blockinfer.decoding.unmasking import RULES
 from evals import record
 from evals.report import page
 from evals.report.charts import Point, history, scatter
-from evals.report.labels import MARK, Box, width_of
+from evals.report.labels import MARK, Box, shortened, width_of
 from evals.report.results import Configuration, baselines, names, on_frontier, speed_up, total_steps
 from evals.settings import STANDARD, SUITE_MODES, Case
 from evals.settings import total_steps as suite_steps
@@ -130,3 +130,18 @@ def test_speed_up_of_nothing_is_not_known():
     nothing, something = (Configuration(mode="block", tokens_per_second=s) for s in (0.0, 2.0))
     assert speed_up(something, nothing) is None and speed_up(nothing, something) == 0.0
     assert speed_up(something, None) is None
+
+
+def test_baselines_of_unknown_steps_are_none():
+    """A null is "no limit" and equals another; a field that the file lacks equals nothing."""
+    standard, block = (Configuration(mode=m, max_tokens=64, block_length=64) for m in ("vanilla_llada", "block"))
+    assert baselines(block, [standard, block])[0] is None
+    known = [c.model_copy(update={"denoising_steps": None}) for c in (standard, block)]
+    assert baselines(known[1], known)[0] is known[0]
+
+
+def test_names_are_cut_where_they_would_be_too_wide():
+    assert shortened("block_refresh 16 low_confidence", 220) == "block_refresh 16 low_confidence"
+    for name in ("W" * 100, "i" * 100, "block " * 20, "ブロック" * 9):
+        cut = shortened(name, 220)
+        assert cut.endswith("…") and name.startswith(cut[:-1]) and 200 < width_of(cut) <= 220

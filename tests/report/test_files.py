@@ -97,6 +97,7 @@ def test_other_benchmarks_are_counted_and_not_shown(report):
             "tokens_per_second: Input should be greater than or equal to 0",
         ),
         (results([info("block", tokens_per_second=float("nan"))]), "tokens_per_second: Input should be"),
+        (results([info("block", tokens_per_second=float("inf"))]), "tokens_per_second: Input should be"),
         (results([info("block", tokens_per_second=10**400)]), "tokens_per_second: Input should be"),
         (results([info("block", accuracy=50)]), "accuracy: Input should be less than or equal to 1, got 50"),
         (results([info("block", accuracy_by_source={"a\n\x1b[2J": 2})]), "accuracy_by_source.a"),

@@ -75,20 +75,32 @@ def test_the_frontier_is_marked_in_table_and_plots(report):
     assert [th.text for th in plain.all("th", scope="row")] == ["dual_cache", "block", "prefix_cache"]
 
 
+def drawn(root):
+    """What the charts of the history describe, by configuration."""
+    charts = [s for s in root.all("svg") if (s.attributes.get("aria-labelledby") or "").startswith("history")]
+    return {next(s.all("title")).text.removeprefix("Tokens per second of "): s for s in charts}
+
+
 def test_the_history_goes_by_date_whatever_the_order(report):
-    now = results([info("block", tokens_per_second=90.0)], day=3)
-    first = results([info("block", tokens_per_second=100.0, commit="aaaaaaaaaaaa+")], day=1)
-    second = results([info("block", tokens_per_second=120.0, commit="v1.2-3-gbbbbbbbbbbbb"), info("vanilla")], day=2)
+    now = results([info("block", tokens_per_second=90.0), info("vanilla", tokens_per_second=9.0)], day=3)
+    first = results([info("block", tokens_per_second=100.0, commit="aaaaaaaaaaaa+"), info("dual_cache")], day=1)
+    commit = "v1.2-3-gbbbbbbbbbbbb"
+    second = results([info(m, tokens_per_second=s, commit=commit) for m, s in [("vanilla", 8.0), ("block", 120.0)]], 2)
     for root in [report(now, *order) for order in ([first, second], [second, first, first, now])]:
-        (svg,) = [s for s in root.all("svg") if (s.attributes.get("aria-labelledby") or "").startswith("history")]
-        assert next(svg.all("desc")).text == "aaaaaaa+: 100.0, bbbbbbb: 120.0, 0123456: 90.0."
-        assert "90.0 (−25.0 %)" in [t.text for t in svg.all("text")]
+        said = {name: next(svg.all("desc")).text for name, svg in drawn(root).items()}
+        assert said == {
+            "block": "aaaaaaa+: 100.0, bbbbbbb: 120.0, 0123456: 90.0.",
+            "vanilla": "aaaaaaa+: not measured, bbbbbbb: 8.0, 0123456: 9.0.",
+        }
+        assert "90.0 (−25.0 %)" in [t.text for t in drawn(root)["block"].all("text")]
         (runs,) = [t for t in root.all("table") if t.text.startswith("commit")]
-        assert [th.text for th in runs.all("th", scope="row")] == [
-            "aaaaaaaaaaaa+",
-            "v1.2-3-gbbbbbbbbbbbb",
-            "0123456789ab",
-        ]
+        assert [th.text for th in runs.all("th", scope="row")] == ["aaaaaaaaaaaa+", commit, "0123456789ab"]
+
+
+def test_an_older_run_that_lacks_a_field_is_still_compared(report):
+    older = {k: v for k, v in info("block").items() if k not in ("prompts_version", "batch_size", "rule_value")}
+    root = report(results([info("block")], day=1), results([older | {"tokens_per_second": 100.0}]))
+    assert list(drawn(root)) == ["block"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_a_run_under_other_conditions_is_left_out_with_the_reason(report, field,
     root = report(results([info("block")], day=1), results([info("block", **{field: value})]))
     said = sections(root)["History"]
     assert f"1.json: {reason}" in said and "No earlier run to compare with" in said
-    assert not [s for s in root.all("svg") if "history" in (s.attributes.get("aria-labelledby") or "")]
+    assert not drawn(root)
 
 
 def test_another_step_limit_is_another_configuration(report):
