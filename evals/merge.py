@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.paired import Paired, stored
-from evals.record import RESUMED, wilson_interval
+from evals.record import RESUMED
+from evals.wilson import wilson_interval
 
 Json = dict[str, Any]
 

@@ -16,6 +16,7 @@ from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.prompts import PROMPTS_VERSION
 from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
+from evals.wilson import wilson_interval
 
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
 RESUMED = " (resumed)"
@@ -63,14 +64,6 @@ class Run:
     @property
     def accuracy(self) -> float | None:
         return statistics.fmean(g.correct for g in self.grades) if self.grades else None
-
-
-def wilson_interval(correct: int, number: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (E. B. Wilson, JASA 22, 1927)."""
-    p, n, z = correct / number, number, 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def by_source(run: Run, settings: Settings) -> dict[str, list[Grade]]:
