@@ -10,20 +10,12 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evals.report.charts import History, Point, Scatter, history, scatter
+from evals.report.compare import baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.labels import shortened
-from evals.report.results import (
-    Configuration,
-    Run,
-    baselines,
-    names,
-    on_frontier,
-    series,
-    speed_up,
-    timeline,
-)
+from evals.report.results import Configuration, Run
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
-MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh")
+MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
 SCHEDULED = ("low_confidence", "random", "sequential")  # rules without a value
 MARKS = (
     "M-4.5 0A4.5 4.5 0 1 0 4.5 0A4.5 4.5 0 1 0 -4.5 0Z",
@@ -32,6 +24,7 @@ MARKS = (
     "M0 5L5 -4H-5Z",
     "M0 -6L6 0L0 6L-6 0Z",
     "M0 -6L5.7 -1.9L3.5 4.9H-3.5L-5.7 -1.9Z",
+    "M-1.7 -5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z",
     "M-5 -3L-3 -5L0 -2L3 -5L5 -3L2 0L5 3L3 5L0 2L-3 5L-5 3L-2 0Z",
 )
 WIDE, NARROW = (720, 400), (328, 380)  # pixels
@@ -95,6 +88,7 @@ def render(run: Run, history_runs: list[Run]) -> str:
         is_random=any(c.weights == "random" for c in found),
         scatters=_scatters(rows),
         not_drawn=[row.name for row in rows if None in (row.c.accuracy, row.c.tokens_per_second)],
+        resumed=[row.name for row in rows if row.c.resumed],
         sources=_sources(rows),
         runs=runs,
         commits=[_commit(r) for r in runs],
@@ -103,6 +97,7 @@ def render(run: Run, history_runs: list[Run]) -> str:
         when=when,
         speed=lambda value: f"{value:,.1f}",
         percent=percent,
+        points=lambda value: f"{100 * value:+.1f}".replace("-", "−"),
         shortened=shortened,
         share=lambda value: f"{100 * value:.4g}%",
     )
@@ -120,6 +115,7 @@ def columns(run: list[Configuration]) -> list[Column]:
         Column("rule", "", _rule, is_number=False),
         Column("limit", "steps", _step_limit),
         Column("speed", "tokens/s", field("tokens_per_second", ",.1f")),
+        Column("error", "± %", lambda c: percent(c.relative_error)),
         Column("speed-up", "× vanilla", ratio(1)),
         Column("speed-up", "× vanilla_llada", ratio(0)),
         Column("tokens", "/forward", field("tokens_per_forward", ",.2f")),
@@ -170,6 +166,7 @@ def about(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         found = dict.fromkeys(str(v) for c in run.configurations if (v := getattr(c, field)) is not None)
         return ", ".join(found) or None
 
+    first = run.configurations[0]
     groups = {
         "Model": {"model": of("model"), "weights": of("weights"), "dtype": of("dtype")},
         "Machine": {"device": of("device"), "GPU": of("gpu"), "CPU threads": of("cpu_threads")},
@@ -182,14 +179,17 @@ def about(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         },
         "Rows": {
             "dataset": of("dataset"),
+            "revisions": ", ".join(first.dataset_revisions or ()) or None,
             "rows": of("n"),
+            "shard": f"{first.shard.index} of {first.shard.of}" if first.shard else None,
+            "merged shards": str(first.shards) if first.shards > 1 else None,
             "prompts cut to fit": of("prompts_truncated"),
         },
         "Settings": {
             "tokens, at most": of("max_tokens"),
             "requests at once": of("batch_size"),
             "temperature": of("temperature"),
-            "stop token": "ignored" if run.configurations[0].ignore_eos else None,
+            "stop token": "ignored" if first.ignore_eos else None,
             "timed rounds": of("rounds"),
         },
     }
@@ -211,7 +211,7 @@ def _sources(rows: list[Row]) -> list[Source]:
     sources = []
     for name in dict.fromkeys(name for row in rows for name in row.c.accuracy_by_source):
         n = next((n for row in rows if (n := row.c.n_by_source.get(name))), None)
-        bars = [(row, row.c.accuracy_by_source.get(name), row.c.interval_by_source.get(name)) for row in rows]
+        bars = [(row, row.c.accuracy_by_source.get(name), row.c.interval_at(name)) for row in rows]
         sources.append(Source(name, n, bars))
     return sources
 

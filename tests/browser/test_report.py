@@ -45,7 +45,7 @@ def pages(tmp_path_factory):
     wide = {"model": "M" * 300, "commit": "c" * 300}
     long = [info(mode) | wide | {"mode": mode + "W" * 300} for mode in ("vanilla", "block")]
     slower = [one | {"tokens_per_second": 9.0} for one in long]
-    nothing = {"weights": "random", "accuracy": None, "accuracy_interval": None, "accuracy_by_source": {}}
+    nothing = {"weights": "random", "accuracy": None, "accuracy_by_source": {}, "against_vanilla": None}
     arguments = {
         "few": write_run(files["few"]),
         "many": write_run(files["many"], (8, 16, 32), ("low_confidence", "threshold"), 24),

@@ -64,9 +64,9 @@ def parse(text: str) -> Element:
     return root
 
 
-def table(root: Element) -> list[dict[str, str]]:
-    """The rows of the table of results, as {header with unit: cell}."""
-    (found,) = root.all("table", class_="results")
+def table(root: Element, name: str = "configurations") -> list[dict[str, str]]:
+    """The rows of the table of this class, as {header with unit: cell}."""
+    (found,) = root.all("table", class_=name)
     head, *rows = [[cell.text for cell in row.elements] for row in found.all("tr")]
     assert len(set(head)) == len(head)
     return [dict(zip(head, row, strict=True)) for row in rows]

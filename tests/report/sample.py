@@ -18,6 +18,8 @@ MODES = {
 }
 RULES = {"low_confidence": (1.0, 0, 0.0), "threshold": (6.2, -6, 0.9), "entropy": (5.1, -3, 0.15)}
 
+LOSS = {"n": 200, "lost": 9, "won": 4, "loss": 0.025, "loss_at_least": -0.007, "loss_at_most": 0.06, "mcnemar_p": 0.27}
+
 
 def info(mode: str, block_length: int = 32, rule: str = "low_confidence", **changed: Any) -> dict[str, Any]:
     """One configuration's extra_info."""
@@ -42,9 +44,12 @@ def info(mode: str, block_length: int = 32, rule: str = "low_confidence", **chan
         "python": "3.11.7",
         "commit": "0123456789ab",
         "dataset": "rows.jsonl",
+        "dataset_revisions": [],
         "grader_versions": dict.fromkeys(SOURCES, 2),
         "prompts_version": 1,
         "n": 200,
+        "shard": None,
+        "rows": [[f"row-{i}", 71, 77, i < correct] for i in range(200)],
         "tokens": tokens,
         "tokens_per_second": speed,
         "steps": nfe,
@@ -53,13 +58,15 @@ def info(mode: str, block_length: int = 32, rule: str = "low_confidence", **chan
         "ms_per_forward": 1000 * tokens / speed / nfe * 8,
         "seconds": tokens / speed,
         "rounds": 3,
+        "relative_error": 0.004,
+        "resumed": 0,
         "latency_p50": 610 / speed,
         "latency_p95": 980 / speed,
         "accuracy": correct / 200,
         "accuracy_interval": [correct / 200 - 0.06, correct / 200 + 0.057],
         "accuracy_by_source": shares,
         "n_by_source": dict.fromkeys(SOURCES, 50),
-        "interval_by_source": {s: [max(0.0, a - 0.12), min(1.0, a + 0.11)] for s, a in shares.items()},
+        "against_vanilla": None if mode == "vanilla" else LOSS,
         "prompts_truncated": 3,
         "mode": mode,
         "unmasking": rule,

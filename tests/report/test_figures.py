@@ -11,9 +11,10 @@ from blockinfer.decoding.unmasking import RULES
 from evals import record
 from evals.report import page
 from evals.report.charts import Point, history, scatter
+from evals.report.compare import baselines, names, on_frontier, speed_up, total_steps
 from evals.report.labels import MARK, Box, shortened, width_of
-from evals.report.results import Configuration, baselines, names, on_frontier, speed_up, total_steps
-from evals.settings import STANDARD, SUITE_MODES, Case
+from evals.report.results import Configuration
+from evals.settings import REFERENCE_IMPL, STANDARD, SUITE_MODES, Case
 from evals.settings import total_steps as suite_steps
 from tests.report.sample import info
 
@@ -31,7 +32,7 @@ def test_speed_ups_are_those_of_the_suite():
     for max_tokens, steps in [(128, 32), (100, 8), (100, 32), (128, None)]:
         rules = ["low_confidence", "threshold"] if steps else ["threshold", "entropy"]
         runs, configurations = [], []
-        for mode, block_length, rule in product(SUITE_MODES, (8, 32, 64), rules):
+        for mode, block_length, rule in product((*SUITE_MODES, REFERENCE_IMPL), (8, 32, 64), rules):
             params = SamplingParams(
                 max_tokens=max_tokens, block_length=block_length, denoising_steps=steps, unmasking=rule
             )
@@ -48,7 +49,7 @@ def test_speed_ups_are_those_of_the_suite():
 
 
 def test_what_the_page_knows_of_modes_and_rules_is_the_suites():
-    assert page.MODES == SUITE_MODES and len(set(page.MARKS)) == len(SUITE_MODES) + 1
+    assert page.MODES == (*SUITE_MODES, REFERENCE_IMPL) and len(set(page.MARKS)) == len(page.MODES) + 1
     assert set(page.SCHEDULED) == {name for name, rule in RULES.items() if rule.scheduled}
 
 

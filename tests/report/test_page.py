@@ -9,8 +9,9 @@ import pytest
 from blockinfer.decoding.modes import MODES
 from evals.report import page
 from evals.report.__main__ import main
+from evals.wilson import wilson_interval
 from tests.report.html_tree import parse, sections, table
-from tests.report.sample import info, results, write, write_run
+from tests.report.sample import LOSS, info, results, write, write_run
 
 HOSTILE = """</title></style><script>alert("1")</script><img src=http://x.example/ onerror='x'>&amp;{{ 7 * 7 }}"""
 
@@ -32,6 +33,7 @@ def test_the_table_holds_the_files_figures(report):
         low, high = map(float, row["interval 95 %"].split("–"))
         assert [low, high] == pytest.approx([100 * end for end in one["accuracy_interval"]], abs=0.5)
         assert float(row["latency p50, s"]) == pytest.approx(one["latency_p50"], abs=0.005)
+        assert float(row["error ± %"]) == pytest.approx(100 * one["relative_error"], abs=0.05)
         assert float(row["latency p95, s"]) == pytest.approx(one["latency_p95"], abs=0.005)
         for name, mode in [("speed-up × vanilla", "vanilla"), ("speed-up × vanilla_llada", "vanilla_llada")]:
             (base,) = [o for o in infos if (o["mode"], o["unmasking"]) == (mode, one["unmasking"])]
@@ -75,6 +77,33 @@ def test_the_frontier_is_marked_in_table_and_plots(report):
     assert [th.text for th in plain.all("th", scope="row")] == ["dual_cache", "block", "prefix_cache"]
 
 
+def test_the_paired_losses_are_those_of_the_file(report):
+    root = report(results([info("vanilla"), info("block", against_vanilla=LOSS | {"won": 15, "loss": -0.03})]))
+    (row,) = table(root, "paired")
+    assert row == {
+        "configuration": "2block",
+        **{"lost rows": "9", "won rows": "15", "McNemar p": "0.27"},
+        **{"loss points": "−3.0", "at least points": "−0.7", "at most points": "+6.0"},
+    }
+    assert not list(report(results([info("vanilla")])).all("table", class_="paired"))
+
+
+def test_what_was_resumed_has_no_speed_and_is_named(report):
+    unknown = dict.fromkeys(["tokens_per_second", "ms_per_forward", "latency_p50", "latency_p95", "relative_error"])
+    root = report(results([info("vanilla"), info("block", resumed=3, **unknown)]))
+    row = table(root)[1]
+    assert (row["speed tokens/s"], row["speed-up × vanilla"], row["error ± %"]) == ("–", "–", "–")
+    assert row["NFE forwards"] == "15,360" and "leaves the speed unknown: block." in root.text
+    assert "Not drawn, for want of an accuracy or a speed: block." in root.text
+
+
+def test_shards_say_which_they_are(report):
+    text = report(results([info("block", shard={"index": 2, "of": 4, "positions": [1], "rows": "h"})])).text
+    assert "shard2 of 4" in text and "merged shards" not in text
+    text = report(results([info("block", shards=4)])).text
+    assert "merged shards4" in text and "The time of merged shards is the slowest one's." in text
+
+
 def drawn(root):
     """What the charts of the history describe, by configuration."""
     charts = [s for s in root.all("svg") if (s.attributes.get("aria-labelledby") or "").startswith("history")]
@@ -111,6 +140,8 @@ def test_an_older_run_that_lacks_a_field_is_still_compared(report):
         ("weights", "random", "weights: random, not checkpoint"),
         ("n", 32, "n: 32, not 200"),
         ("max_tokens", 64, "max_tokens: 64, not 128"),
+        ("rows", [["another", 1, 1, True]], "other rows"),
+        ("shards", 4, "shards: 4, not 1"),
     ],
 )
 def test_a_run_under_other_conditions_is_left_out_with_the_reason(report, field, value, reason):
@@ -140,7 +171,7 @@ def test_bars_are_as_long_as_the_accuracies(report):
         "block: 0.0 %, vanilla: not known.",
     ]
     interval = next(panels[0].all("line", class_="interval")).attributes
-    ends = infos[0]["interval_by_source"]["gsm8k"]
+    ends = wilson_interval(25, 50)
     assert [float(interval[x].rstrip("%")) for x in ("x1", "x2")] == pytest.approx([100 * e for e in ends], abs=0.01)
 
 
@@ -151,7 +182,7 @@ def test_what_the_files_say_is_escaped(tmp_path, capsys):
         infos = [info(mode) for mode in ("vanilla", "block")]
         for one in infos:
             one |= {k: replace(v) for k, v in one.items() if isinstance(v, str) and k not in ("mode", "weights")}
-            for field in ("accuracy_by_source", "n_by_source", "interval_by_source"):
+            for field in ("accuracy_by_source", "n_by_source"):
                 one[field] = {replace(source): value for source, value in one[field].items()}
         infos[1]["mode"] = replace("block")
         paths = [
