@@ -158,20 +158,20 @@ def test_another_step_limit_is_another_configuration(report):
 
 
 def test_bars_are_as_long_as_the_accuracies(report):
-    by_source = {"gsm8k": 0.5, "mmlu": 0.0}
+    by_source = {"gsm8k": 0.3, "mmlu": 0.0}
     infos = [info("block", accuracy_by_source=by_source), info("vanilla", accuracy_by_source={"gsm8k": 1.0})]
     root = report(results(infos))
     panels = [s for s in root.all("svg") if (s.attributes.get("aria-labelledby") or "").startswith("source")]
     assert [[bar.attributes["width"] for bar in p.all("rect", class_="bar")] for p in panels] == [
-        ["50%", "100%"],
+        ["30%", "100%"],
         ["0%"],
     ]
     assert [next(p.all("desc")).text for p in panels] == [
-        "block: 50.0 %, vanilla: 100.0 %.",
+        "block: 30.0 %, vanilla: 100.0 %.",
         "block: 0.0 %, vanilla: not known.",
     ]
     interval = next(panels[0].all("line", class_="interval")).attributes
-    ends = wilson_interval(25, 50)
+    ends = wilson_interval(15, 50)
     assert [float(interval[x].rstrip("%")) for x in ("x1", "x2")] == pytest.approx([100 * e for e in ends], abs=0.01)
 
 
