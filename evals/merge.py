@@ -125,6 +125,7 @@ def _combine(infos: list[Json]) -> Json:
         sums
         | _speed(infos, tokens)
         | {
+            "rows_sha256": infos[0]["shard"]["rows"],
             "shard": None,
             "shards": len(infos),
             "rows": rows,

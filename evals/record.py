@@ -15,6 +15,7 @@ import transformers
 from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.prompts import PROMPTS_VERSION
+from evals.rows import rows_hash
 from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
 from evals.wilson import wilson_interval
 
@@ -83,6 +84,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
     correct = sum(g.correct for g in run.grades) if run.grades else None
     return environment | {
         "n": len(outputs),
+        "rows_sha256": rows_hash(settings.rows),
         "shard": dataclasses.asdict(settings.shard) if settings.shard else None,
         "rows": rows_info(run, settings),
         "tokens": run.tokens,

@@ -1,13 +1,15 @@
 """The rows that are evaluated: read from JSON lines, every field checked, and turned into prompts."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from evals.prompts import messages
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 SOURCES = ("gsm8k", "math500", "mmlu", "longbench_hotpotqa")
 
@@ -41,6 +43,11 @@ def load_rows(
         chosen = ", ".join(sources) if sources else "all sources"
         raise ValueError(f"{path}: of {len(rows)} rows none is left ({chosen}, the first {skip} left out)")
     return kept
+
+
+def rows_hash(rows: list[Row]) -> str:
+    """Two lists of rows with the same one hold the same rows, word for word."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def shard_positions(rows: list[Row], index: int, of: int) -> list[int]:
@@ -103,7 +110,7 @@ def _is_strings(value: object) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(item, str) for item in value)
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[list[int], bool]:
+def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", limit: int) -> tuple[list[int], bool]:
     """The row's prompt as at most `limit` token ids, and whether its context was cut in the middle to fit.
 
     Raises ValueError where the prompt is too long even without its context.
@@ -123,7 +130,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[li
     return token_ids, was_cut
 
 
-def _apply_template(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _apply_template(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Through the chat template; a checkpoint without one, as a base model, gets the bare text."""
     conversation = messages(row)
     if not tokenizer.chat_template:

@@ -1,8 +1,6 @@
 """What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.rows import Row, load_rows, shard_positions
+from evals.rows import Row, load_rows, rows_hash, shard_positions
 
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
@@ -146,8 +144,7 @@ def _shard(given: tuple[int, int] | None, rows: list[Row]) -> Shard | None:
     index, of = given
     if of > len(rows):
         raise pytest.UsageError(f"--shard {index}/{of}: there are more shards than rows, of which {len(rows)} are left")
-    whole = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Shard(index, of, shard_positions(rows, index, of), whole)
+    return Shard(index, of, shard_positions(rows, index, of), rows_hash(rows))
 
 
 def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:

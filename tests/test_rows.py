@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from evals.rows import encode, load_rows
+from evals.rows import encode, load_rows, rows_hash
 
 GSM = {"id": "a", "source": "gsm8k", "question": "1 + 1?", "answer": "2"}
 MMLU = {"id": "b", "source": "mmlu", "question": "Pick.", "answer": "C", "choices": ["w", "x", "y", "z"]}
@@ -106,3 +106,10 @@ def test_a_long_context_loses_its_middle(checkpoint):
         encode(row, tokenizer, 20)
     with pytest.raises(ValueError, match="row a: its prompt has"):
         encode(GSM, tokenizer, 20)
+
+
+def test_the_hash_is_of_every_word_of_the_rows():
+    rows = [GSM, QA]
+    assert rows_hash(rows) == rows_hash([dict(reversed(row.items())) for row in rows])
+    changed = [[QA, GSM], [GSM], [GSM, QA | {"context": QA["context"] + "."}], [GSM | {"id": "z"}, QA]]
+    assert rows_hash(rows) not in map(rows_hash, changed)
