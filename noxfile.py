@@ -1,4 +1,4 @@
-"""The project's sessions: `nox -s` tests, evals, screenshots, lint, slurm, gpu. Arguments after `--` go to pytest."""
+"""The project's sessions: `nox -s` tests, evals, gate, screenshots, lint, slurm, gpu. What follows `--` is passed."""
 
 import os
 import shutil
@@ -27,6 +27,14 @@ def evals(session: nox.Session) -> None:
     """Speed and accuracy of the small model on this machine."""
     install(session)
     session.run("pytest", "evals", "--benchmark-json=out.json", *session.posargs)
+
+
+@nox.session(default=False)
+def gate(session: nox.Session) -> None:
+    """This checkout against a commit: `nox -s gate -- --base REF` fails where it decodes more slowly."""
+    install(session)
+    # time to remove its worktree on Ctrl-C
+    session.run("python", "-m", "evals.gate", *session.posargs, interrupt_timeout=10.0)
 
 
 @nox.session
