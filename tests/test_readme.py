@@ -7,7 +7,9 @@ import pytest
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals import build_sample
+from evals import build_sample, compare
+from evals.gate import __main__ as gate
+from evals.gate import experiment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,5 +35,6 @@ def test_every_mode_and_rule_is_described():
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", OURS))))
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
-    known.update(build_sample.parser()._option_string_actions)
+    parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
+    known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known
