@@ -58,15 +58,34 @@ def test_what_is_compared_is_what_the_suite_stores(make_suite, tmp_path):
     content = json.loads(run(make_suite(), tmp_path / "out.json", [10, 5]).read_text())
     for benchmark in content["benchmarks"]:
         # only a merged result has shards
-        assert {*QUESTION, *MACHINE, *SOFTWARE} - benchmark["extra_info"].keys() == {"shards"}
+        read = {*QUESTION, *MACHINE, *SOFTWARE, "rows", "accuracy", "tokens_per_second", "relative_error", "nfe"}
+        assert (read | {"peak_memory_gib"}) - benchmark["extra_info"].keys() == {"shards"}
 
 
 def test_speed_is_judged_by_the_margin(compare):
-    assert compare(scaled("tokens_per_second", 0.951))[0] == NOT_WORSE
-    code, printed = compare(scaled("tokens_per_second", 0.949))
-    assert code == WORSE and f"WORSE {BLOCK}: tokens/s is 0.949 times the old, below 0.95" in printed
-    assert compare(scaled("tokens_per_second", 0.949), "--margin", "6")[0] == NOT_WORSE
+    # by exp(1.96 * sqrt(2) * 0.1) = 1.319, since a round says nothing of its error: 0.950 and 0.948 at most
+    assert compare(scaled("tokens_per_second", 0.7203))[0] == NOT_WORSE
+    code, printed = compare(scaled("tokens_per_second", 0.719))
+    assert code == WORSE and f"WORSE {BLOCK}: tokens/s is 0.719 times the old, 0.949 at most, below 0.95" in printed
+    assert compare(scaled("tokens_per_second", 0.719), "--margin", "6")[0] == NOT_WORSE
     assert compare(scaled("tokens_per_second", 3))[0] == NOT_WORSE
+
+
+def test_speed_of_many_rounds_is_judged_by_their_error(make_suite, tmp_path, capsys):
+    path, new = run(make_suite(), tmp_path / "old.json", [10, 5]), tmp_path / "new.json"
+    old = json.loads(path.read_text())
+    for benchmark in old["benchmarks"]:
+        benchmark["extra_info"]["relative_error"] = 0.01
+    path.write_text(json.dumps(old))
+    for factor, code in ((0.93, NOT_WORSE), (0.92, WORSE)):
+        # exp(1.96 * sqrt(2) * 0.01) = 1.028
+        for benchmark in old["benchmarks"]:
+            benchmark["extra_info"]["tokens_per_second"] *= factor
+        new.write_text(json.dumps(old))
+        assert main([str(path), str(new)]) == code
+        for benchmark in old["benchmarks"]:
+            benchmark["extra_info"]["tokens_per_second"] /= factor
+    assert "tokens/s is 0.920 times the old, 0.946 at most, below 0.95" in capsys.readouterr().out
 
 
 def test_memory_is_judged_by_the_margin_where_both_know_it(compare, make_suite, tmp_path, capsys):

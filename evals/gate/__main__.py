@@ -104,9 +104,9 @@ def report(found: Measurement, verdicts: Sequence[Verdict], margin: float, pairs
         lines.append(f"head is slowed down by {100 * slowdown:g} %: {SLOWDOWN} is set")
     if found.model_differs:
         lines.append(f"the small models differ: {', '.join(found.model_differs)}")
-    lines.append(f"{'head / base (95 % interval)':<30}{'wall time':<24}{'CPU time':<24}{'NFE':>14}")
+    lines.append(f"{'head / base (95 % interval)':<33}{'wall time':<24}{'CPU time':<24}{'NFE':>14}")
     for v in verdicts:
-        lines.append(f"{v.case.id:<30}{v.wall!s:<24}{v.cpu!s:<24}{v.nfe[0]:>6} ->{v.nfe[1]:>5}")
+        lines.append(f"{v.case.id:<33}{v.wall!s:<24}{v.cpu!s:<24}{v.nfe[0]:>6} ->{v.nfe[1]:>5}")
     for case, why in found.not_in_base.items():
         lines.append(f"{case.id}: base does not take it, so it is not judged: {why}")
     for v in verdicts:
