@@ -12,6 +12,15 @@ def check_int(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_seed(seed: object) -> None:
+    """A seed is 64 bits, or None for none given."""
+    if seed is None:
+        return
+    check_int("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+
+
 def check_real(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")

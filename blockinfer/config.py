@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockinfer.checks import check_choice, check_int
+from blockinfer.checks import check_choice, check_int, check_seed
 
 DTYPES = {
     "float64": torch.float64,
@@ -206,11 +206,9 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
-        for name in ("mask_token_id", "seed"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 0)
-        if self.seed is not None and self.seed >= 2**64:
-            raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        if self.mask_token_id is not None:
+            check_int("mask_token_id", self.mask_token_id, 0)
+        check_seed(self.seed)
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("page_size", self.page_size, 1)
 

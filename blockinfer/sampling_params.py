@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from blockinfer.checks import check_bool, check_choice, check_int, check_real, refuse_unknown
+from blockinfer.checks import check_bool, check_choice, check_int, check_real, check_seed, refuse_unknown
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 
@@ -59,10 +59,7 @@ class SamplingParams:
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
         check_real("temperature", self.temperature, 0.0, 1e6)
-        if self.seed is not None:
-            check_int("seed", self.seed, 0)
-            if self.seed >= 2**64:
-                raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        check_seed(self.seed)
         if not isinstance(self.stop_token_ids, list | tuple | None):
             raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
