@@ -1,6 +1,10 @@
 """RoPE on the queries and keys, and the store of K and V into pages. Keys are cached rotated: positions never move."""
 
 import torch
+import triton
+import triton.language as tl
+
+from blockinfer.kernels.backend import runs_triton
 
 
 def rope_tables(head_dim: int, length: int, theta: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -26,6 +30,18 @@ def rope_store_kv(
     qkv [T, H + 2 HK, D]: queries, keys, values. cos_sin [T, 2, D // 2]: the rows of `rope_tables` for these tokens.
     k_pages, v_pages [pages, P, HK, D], written in place. kv_slots [T] int64: page * P + offset, all different.
     """
+    implementation = rope_store_kv_triton if runs_triton(qkv) else rope_store_kv_torch
+    return implementation(qkv, cos_sin, k_pages, v_pages, kv_slots)
+
+
+def rope_store_kv_torch(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    kv_slots: torch.Tensor,
+) -> torch.Tensor:
+    """The twin."""
     kv_heads = k_pages.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads
     rotated = _rotate(qkv[:, : heads + kv_heads], cos_sin)
@@ -39,3 +55,87 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos_sin[:, 0, None], cos_sin[:, 1, None]
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def rope_store_kv_triton(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    kv_slots: torch.Tensor,
+    block_h: int = 8,
+) -> torch.Tensor:
+    """The kernel: a program turns or copies `block_h` heads of a row. Raises ValueError as `paged_attention_triton`."""
+    rows, all_heads, head_dim = qkv.shape
+    kv_heads = k_pages.shape[2]
+    heads = all_heads - 2 * kv_heads
+    if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or heads < 1 or head_dim % 2:
+        shapes = f"{tuple(qkv.shape)}, {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
+        raise ValueError(f"qkv [T, H + 2 HK, D], D even, must fit k_pages and v_pages [pages, P, HK, D], got {shapes}")
+    if cos_sin.shape != (rows, 2, head_dim // 2) or kv_slots.shape != (rows,):
+        shapes = f"{tuple(cos_sin.shape)} and {tuple(kv_slots.shape)}"
+        raise ValueError(f"cos_sin must be [T, 2, D // 2] and kv_slots [T], with T = {rows}, got {shapes}")
+    if not all(tensor.is_contiguous() for tensor in (qkv, cos_sin, k_pages, v_pages, kv_slots)):
+        raise ValueError("qkv, cos_sin, k_pages, v_pages and kv_slots must be contiguous")
+    q = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    _rope_store_kv_kernel[(rows, triton.cdiv(all_heads, block_h))](
+        qkv,
+        cos_sin,
+        q,
+        k_pages,
+        v_pages,
+        kv_slots,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=head_dim // 2,
+        BLOCK_H=block_h,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+    )
+    return q
+
+
+@triton.jit
+def _rope_store_kv_kernel(
+    qkv_ptr,
+    cos_sin_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kv_slots_ptr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # grid (T, tiles of heads)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_HALF)
+    D: tl.constexpr = 2 * HALF
+    ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS
+    inside = (head < ALL_HEADS)[:, None] & (d < HALF)[None, :]
+
+    # a and b: the halves of each head, [BLOCK_H, BLOCK_HALF]
+    where = qkv_ptr + (row * ALL_HEADS + head)[:, None] * D + d[None, :]
+    a = tl.load(where, mask=inside, other=0.0)
+    b = tl.load(where + HALF, mask=inside, other=0.0)
+    cos = tl.load(cos_sin_ptr + row * D + d, mask=d < HALF, other=0.0)[None, :]
+    sin = tl.load(cos_sin_ptr + row * D + HALF + d, mask=d < HALF, other=0.0)[None, :]
+    turned_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
+    turned_b = (b.to(tl.float32) * cos + a.to(tl.float32) * sin).to(a.dtype)
+
+    is_q = inside & (head < HEADS)[:, None]
+    q_at = q_ptr + (row * HEADS + head)[:, None] * D + d[None, :]
+    tl.store(q_at, turned_a, mask=is_q)
+    tl.store(q_at + HALF, turned_b, mask=is_q)
+
+    slot = tl.load(kv_slots_ptr + row)
+    is_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
+    k_at = k_ptr + (slot * KV_HEADS + head - HEADS)[:, None] * D + d[None, :]
+    tl.store(k_at, turned_a, mask=is_k)
+    tl.store(k_at + HALF, turned_b, mask=is_k)
+
+    is_v = inside & (head >= HEADS + KV_HEADS)[:, None]
+    v_at = v_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * D + d[None, :]
+    tl.store(v_at, a, mask=is_v)
+    tl.store(v_at + HALF, b, mask=is_v)

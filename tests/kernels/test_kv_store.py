@@ -1,0 +1,83 @@
+"""RoPE and the store of K and V, kernel and twin, against complex arithmetic in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockinfer.kernels.kv_store import rope_store_kv_torch, rope_store_kv_triton, rope_tables
+
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-9, atol=1e-9),
+    torch.float32: dict(rtol=1e-4, atol=1e-5),
+    torch.float16: dict(rtol=2e-3, atol=2e-3),
+    torch.bfloat16: dict(rtol=2e-2, atol=2e-2),
+}
+LENGTH, THETA = 128, 10_000.0
+
+
+def turned(x, positions):
+    """The definition: each pair (x_j, x_{j + D/2}) is turned by position / theta^(2j / D). [T, H, D] -> float64."""
+    x = x.double().cpu()
+    dim = x.shape[-1]
+    angles = positions.double().cpu()[:, None] * THETA ** (-torch.arange(0, dim, 2).double() / dim)
+    pairs = torch.complex(*x.split(dim // 2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, dtype):
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim, generator=g).to(dtype).to(device)
+    before = qkv.clone()
+    positions = torch.randint(LENGTH, (rows,), generator=g)
+    pages = -(-rows // page_size) + 2
+    slots = torch.randperm(pages * page_size, generator=g)[:rows].to(device)
+    k_pages, v_pages = (torch.full((pages, page_size, kv_heads, dim), 7.0, dtype=dtype, device=device) for _ in "kv")
+    cos_sin = rope_tables(dim, LENGTH, THETA, dtype, torch.device("cpu"))[positions].to(device)
+    q = implementation(qkv, cos_sin, k_pages, v_pages, slots)
+    assert q.dtype == dtype and torch.equal(qkv, before)
+    expected = turned(before, positions).to(dtype)
+    torch.testing.assert_close(q.cpu(), expected[:, :heads], **TOLERANCE[dtype])
+    k_flat, v_flat = k_pages.view(-1, kv_heads, dim), v_pages.view(-1, kv_heads, dim)
+    torch.testing.assert_close(k_flat[slots].cpu(), expected[:, heads : heads + kv_heads], **TOLERANCE[dtype])
+    assert torch.equal(v_flat[slots], before[:, heads + kv_heads :])
+    others = torch.ones(pages * page_size, dtype=torch.bool, device=device)
+    others[slots] = False
+    assert (k_flat[others] == 7).all() and (v_flat[others] == 7).all()
+
+
+shapes = dict(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(0, 9),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1), (9, 3)]),
+    page_size=st.integers(1, 17),
+)
+
+
+@given(**shapes, dim=st.integers(1, 20).map(lambda half: 2 * half), dtype=st.sampled_from([*TOLERANCE]))
+def test_twin(seed, rows, heads, dim, page_size, dtype):
+    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dim, page_size, dtype)
+
+
+@given(**shapes, dim=st.sampled_from([2, 8, 12, 64, 128]), dtype=st.sampled_from([*TOLERANCE][1:]))
+def test_kernel(device, guarded_empty, seed, rows, heads, dim, page_size, dtype):
+    """A tile of eight heads is less than some shapes have, and not a divisor of others."""
+    check(rope_store_kv_triton, device, seed, rows, *heads, dim, page_size, dtype)
+    guarded_empty.check()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(qkv=torch.zeros(3, 4, 8)), r"H \+ 2 HK"),
+        (dict(qkv=torch.zeros(3, 6, 16)[:, :, ::2]), "contiguous"),
+        (dict(v_pages=torch.zeros(2, 4, 2, 10)), r"\(2, 4, 2, 10\)"),
+        (dict(cos_sin=torch.zeros(2, 2, 4)), r"T = 3, got \(2, 2, 4\)"),
+        (dict(kv_slots=torch.zeros(4, dtype=torch.int64)), r"T = 3, got .* and \(4,\)"),
+    ],
+)
+def test_misfits_are_named(change, message):
+    right = dict(qkv=torch.zeros(3, 6, 8), cos_sin=torch.zeros(3, 2, 4), kv_slots=torch.arange(3))
+    right |= dict(k_pages=torch.zeros(2, 4, 2, 8), v_pages=torch.zeros(2, 4, 2, 8))
+    with pytest.raises(ValueError, match=message):
+        rope_store_kv_triton(**right | change)
