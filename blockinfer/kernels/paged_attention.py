@@ -238,7 +238,7 @@ def _paged_attention_kernel(
         where = (row[:, None] * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
         tl.store(out_ptr + where, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        # A part without keys: weight 2 ** -inf, and an output that the combination does not read. Its total is 0.
+        # a part without keys has a total of 0: its weight is 2 ** -inf and its output 0
         log_sum = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
         log_sum = tl.where(total == total, log_sum, total)  # NaN stays NaN
         which = (row * HEADS + head) * SPLITS + split
@@ -262,7 +262,7 @@ def _combine_kernel(
     d = tl.arange(0, BLOCK_D)
     log_sum = tl.load(log_sum_ptr + which * SPLITS + split, mask=split < SPLITS, other=-float("inf"))
     weight = tl.exp2(log_sum - tl.max(log_sum, axis=0))
-    inside = (log_sum != -float("inf"))[:, None] & (d < HEAD_DIM)[None, :]
+    inside = (split < SPLITS)[:, None] & (d < HEAD_DIM)[None, :]
     parts = tl.load(parts_ptr + (which * SPLITS + split)[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
     out = tl.sum(parts * weight[:, None], axis=0) / tl.sum(weight, axis=0)
     tl.store(out_ptr + which * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
