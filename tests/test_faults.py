@@ -1,5 +1,6 @@
 """What goes wrong while the engine runs: an error that names it, and an engine that can go on."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_the_mask_token_s_logit_may_be_anything(llm, monkeypatch):
     logits, mask = llm.engine.model.logits, llm.config.mask_token_id
     monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h).index_fill_(1, torch.tensor(mask), torch.nan))
     assert llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_forbidden_token_s_logit_still_says_that_the_model_is_broken(llm, monkeypatch, value):
+    params = dataclasses.replace(PARAMS, logits_eos_inf=True)
+    logits, eos = llm.engine.model.logits, torch.tensor(llm.model_config.eos_token_ids)
+    monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h).index_fill_(1, eos, value))
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        llm.generate([1, 2, 3], params, use_tqdm=False)
 
 
 def test_the_other_requests_go_on_once_the_broken_one_is_aborted(llm, monkeypatch):

@@ -12,11 +12,12 @@ from blockinfer.engine.batch import build_batch
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels import philox
+from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import RowNoise, token_confidence
 from blockinfer.models.llada import LLaDA
 
 # Rows that go through the LM head at once, which bounds the memory of what has a column for every token: at 126,464
-# columns about 0.3 GB, in float32 and with noise, whose float64 and int64 intermediates are ten times as large.
+# columns about 0.3 GB, in float32 and with noise, for which the PyTorch twin needs ten times as much.
 _LM_HEAD_ROWS, _NOISY_LM_HEAD_ROWS = 256, 32
 
 
@@ -107,31 +108,30 @@ class ModelRunner:
     ) -> "_Predicted":
         """hidden [N, d] of masked rows; block, offset [N]: which block each is of, and where in it."""
         self.stats.lm_head_rows += len(hidden)
-        chunks = []
         vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
-        size = _NOISY_LM_HEAD_ROWS if options.any_noise else _LM_HEAD_ROWS
+        size = _NOISY_LM_HEAD_ROWS if options.any_noise and not runs_triton(hidden) else _LM_HEAD_ROWS
+        chunks = []
         for rows in torch.arange(len(hidden), device=self.device).split(size):
             logits = self.model.logits(hidden[rows])
-            logits[:, mask_token_id] = -torch.inf
-            self._check_finite(logits, options, block[rows])
             if options.any_eos_inf:
-                forbidden = torch.isin(torch.arange(logits.shape[1], device=self.device), self.eos_ids)
-                logits[options.eos_inf[block[rows], None] & forbidden] = -torch.inf
+                # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
+                forbidden = torch.where(options.eos_inf[block[rows]], -torch.inf, 0.0)
+                logits[:, self.eos_ids] += forbidden[:, None]
             noise = options.noise(block[rows], offset[rows]) if options.any_noise else None
             chunks.append(token_confidence(logits, vocab_size, mask_token_id, noise, options.any_entropy))
-        token_ids, confidence, entropy = zip(*chunks, strict=True)
+        token_ids, confidence, entropy, finite = zip(*chunks, strict=True)
+        self._check_finite(torch.cat(finite), options, block)
         return _Predicted(
             torch.cat(token_ids), torch.cat(confidence), torch.cat(entropy) if options.any_entropy else None
         )
 
-    def _check_finite(self, logits: torch.Tensor, options: "_BlockOptions", block: torch.Tensor) -> None:
-        """Raises FloatingPointError where a candidate is NaN or the largest is infinite: the token would mean nothing.
+    def _check_finite(self, finite: torch.Tensor, options: "_BlockOptions", block: torch.Tensor) -> None:
+        """Raises FloatingPointError for rows [N] that are not finite: their tokens would mean nothing.
 
         `token_confidence` defines a token even then; the engine rather says that the model is broken.
         """
-        broken = ~logits[:, : self.model.config.vocab_size].amax(dim=-1).isfinite()
-        if broken.any():
-            ids = sorted({options.request_ids[i] for i in block[broken].tolist()})
+        if not finite.all():
+            ids = sorted({options.request_ids[i] for i in block[~finite].tolist()})
             raise FloatingPointError(
                 f"the model's logits are NaN or infinite for request {', '.join(map(str, ids))}: its activations "
                 f"overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"

@@ -5,6 +5,8 @@ the batch nor a preemption nor the device changes it.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 TOKEN_NOISE, RULE_NOISE = 0, 1
 
@@ -39,3 +41,12 @@ def gumbel(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, vocab
     """Standard Gumbel noise [N, vocabulary] float64 for rows with the given seed, position and step, each [N] int64."""
     token_ids = torch.arange(vocabulary, device=seed.device)
     return -(-uniform(seed[:, None], TOKEN_NOISE, position[:, None], step[:, None], token_ids).log()).log()
+
+
+@triton.jit
+def uniform_triton(seed, purpose, position, step, token_id):
+    """The numbers of `uniform`, bit for bit, inside a kernel: purpose a constant, the others integer tensors."""
+    c3 = tl.full((1,), purpose, tl.uint32)
+    w0, w1, _, _ = tl.philox(seed, token_id.to(tl.uint32), position.to(tl.uint32), step.to(tl.uint32), c3)
+    bits = (w0 >> 5).to(tl.float64) * 67108864.0 + (w1 >> 6).to(tl.float64)  # 2**26
+    return tl.maximum(bits, 1.0) * 1.1102230246251565e-16  # 2**-53

@@ -1,6 +1,7 @@
-"""The predicted token and its confidence, against a plain float64 definition, and at the edges of floating point."""
+"""The predicted token and its confidence, kernel and twin, against float64, and at the edges of floating point."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,105 +9,226 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockinfer.kernels import philox
-from blockinfer.kernels.confidence import RowNoise, token_confidence
+from blockinfer.kernels.confidence import RowNoise, token_confidence_torch, token_confidence_triton
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+SPECIAL = torch.tensor([0.0, 1.0, torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
 
 
-def plain(row: list[float], vocab_size: int, mask_token_id: int) -> tuple[int, float, float]:
-    """token, confidence, entropy of one row of logits."""
-    candidates = {i: -math.inf if math.isnan(x) else x for i, x in enumerate(row[:vocab_size]) if i != mask_token_id}
-    top = max(candidates.values())
-    if math.isinf(top):
-        weights = {i: float(x == top) for i, x in candidates.items()}
-    else:
-        weights = {i: math.exp(x - top) for i, x in candidates.items()}
-    total = sum(weights.values())
-    token = min(i for i, x in candidates.items() if x == top)
-    entropy = sum(-w / total * math.log(w / total) for w in weights.values() if w > 0)
-    return token, weights[token] / total, entropy
+class Case(NamedTuple):
+    """matrix [N, more than V]: its columns from 3 on are the logits, whose first vocab_size ones are read."""
+
+    matrix: torch.Tensor
+    vocab_size: int
+    mask_token_id: int
+    seed: int
+    block: int
+
+    @property
+    def arguments(self):
+        return self.matrix[:, 3:-2], self.vocab_size, self.mask_token_id
 
 
-LOGIT = st.sampled_from([0.0, 1.0, -2.0, 30.0, -30.0, math.inf, -math.inf, math.nan]) | st.floats(-50, 50, width=16)
+def draw_row(kind, g, width):
+    row = torch.randn(width, generator=g, dtype=torch.float64)
+    special = SPECIAL[torch.randint(len(SPECIAL), (width,), generator=g)]
+    return {
+        "flat": row * 0.01,
+        "peaked": row * 30,
+        "ties": row.round(),
+        "huge": row.sign() * 65504,
+        "special": special,
+        "few special": torch.where(torch.rand(width, generator=g) < 0.05, special, row),
+        "-inf": torch.full_like(row, -torch.inf),
+        "+inf": torch.full_like(row, torch.inf),
+        "nan": torch.full_like(row, torch.nan),
+    }[kind]
 
 
-@given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
-def test_equals_its_definition(data, dtype):
-    vocab_size = data.draw(st.integers(2, 12))
-    width = vocab_size + data.draw(st.integers(0, 3))
-    mask_token_id = data.draw(st.integers(0, width - 1))
-    rows = data.draw(st.lists(st.lists(LOGIT, min_size=width, max_size=width), min_size=1, max_size=4))
-    logits = torch.tensor(rows, dtype=dtype)
-    expected = [plain(row, vocab_size, mask_token_id) for row in logits.double().tolist()]
-    token_ids, confidence, entropy = token_confidence(logits, vocab_size, mask_token_id, with_entropy=True)
-    assert token_ids.tolist() == [token for token, _, _ in expected]
-    assert confidence.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(confidence, torch.tensor([c for _, c, _ in expected]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(entropy, torch.tensor([h for _, _, h in expected]), rtol=1e-5, atol=1e-5)
+KINDS = ["flat", "peaked", "ties", "huge", "special", "few special", "-inf", "+inf", "nan"]
+
+BLOCKS = st.sampled_from([16, 32, 128])
 
 
-@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
-@pytest.mark.parametrize(("mask_token_id", "token", "candidates"), [(0, 1, 4), (2, 0, 4), (5, 0, 5)])
-def test_a_row_without_any_preference(value, mask_token_id, token, candidates):
-    """All candidates at -inf, or all at +inf: the lowest id but for the mask, each as likely as the others."""
-    logits = torch.full((1, 6), value)
-    token_ids, confidence, entropy = token_confidence(logits, 5, mask_token_id, with_entropy=True)
-    assert token_ids.tolist() == [token]
-    torch.testing.assert_close(confidence, torch.tensor([1 / candidates]))
-    torch.testing.assert_close(entropy, torch.tensor([math.log(candidates)]))
+@st.composite
+def cases(draw, kinds=KINDS, dtypes=FLOATS):
+    vocab_size = draw(st.integers(1, 70) | st.sampled_from([1, 2, 16, 17, 64, 129]))
+    width = vocab_size + draw(st.integers(0, 20))
+    anywhere = st.integers(0, width - 1) | st.sampled_from([0, vocab_size - 1, width])
+    mask_token_id = draw(anywhere.filter(lambda i: vocab_size > 1 or i > 0))  # which leaves a candidate
+    seed = draw(st.integers(0, 2**31))
+    g = torch.Generator().manual_seed(seed)
+    rows = [draw_row(kind, g, width + 5) for kind in draw(st.lists(st.sampled_from(kinds), max_size=4))]
+    matrix = torch.stack(rows) if rows else torch.zeros(0, width + 5)
+    matrix[:, 3 + vocab_size :] = torch.nan
+    matrix[:, :3] = torch.inf
+    return Case(matrix.to(draw(st.sampled_from(dtypes))), vocab_size, mask_token_id, seed, draw(BLOCKS))
 
 
-def test_a_constant_added_to_a_row_changes_nothing():
-    logits = torch.randn(5, 300, dtype=torch.float64)
-    before = token_confidence(logits.clone(), 300, 7)
-    after = token_confidence(logits + 100.0, 300, 7)
-    assert torch.equal(before[0], after[0])
-    torch.testing.assert_close(before[1], after[1])
+def exact(logits, vocab_size, mask_token_id, noise=0.0):
+    """The definition in float64: probabilities [N, V], whether a row is finite, and logits + noise of candidates."""
+    x = logits.double().cpu()[:, :vocab_size]
+    candidate = torch.arange(vocab_size) != mask_token_id
+    finite = x[:, candidate].amax(dim=1).isfinite()  # the maximum of a row with NaN is NaN
+    x = torch.where(candidate & ~x.isnan(), x, -torch.inf)
+    top = x.amax(dim=1, keepdim=True)
+    weight = torch.where(x == top, 1.0, (x - top).exp()) * candidate
+    return weight / weight.sum(dim=1, keepdim=True), finite, torch.where(candidate, x + noise, torch.nan)
 
 
-def test_sampled_tokens_follow_the_softmax_at_that_temperature():
-    logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]])  # 5.0 is the mask token's
+def check(result, probabilities, finite):
+    assert [tensor.dtype for tensor in result] == [torch.int64, torch.float32, torch.float32, torch.bool]
+    token_ids, confidence, entropy = (tensor.cpu() for tensor in result[:3])
+    expected = probabilities.gather(1, token_ids[:, None])[:, 0]
+    torch.testing.assert_close(confidence.double(), expected, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(probabilities).sum(dim=1), rtol=2e-5, atol=1e-6)
+    assert result.finite.tolist() == finite.tolist()
+
+
+def implementations(case, device, noise=None):
+    logits, *rest = case._replace(matrix=case.matrix.to(device)).arguments
+    before = logits.clone()
+    if logits.dtype != torch.float64:
+        yield token_confidence_triton(logits, *rest, noise, with_entropy=True, block=case.block)
+    yield token_confidence_torch(logits, *rest, noise, with_entropy=True)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
+@given(case=cases(dtypes=[torch.float64, *FLOATS]))
+def test_equals_its_definition(device, guarded_empty, case):
+    probabilities, finite, logits = exact(*case.arguments)
+    best = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1, keepdim=True)
+    for result in implementations(case, device):
+        assert result.token_ids.tolist() == (logits == best).int().argmax(dim=1).tolist()  # the lowest of equals
+        check(result, probabilities, finite)
+    if case.matrix.dtype != torch.float64:
+        guarded_empty.check()
+
+
+def draw_noise(seed, rows, temperatures, device):
+    g = torch.Generator().manual_seed(seed)
+    temperature = torch.tensor(temperatures, dtype=torch.float64)[
+        torch.randint(len(temperatures), (rows,), generator=g)
+    ]
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
+    position, step = torch.randint(0, 4096, (2, rows), generator=g)
+    return RowNoise(*(tensor.to(device) for tensor in (temperature, seeds, position.clone(), step.clone())))
+
+
+@given(case=cases())
+def test_noise(device, guarded_empty, case):
+    """The token is the best of the noisy logits, but for a difference in the last bits of a logarithm."""
+    rows = len(case.matrix)
+    noise = draw_noise(case.seed, rows, [0.0, 0.3, 1.0, 5.0], device)
+    draws = philox.gumbel(noise.seed.cpu(), noise.position.cpu(), noise.step.cpu(), case.vocab_size)
+    probabilities, finite, noisy = exact(*case.arguments, noise=noise.temperature.cpu()[:, None] * draws)
+    best = noisy.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1)
+    for result, greedy in zip(implementations(case, device, noise), implementations(case, device), strict=True):
+        check(result, probabilities, finite)
+        chosen = noisy.gather(1, result.token_ids.cpu()[:, None])[:, 0]
+        assert (chosen >= best - 1e-9).all()
+        # the lowest of equals
+        assert ((noisy == best[:, None]).int().argmax(dim=1) == result.token_ids.cpu())[best.isinf()].all()
+        for with_noise, without in zip(result, greedy, strict=True):
+            cold = noise.temperature == 0
+            assert torch.equal(with_noise[cold], without[cold])
+    guarded_empty.check()
+
+
+def test_sampled_tokens_follow_the_softmax_at_that_temperature(device):
     rows, temperature = 20_000, 0.7
-    index = torch.arange(rows)
-    noise = RowNoise(torch.full((rows,), temperature, dtype=torch.float64), torch.full((rows,), 11), index, index * 0)
-    token_ids, confidence, _ = token_confidence(logits.repeat(rows, 1), 4, 3, noise)
+    logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]], device=device)  # 5.0 is the mask token's
+    index = torch.arange(rows, device=device)
+    noise = RowNoise(torch.full_like(index, temperature, dtype=torch.float64), index * 0 + 11, index, index * 0)
+    token_ids, confidence, _, _ = token_confidence_torch(logits.repeat(rows, 1), 4, 3, noise)
     # Gumbel noise times T added to the logits samples softmax(logits / T)
     expected = (logits[0, :3].double() / temperature).softmax(-1)
     frequency = token_ids.bincount(minlength=3).double() / rows
     torch.testing.assert_close(frequency, expected, rtol=0, atol=4 * (0.25 / rows) ** 0.5)
     torch.testing.assert_close(confidence, logits[0, :3].softmax(-1)[token_ids])
+    rows = rows if device == "cuda" else 100  # the interpreter runs one program after the other
+    drawn = token_confidence_triton(logits.repeat(rows, 1), 4, 3, RowNoise(*(t[:rows] for t in noise)), block=16)
+    assert torch.equal(drawn.token_ids, token_ids[:rows])
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize(("mask_token_id", "token", "candidates"), [(0, 1, 40), (39, 0, 40), (41, 0, 41)])
+def test_a_row_without_any_preference(device, value, mask_token_id, token, candidates):
+    """All candidates at -inf, or all at +inf: the lowest id but for the mask, each as likely as the others."""
+    case = Case(torch.full((1, 47), value), 41, mask_token_id, 0, 16)
+    for token_ids, confidence, entropy, finite in implementations(case, device):
+        assert token_ids.tolist() == [token] and finite.tolist() == [False]
+        torch.testing.assert_close(confidence.cpu(), torch.tensor([1 / candidates]))
+        torch.testing.assert_close(entropy.cpu(), torch.tensor([math.log(candidates)]))
+
+
+def test_differences_that_overflow_float32(device):
+    largest = torch.finfo(torch.float32).max
+    case = Case(torch.tensor([[0.0] * 3 + [-largest] * 20 + [largest, -largest, largest] + [0.0] * 2]), 23, 23, 0, 16)
+    for result in implementations(case, device):
+        assert [tensor.tolist() for tensor in result[:2]] == [[20], [0.5]] and result.finite.all()
+        torch.testing.assert_close(result.entropy.cpu(), torch.tensor([math.log(2)]))
+
+
+@given(case=cases(kinds=["flat", "peaked", "ties"], dtypes=[torch.float32]), constant=st.integers(-4096, 4096))
+def test_a_constant_added_to_a_row_changes_nothing(device, case, constant):
+    eighths = (case.matrix * 8).round() / 8  # to which an integer is added exactly
+    before = implementations(case._replace(matrix=eighths), device)
+    after = implementations(case._replace(matrix=eighths + constant), device)
+    for results in zip(before, after, strict=True):
+        assert all(torch.equal(*tensors) for tensors in zip(*results, strict=True))
+
+
+@given(case=cases(), other_block=BLOCKS)
+def test_a_row_depends_on_no_other_row_and_not_on_the_tiles(device, case, other_block):
+    logits, *rest = case._replace(matrix=case.matrix.to(device)).arguments
+    rows = len(logits)
+    noise = draw_noise(case.seed, rows, [0.0, 1.0], device)
+    whole = token_confidence_triton(logits, *rest, noise, True, block=case.block)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(case.seed)).to(device)[: max(1, rows // 2)]
+    # sliced as the whole is: where a row begins decides how a GPU loads it, and so the order of its sums
+    some = case._replace(matrix=case.matrix.to(device)[order]).arguments
+    moved = token_confidence_triton(*some, RowNoise(*(t[order] for t in noise)), True, block=case.block)
+    assert all(torch.equal(a[order], b) for a, b in zip(whole, moved, strict=True))
+    tiled = token_confidence_triton(logits, *rest, noise, True, block=other_block)
+    torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_whole_vocabulary_in_the_tiles_of_an_engine(device, guarded_empty, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, 126_464, generator=g) * 4).to(dtype)
+    probabilities, finite, noisy = exact(logits, 126_464, 126_336)
+    result = token_confidence_triton(logits.to(device), 126_464, 126_336, with_entropy=True)
+    check(result, probabilities, finite)
+    assert result.token_ids.tolist() == noisy.nan_to_num(nan=-torch.inf).argmax(dim=1).tolist()
+    assert token_confidence_triton(logits.to(device), 126_464, 126_336).entropy is None
+    guarded_empty.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_more_than_2_31_elements_apart(device, guarded_empty):
+    storage = guarded_empty.empty(2**31 + 64, dtype=torch.float16, device=device)
+    logits = storage.as_strided((3, 64), (2**30, 1))
+    logits.copy_(torch.arange(64).flip(0).expand(3, 64))
+    logits[2, 40] = 100
+    assert token_confidence_triton(logits, 64, 7).token_ids.tolist() == [0, 0, 40]
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "expected"),
+    "change, message",
     [
-        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
+        (dict(logits=torch.zeros(8)), r"logits must be \[N, V\], .* got \(8,\)"),
+        (dict(logits=torch.zeros(3, 7)), r"V at least 8 .* got \(3, 7\)"),
+        (dict(logits=torch.zeros(8, 3).mT), r"its stride 1, got \(3, 8\) with strides \(1, 3\)"),
+        (dict(vocab_size=1, mask_token_id=0), "vocab_size 1 has no candidate but the mask token 0"),
+        (dict(vocab_size=0), "vocab_size 0 has no candidate"),
+        (dict(noise=RowNoise(*[torch.zeros(2)] * 4)), r"contiguous tensors \[3\], got \[\(2,\), "),
+        (dict(noise=RowNoise(*[torch.zeros(1).expand(3)] * 4)), "contiguous tensors"),
     ],
 )
-def test_philox_meets_the_published_known_answers(counter, key, expected):
-    words = philox.philox4x32([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
-    assert " ".join(f"{int(word):08x}" for word in words) == expected
-
-
-def test_uniform_takes_53_bits_of_the_first_two_words():
-    zero = torch.tensor(0)
-    bits = (0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)  # the known answer for counter 0 and key 0
-    assert float(philox.uniform(zero, 0, zero, zero, zero)) == bits * 2.0**-53
-
-
-def test_uniform_is_never_0_or_1_and_depends_on_every_argument():
-    base = dict(seed=5, position=3, step=2, token_id=1)
-
-    def draw(purpose=0, **changed):
-        named = {name: torch.tensor(value) for name, value in (base | changed).items()}
-        return float(philox.uniform(purpose=purpose, **named))
-
-    draws = [draw(), draw(1), *(draw(**{name: value + 1}) for name, value in base.items()), draw(seed=5 + 2**32)]
-    assert len(set(draws)) == len(draws)
-    many = philox.uniform(torch.tensor(0), 0, torch.tensor(0), torch.tensor(0), torch.arange(10_000))
-    assert many.min() > 0 and many.max() < 1
-    assert abs(many.mean() - 0.5) < 0.02
+def test_misfits_are_named(change, message):
+    right = dict(logits=torch.zeros(3, 8), vocab_size=8, mask_token_id=7)
+    with pytest.raises(ValueError, match=message):
+        token_confidence_triton(**right | change)
