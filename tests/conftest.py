@@ -15,7 +15,8 @@ from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MMLU, QA, write
 
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
-hypothesis.settings.register_profile("gpu", max_examples=300, deadline=None)
+# on a GPU most examples compile a kernel, about a second each
+hypothesis.settings.register_profile("gpu", max_examples=100, deadline=None)
 hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "ci")
 
 

@@ -1,0 +1,44 @@
+"""The whole engine on the kernels, in the interpreter too; tests/test_equivalence.py does more of it on a GPU."""
+
+import pytest
+import torch
+
+from blockinfer import LLM, SamplingParams
+from blockinfer.kernels import activation, confidence, kv_store, norm, paged_attention
+from tests.checkpoints import write_checkpoint
+from tests.comparison import NEAR_TIE, assert_equivalent
+from tests.reference import Reference
+
+MODES = ["vanilla", "prefix_cache", "dual_cache", "block", "block_refresh"]
+RULES = ["threshold", "entropy", "low_confidence", "factor", "random"]
+VALUE = {"threshold": {"threshold": 0.3}, "factor": {"factor": 2.0}, "entropy": {"entropy_bound": 0.5}}
+KERNELS = {
+    activation: "silu_mul_triton",
+    confidence: "token_confidence_triton",
+    kv_store: "rope_store_kv_triton",
+    norm: "rms_norm_triton",
+    paged_attention: "paged_attention_triton",
+}
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(n_kv_heads=2, weight_tying=True)], ids=["dense", "gqa"])
+def test_the_engine_on_the_kernels(device, shape, tmp_path, monkeypatch):
+    """Every mode, each with another rule, in one ragged batch: two blocks, the second short; half of it with noise."""
+    called = set()
+    for module, name in KERNELS.items():
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, "runs_triton", lambda x: x.dtype != torch.float64)
+        monkeypatch.setattr(module, name, lambda *a, k=kernel, n=name, **options: called.add(n) or k(*a, **options))
+    folder = write_checkpoint(tmp_path / "model", seed=5, **shape)
+    prompts = [list(range(3, 3 + length)) for length in (1, 9, 4, 11, 6)]
+    fixed = dict(max_tokens=7, block_length=4, denoising_steps=3, seed=11)
+    settings = [
+        fixed | dict(mode=mode, unmasking=rule, temperature=index % 2 / 2) | VALUE.get(rule, {})
+        for index, (mode, rule) in enumerate(zip(MODES, RULES, strict=True))
+    ]
+    with LLM(folder, device=device, dtype="float32", page_size=4) as llm:
+        outputs = llm.generate(prompts, [SamplingParams(**s, ignore_eos=True) for s in settings], use_tqdm=False)
+    reference = Reference(folder)
+    expected = [reference.generate(p, **s) for p, s in zip(prompts, settings, strict=True)]
+    assert_equivalent([(r, o.outputs[0]) for r, o in zip(expected, outputs, strict=True)], margin=NEAR_TIE)
+    assert called == set(KERNELS.values())
