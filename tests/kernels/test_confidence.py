@@ -162,6 +162,15 @@ def test_a_row_without_any_preference(device, value, mask_token_id, token, candi
         torch.testing.assert_close(entropy.cpu(), torch.tensor([math.log(candidates)]))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_finite_speaks_of_the_candidates_alone(device, value):
+    """One logit of a row: a candidate's in the first tile or the last, the mask token's, one past the vocabulary."""
+    matrix = torch.zeros(5, 47)
+    matrix[range(4), [3, 43, 3 + 21, 44]] = value
+    for result in implementations(Case(matrix, 41, 21, 0, 16), device):
+        assert result.finite.tolist() == [value == -torch.inf] * 2 + [True] * 3
+
+
 def test_differences_that_overflow_float32(device):
     largest = torch.finfo(torch.float32).max
     case = Case(torch.tensor([[0.0] * 3 + [-largest] * 20 + [largest, -largest, largest] + [0.0] * 2]), 23, 23, 0, 16)
