@@ -135,6 +135,16 @@ def test_noise(device, guarded_empty, case):
     guarded_empty.check()
 
 
+def test_noisy_logits_are_compared_in_float64(device):
+    """Logits that cancel their noise, as far as float32 can: what decides is below its precision."""
+    noise = draw_noise(0, 5, [1.0], device)
+    draws = philox.gumbel(noise.seed, noise.position, noise.step, 200)
+    logits = -draws.float()
+    best = (logits.double() + draws).argmax(dim=1)
+    for implementation in (token_confidence_triton, token_confidence_torch):
+        assert torch.equal(implementation(logits, 200, 200, noise).token_ids, best)
+
+
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(device):
     rows, temperature = 20_000, 0.7
     logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]], device=device)  # 5.0 is the mask token's
