@@ -97,7 +97,8 @@ def read_settings(config: pytest.Config) -> Settings:
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
     for name in ("--output", "--benchmark-json", "--resume"):
-        path = option(name)
+        # pytest-benchmark 5.2 has opened its file already
+        path = getattr(option(name), "name", option(name))
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
     if option("--reference-impl") != option("--trust-remote-code"):
