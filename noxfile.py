@@ -82,3 +82,18 @@ def gpu(session: nox.Session) -> None:
     if not shutil.which("nvidia-smi"):
         session.error("there is no GPU here: nvidia-smi is not on the PATH")
     session.run("python3", "-m", "pytest", "tests", "evals", "--benchmark-json=out.json", *session.posargs)
+
+
+@nox.session(default=False, venv_backend="none")
+@nox.parametrize("tool", ["memcheck", "racecheck"])
+def sanitizer(session: nox.Session, tool: str) -> None:
+    """The kernels' tests at small sizes under NVIDIA's compute-sanitizer: stray accesses, races in shared memory."""
+    if not shutil.which("compute-sanitizer"):
+        session.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    small = ["--hypothesis-profile=few", "-k", "not 2_31 and not 32_bits and not whole_vocabulary"]
+    session.run(
+        *("compute-sanitizer", "--tool", tool, "--error-exitcode", "1"),
+        *("python3", "-m", "pytest", "tests/kernels", *small, *session.posargs),
+        # its own allocator would hide what lies between two tensors
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )

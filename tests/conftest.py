@@ -17,6 +17,8 @@ from tests.test_rows import GSM, MMLU, QA, write
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
 # on a GPU most examples compile a kernel, about a second each
 hypothesis.settings.register_profile("gpu", max_examples=100, deadline=None)
+# under a tool that slows kernels down: pytest --hypothesis-profile=few
+hypothesis.settings.register_profile("few", max_examples=8, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "ci")
 
 
