@@ -29,7 +29,7 @@ QUESTION = (
     *("model", "weights", "dtype"),
 )
 # Where one of these differs, speed and memory say nothing of the code. Those of SOFTWARE are merely told.
-MACHINE = ("device", "gpu", "cpu_threads", "shards")
+MACHINE = ("device", "gpu", "cpu", "cpu_threads", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
 # What a time of one round is taken to be known to, as a share: on two cores that others used too, tokens/s of the same
 # code were up to 1.25 times as many in one of two such runs.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from blockinfer import LLM, RequestOutput
 from evals.graders import grade, require
+from evals.machine import device_name, slug
 from evals.paired import against_vanilla, losses
 from evals.record import Run, environment, extra_info, is_enough, table, write_comparison
 from evals.reference_impl import ReferenceLLM
@@ -24,6 +26,7 @@ from evals.settings import REFERENCE_IMPL, Case, Settings, read_settings
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey["Suite"]()
+BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -32,9 +35,24 @@ def settings_of(config: pytest.Config) -> Settings:
     return config.stash[SETTINGS]
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-benchmark's own, which opens its storage and reads what --benchmark-compare names."""
     # here a usage error ends the session with one line; during collection it would be a traceback
-    settings_of(session.config)
+    settings = settings_of(config)
+    if config.getoption("benchmark_storage") == "file://./.benchmarks":
+        config.option.benchmark_storage = f".benchmarks/{slug(device_name(settings.device))}"
+    compared = config.getoption("benchmark_compare")
+    if isinstance(compared, str) and compared.endswith(".json") and not Path(compared).is_file():
+        raise pytest.UsageError(f"--benchmark-compare: there is no file {compared!r}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What pytest-benchmark itself says only after the whole run."""
+    config = session.config
+    if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
+        storage = config.getoption("benchmark_storage")
+        raise pytest.UsageError(f"--benchmark-compare-fail: there is nothing to compare with; the history is {storage}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -225,7 +243,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if suite is None or not suite.runs:
         return
     about = suite.environment
-    place = about["gpu"] or f"CPU, {about['cpu_threads']} threads"
+    place = device_name(about["device"])
     terminalreporter.section("blockinfer")
     terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {about['dtype']}, {place}")
     terminalreporter.write_line(
@@ -265,17 +283,18 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What decides whether two runs can be compared; no host name."""
-    on_gpu = settings_of(config).device == "cuda"
+    device = settings_of(config).device
     return {
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "device": device_name(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cpu_threads": torch.get_num_threads(),
     }
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info, compared_benchmark) -> None:
-    there = compared_benchmark["machine_info"].get("gpu")
-    if there != machine_info["gpu"]:
-        raise pytest.UsageError(f"this run is on {machine_info['gpu'] or 'a CPU'}, the other on {there or 'a CPU'}")
+    there = compared_benchmark["machine_info"].get("device", "a device that its file does not name")
+    if there != machine_info["device"]:
+        raise pytest.UsageError(
+            f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"
+        )

@@ -14,6 +14,7 @@ import transformers
 
 from blockinfer import RequestOutput
 from evals.graders import GRADER_VERSIONS, Grade
+from evals.machine import cpu_name, gpu_name
 from evals.prompts import PROMPTS_VERSION
 from evals.rows import rows_hash
 from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
@@ -134,14 +135,14 @@ def rows_info(run: Run, settings: Settings) -> list[list[Any]]:
 
 def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the figures depend on besides the configuration; no host name."""
-    on_gpu = settings.device == "cuda"
     return {
         "model": "evals/llada_tiny" if settings.is_tiny else settings.model,
         "load_format": settings.load_format,
         "weights": "random" if settings.is_dummy else "checkpoint",
         "dtype": str(dtype).removeprefix("torch."),
         "device": settings.device,
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "gpu": gpu_name(settings.device),
+        "cpu": cpu_name(settings.device),
         "cpu_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

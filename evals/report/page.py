@@ -169,7 +169,7 @@ def about(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     first = run.configurations[0]
     groups = {
         "Model": {"model": of("model"), "weights": of("weights"), "dtype": of("dtype")},
-        "Machine": {"device": of("device"), "GPU": of("gpu"), "CPU threads": of("cpu_threads")},
+        "Machine": {"device": of("device"), "GPU": of("gpu"), "CPU": of("cpu"), "CPU threads": of("cpu_threads")},
         "Versions": {
             "commit": run.commit,
             "torch": of("torch"),

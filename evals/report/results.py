@@ -78,6 +78,7 @@ class Configuration(BaseModel):
     dtype: str | None = None
     device: str | None = None
     gpu: str | None = None
+    cpu: str | None = None
     cpu_threads: Count | None = None
     torch: str | None = None
     cuda: str | None = None

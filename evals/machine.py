@@ -1,0 +1,35 @@
+"""The device that is measured: its name in figures, in histories and in baselines."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def gpu_name(device: str) -> str | None:
+    """None where a run is on the CPU."""
+    return torch.cuda.get_device_name() if device == "cuda" else None
+
+
+def cpu_name(device: str) -> str | None:
+    """The CPU's model where the system tells it, else its architecture; None where a run is on the GPU."""
+    if device == "cuda":
+        return None
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        about = ""
+    model = re.search(r"^model name[ \t]*:[ \t]*(\S.*?)[ \t]*$", about, re.MULTILINE)
+    return model[1] if model else platform.machine() or "CPU"
+
+
+def device_name(device: str) -> str:
+    """Runs on devices of one name can be compared: a GPU, or a CPU with so many threads."""
+    threads = torch.get_num_threads()
+    return gpu_name(device) or f"{cpu_name(device)}, {threads} thread{'s' * (threads > 1)}"
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a file: intel-xeon-processor-2-threads."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

@@ -1,0 +1,156 @@
+"""pytest-benchmark's histories and comparisons, with the suite's hooks around a test that always takes a second."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from evals import conftest, machine
+
+pytest_plugins = "pytester"
+
+ROOT = Path(__file__).parent.parent
+HOOKS = "pytest_configure, pytest_sessionstart"
+HOOKS += ", pytest_benchmark_generate_machine_info, pytest_benchmark_compare_machine_info"
+FAIL = "--benchmark-compare-fail=median:10%"
+
+
+@pytest.fixture
+def suite(pytester, monkeypatch):
+    """suite(*options): a session on an H200, with the exit code and all that was printed."""
+    pytester.makeconftest((ROOT / "conftest.py").read_text() + f"\nfrom evals.conftest import {HOOKS}  # noqa\n")
+    (pytester.path / "pytest.ini").write_bytes((ROOT / "pytest.ini").read_bytes())
+    path = pytester.makepyfile(
+        """
+        import itertools
+        import pytest
+
+        @pytest.mark.benchmark(timer=itertools.count().__next__)
+        def test_it(benchmark):
+            benchmark.pedantic(lambda: None, rounds=3)
+        """
+    )
+    monkeypatch.setattr(conftest, "device_name", lambda device: "NVIDIA H200")
+
+    def run(*options):
+        # those of pytest_configure would be this session's
+        with warnings.catch_warnings(record=True) as caught:
+            done = pytester.runpytest_inprocess(path, *options)
+        return done.ret, "\n".join([done.stdout.str(), done.stderr.str(), *(str(w.message) for w in caught)])
+
+    return run
+
+
+@pytest.fixture
+def baseline(suite, tmp_path):
+    """baseline(): a file of --benchmark-json; with `times`, its seconds scaled; with figures, of another machine."""
+
+    def make(times=1.0, **machine_info):
+        path = tmp_path / "baseline.json"
+        assert suite(f"--benchmark-json={path}")[0] == 0
+        content = json.loads(path.read_text())
+        for key in ("min", "max", "mean", "median"):
+            content["benchmarks"][0]["stats"][key] *= times
+        content["machine_info"] |= machine_info
+        path.write_text(json.dumps(content))
+        return path
+
+    return make
+
+
+def saved(folder):
+    return [path.relative_to(folder).parts for path in sorted(folder.rglob("0*.json"))]
+
+
+def test_a_history_is_kept_for_each_device(suite, pytester, monkeypatch):
+    assert [suite("--benchmark-autosave")[0] for _ in range(2)] == [0, 0]
+    monkeypatch.setattr(conftest, "device_name", lambda device: "AMD EPYC(TM) 9554, 2 threads")
+    assert suite("--benchmark-save=first")[0] == 0
+    (amd, _, first), (nvidia, _, one), (same, _, two) = saved(pytester.path / ".benchmarks")
+    assert (amd, nvidia, same) == ("amd-epyc-9554-2-threads", "nvidia-h200", "nvidia-h200")
+    assert first == "0001_first.json" and one[:4] == "0001" and two[:4] == "0002"
+    # the report's glob in the README
+    assert len(list(pytester.path.glob(".benchmarks/*/*/*.json"))) == 3
+    # the last run of this device, though it is not the last one of all
+    code, text = suite("--benchmark-compare", "--benchmark-compare-fail=median:900%")
+    assert code == 0 and "0001_first" in text
+
+
+def test_storage_that_the_user_names_is_used(suite, pytester, monkeypatch):
+    assert suite("--benchmark-storage=mine", "--benchmark-autosave")[0] == 0
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--benchmark-storage=file://theirs")
+    assert suite("--benchmark-autosave")[0] == 0
+    assert len(saved(pytester.path / "mine")) == len(saved(pytester.path / "theirs")) == 1
+    assert not (pytester.path / ".benchmarks").exists()
+
+
+def test_as_fast_as_the_baseline_passes(suite, baseline):
+    code, text = suite(f"--benchmark-compare={baseline(times=2.0)}", FAIL)
+    assert code == 0 and "baseline" in text and "NOW" in text
+
+
+def test_slower_than_the_baseline_fails(baseline, pytester, monkeypatch):
+    """In a process of its own: what ends it is an exception."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = baseline(times=0.5, device=machine.device_name("cuda" if torch.cuda.is_available() else "cpu"))
+    done = pytester.runpytest_subprocess(".", f"--benchmark-compare={path}", FAIL)
+    assert done.ret == 1 and "Performance has regressed" in done.stderr.str()
+
+
+def test_another_device_is_refused(suite, baseline):
+    code, text = suite(f"--benchmark-compare={baseline(times=2.0, device='NVIDIA A100')}", FAIL)
+    assert code == 4 and "INTERNALERROR" not in text and "1 passed" not in text
+    assert "ERROR: --benchmark-compare: this run is on NVIDIA H200, the other was on NVIDIA A100" in text
+
+
+def test_a_file_that_does_not_name_its_device_is_refused(suite, baseline):
+    path = baseline()
+    path.write_text(path.read_text().replace('"device"', '"node"'))
+    code, text = suite(f"--benchmark-compare={path}", FAIL)
+    assert code == 4 and "the other was on a device that its file does not name" in text
+
+
+def test_another_version_of_torch_is_a_warning(suite, baseline):
+    code, text = suite(f"--benchmark-compare={baseline(times=2.0, torch='1.0')}", FAIL)
+    assert code == 0 and "Benchmark machine_info is different" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--benchmark-compare=evals/baselines/none.json"], "there is no file 'evals/baselines/none.json'"),
+        (["--benchmark-compare=none.json", FAIL], "there is no file 'none.json'"),
+        (
+            ["--benchmark-compare=0007", FAIL],
+            "there is nothing to compare with; the history is .benchmarks/nvidia-h200",
+        ),
+        (["--benchmark-compare", FAIL], "there is nothing to compare with; the history is .benchmarks/nvidia-h200"),
+        (["--benchmark-compare=pytest.ini", FAIL], "there is nothing to compare with"),
+        ([FAIL], "there is nothing to compare with"),
+    ],
+)
+def test_nothing_to_compare_with_ends_the_run_before_it_begins(suite, options, message):
+    code, text = suite(*options)
+    assert code == 4 and "INTERNALERROR" not in text and "1 passed" not in text
+    assert message in next(line for line in text.splitlines() if line.startswith("ERROR: --benchmark-compare"))
+
+
+def test_the_first_run_of_a_history_may_ask_for_the_last_one(suite):
+    code, text = suite("--benchmark-compare", "--benchmark-autosave")
+    assert code == 0 and "Can't compare. No benchmark files in" in text
+
+
+def test_names_of_devices(monkeypatch):
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine.Path, "read_text", lambda *args, **options: "vendor\t: X\nmodel name\t: A  CPU(R) \n")
+    assert machine.cpu_name("cpu") == "A  CPU(R)" and machine.device_name("cpu") == "A  CPU(R), 2 threads"
+    assert machine.slug("A  CPU(R), 2 threads") == "a-cpu-2-threads"
+    monkeypatch.setattr(machine.Path, "read_text", lambda *args, **options: "model name\t: \nflags\t: a b\n")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 1)
+    assert machine.device_name("cpu") == "aarch64, 1 thread"
+    monkeypatch.setattr(machine.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert machine.device_name("cuda") == "NVIDIA H200" and machine.cpu_name("cuda") is None
+    assert machine.slug("NVIDIA H200") == "nvidia-h200" and machine.gpu_name("cpu") is None
