@@ -107,7 +107,7 @@ def _match(old: dict[str, Info], new: dict[str, Info], result: Comparison, allow
     added = {name: info for name, info in new.items() if name not in old}
     for name in [name for name in old if name not in new]:
         measured = {other: info for other, info in added.items() if "nfe" in info and "nfe" in old[name]}
-        same = [other for other, info in measured.items() if not _differences(old[name], info)]
+        same = [other for other, info in measured.items() if not differences(old[name], info)]
         if same:
             result.notes.append(f"{name} is now called {same[0]}")
             matches.append((same[0], old[name], added.pop(same[0])))
@@ -119,7 +119,7 @@ def _match(old: dict[str, Info], new: dict[str, Info], result: Comparison, allow
     return matches
 
 
-def _differences(before: Info, after: Info) -> list[str]:
+def differences(before: Info, after: Info) -> list[str]:
     """Settings that differ. One that either side lacks, as a file of an older commit may, is passed over."""
     both = [key for key in QUESTION if key in before and key in after]
     found = [f"{key} was {before[key]}, is {after[key]}" for key in both if before[key] != after[key]]
@@ -133,7 +133,7 @@ def _ids(info: Info) -> list[str]:
 
 
 def _check_comparable(matches: list[Match]) -> None:
-    differing = [(name, found) for name, before, after in matches if (found := _differences(before, after))]
+    differing = [(name, found) for name, before, after in matches if (found := differences(before, after))]
     if differing:
         raise NotComparable("\n".join(f"{name}: {'; '.join(found)}" for name, found in differing))
     if not matches:

@@ -15,10 +15,11 @@ from _pytest.capture import CaptureManager
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from blockinfer import LLM, RequestOutput
+from evals.compare import differences
 from evals.graders import grade, require
 from evals.machine import device_name, slug
 from evals.paired import against_vanilla, losses
-from evals.record import Run, environment, extra_info, is_enough, table, write_comparison
+from evals.record import Run, environment, extra_info, is_enough, question, table, write_comparison
 from evals.reference_impl import ReferenceLLM
 from evals.resume import Generations, fingerprint, settings_hash
 from evals.rows import encode
@@ -26,6 +27,7 @@ from evals.settings import REFERENCE_IMPL, Case, Settings, read_settings
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey["Suite"]()
+COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
 
@@ -228,6 +230,16 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
         yield suite
 
 
+@pytest.fixture
+def comparable(request: pytest.FixtureRequest, suite: Suite, case: Case) -> None:
+    """Ends the session where the run of --benchmark-compare is of other rows or settings, for its times are, too."""
+    for there in request.config.stash.get(COMPARED, {}).get(request.node.nodeid, []):
+        found = differences(there, question(case, suite.settings, suite.truncated, suite.environment))
+        if found:
+            message = f"--benchmark-compare: {request.node.name}: {'; '.join(found)}"
+            pytest.exit(message, returncode=pytest.ExitCode.USAGE_ERROR)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     settings = settings_of(config)
     weights = "random weights" if settings.is_dummy else settings.model
@@ -298,3 +310,6 @@ def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info
         raise pytest.UsageError(
             f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"
         )
+    compared = config.stash.setdefault(COMPARED, {})
+    for other in compared_benchmark["benchmarks"]:
+        compared.setdefault(other["fullname"], []).append(other["extra_info"])

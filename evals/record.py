@@ -76,17 +76,34 @@ def by_source(run: Run, settings: Settings) -> dict[str, list[Grade]]:
     return grades
 
 
+def question(case: Case, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration's figures are figures of, as known before the run: rows, settings and environment."""
+    params = case.params
+    return environment | {
+        "n": len(settings.rows),
+        "rows_sha256": rows_hash(settings.rows),
+        "shard": dataclasses.asdict(settings.shard) if settings.shard else None,
+        "prompts_truncated": truncated,
+        "mode": case.mode,
+        "unmasking": params.unmasking,
+        "block_length": params.block_length,
+        "denoising_steps": params.denoising_steps,
+        "rule_value": params.rule_value,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "ignore_eos": params.ignore_eos,
+        "batch_size": 1 if case.mode == REFERENCE_IMPL else settings.batch_size,
+    }
+
+
 def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
     """One configuration's figures, as stored beside its timing. All numbers are finite; what is not known is None."""
-    outputs, params = run.outputs, run.case.params
+    outputs = run.outputs
     latencies = sorted(output.metrics.total_seconds for output in outputs)
     sources = by_source(run, settings)
     steps = sum(output.metrics.denoising_steps for output in outputs)
     correct = sum(g.correct for g in run.grades) if run.grades else None
-    return environment | {
-        "n": len(outputs),
-        "rows_sha256": rows_hash(settings.rows),
-        "shard": dataclasses.asdict(settings.shard) if settings.shard else None,
+    return question(run.case, settings, truncated, environment) | {
         "rows": rows_info(run, settings),
         "tokens": run.tokens,
         "tokens_per_second": run.tokens_per_second,
@@ -110,17 +127,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "peak_memory_gib": run.peak_memory_gib,
         "mean_prompt_tokens": statistics.fmean(len(output.prompt_token_ids) for output in outputs),
         "mean_generated_tokens": run.tokens / len(outputs),
-        "prompts_truncated": truncated,
         "stopped": sum(output.outputs[0].finish_reason == "stop" for output in outputs),
-        "mode": run.case.mode,
-        "unmasking": params.unmasking,
-        "block_length": params.block_length,
-        "denoising_steps": params.denoising_steps,
-        "rule_value": params.rule_value,
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "ignore_eos": params.ignore_eos,
-        "batch_size": 1 if run.case.mode == REFERENCE_IMPL else settings.batch_size,
     }
 
 

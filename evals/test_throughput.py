@@ -8,6 +8,7 @@ from evals.record import RESUMED
 
 
 @pytest.mark.benchmark(group="throughput")
+@pytest.mark.usefixtures("comparable")
 def test_throughput(benchmark, suite, case):
     run = suite.measure(case, benchmark)
     benchmark.extra_info.update(suite.extra_info(run))

@@ -12,8 +12,8 @@ from evals import conftest, machine
 pytest_plugins = "pytester"
 
 ROOT = Path(__file__).parent.parent
-HOOKS = "pytest_configure, pytest_sessionstart"
-HOOKS += ", pytest_benchmark_generate_machine_info, pytest_benchmark_compare_machine_info"
+HOOKS = "comparable, pytest_configure, pytest_sessionstart, pytest_benchmark_generate_machine_info, "
+HOOKS += "pytest_benchmark_compare_machine_info"
 FAIL = "--benchmark-compare-fail=median:10%"
 
 
@@ -25,13 +25,26 @@ def suite(pytester, monkeypatch):
     path = pytester.makepyfile(
         """
         import itertools
+        import types
+
         import pytest
 
         @pytest.mark.benchmark(timer=itertools.count().__next__)
+        @pytest.mark.usefixtures("comparable")
         def test_it(benchmark):
             benchmark.pedantic(lambda: None, rounds=3)
+            benchmark.extra_info["n"] = 4
+
+        @pytest.fixture
+        def case():
+            pass
+
+        @pytest.fixture
+        def suite():
+            return types.SimpleNamespace(settings=None, truncated=0, environment={})
         """
     )
+    monkeypatch.setattr(conftest, "question", lambda *about: {"n": 4})
     monkeypatch.setattr(conftest, "device_name", lambda device: "NVIDIA H200")
 
     def run(*options):
@@ -94,6 +107,8 @@ def test_as_fast_as_the_baseline_passes(suite, baseline):
 def test_slower_than_the_baseline_fails(baseline, pytester, monkeypatch):
     """In a process of its own: what ends it is an exception."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (test,) = pytester.path.glob("test_*.py")
+    test.write_text(test.read_text().replace("@pytest.mark.usefixtures", "# "))
     path = baseline(times=0.5, device=machine.device_name("cuda" if torch.cuda.is_available() else "cpu"))
     done = pytester.runpytest_subprocess(".", f"--benchmark-compare={path}", FAIL)
     assert done.ret == 1 and "Performance has regressed" in done.stderr.str()
@@ -110,6 +125,13 @@ def test_a_file_that_does_not_name_its_device_is_refused(suite, baseline):
     path.write_text(path.read_text().replace('"device"', '"node"'))
     code, text = suite(f"--benchmark-compare={path}", FAIL)
     assert code == 4 and "the other was on a device that its file does not name" in text
+
+
+def test_other_rows_or_settings_end_the_run_before_it_is_timed(suite, baseline):
+    path = baseline(times=2.0)
+    path.write_text(path.read_text().replace('"n": 4', '"n": 32'))
+    code, text = suite(f"--benchmark-compare={path}", FAIL)
+    assert code == 4 and "--benchmark-compare: test_it: n was 32, is 4" in text and "1 passed" not in text
 
 
 def test_another_version_of_torch_is_a_warning(suite, baseline):
