@@ -1,32 +1,25 @@
 """The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
 
-import dataclasses
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _pytest.capture import CaptureManager
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from blockinfer import LLM, RequestOutput
+from blockinfer import LLM
 from evals.compare import differences
-from evals.graders import grade, require
+from evals.graders import require
 from evals.machine import device_name, slug
 from evals.paired import against_vanilla, losses
-from evals.record import Run, environment, extra_info, is_enough, question, table, write_comparison
-from evals.reference_impl import ReferenceLLM
-from evals.resume import Generations, fingerprint, settings_hash
-from evals.rows import encode
-from evals.settings import REFERENCE_IMPL, Case, Settings, read_settings
+from evals.record import question, table, write_comparison
+from evals.resume import Generations
+from evals.settings import Case, Settings, read_settings
+from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
-SUITE = pytest.StashKey["Suite"]()
+SUITE = pytest.StashKey[Suite]()
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
@@ -83,133 +76,10 @@ def case(request: pytest.FixtureRequest, mode: str, block_length: int, unmasking
     return next(c for c in cases if (c.mode, c.block_length, c.unmasking) == (mode, block_length, unmasking))
 
 
-class Suite:
-    """The session's model and measurements: each configuration is run once, and graded from the same generations."""
-
-    def __init__(self, llm: LLM, settings: Settings, capture: CaptureManager, kept: Generations | None = None) -> None:
-        self.llm = llm
-        self.reference = None
-        if any(case.mode == REFERENCE_IMPL for case in settings.cases):
-            self.reference = ReferenceLLM(llm)
-        self.capture = capture
-        self.settings = settings
-        self.environment = environment(settings, llm.config.dtype)
-        self.runs: dict[Case, Run] = {}
-        self.failed: dict[Case, Exception] = {}
-        limit = llm.config.max_model_len - settings.max_tokens
-        if limit < 1:
-            raise ValueError(f"--max-tokens {settings.max_tokens} leaves no room for a prompt: {_room(llm)}")
-        try:
-            encoded = [encode(row, llm.tokenizer, limit) for row in settings.rows]
-        except ValueError as error:
-            raise ValueError(f"{error}: {_room(llm)}, --max-tokens asks for {settings.max_tokens} of it") from error
-        self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
-        self.truncated = sum(was_cut for _, was_cut in encoded)
-        self.kept = kept
-        self.found: dict[Case, list[RequestOutput | None]] = {}
-        self.hashes: dict[Case, bytes] = {}
-        if kept is not None:
-            model = fingerprint(llm)
-            # the reference's generations are not the engine's, though their params are those of vanilla
-            names = {c: model + REFERENCE_IMPL * (c.mode == REFERENCE_IMPL) for c in settings.cases}
-            self.hashes = {c: settings_hash(names[c], c.params) for c in settings.cases}
-            self.found = {c: [kept.take(h, token_ids) for token_ids, _ in encoded] for c, h in self.hashes.items()}
-
-    def measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
-        """Runs a configuration, timed by `benchmark`: again and again until the mean is known or the time is over.
-
-        Without a benchmark it is run once. Raises what the engine or a grader raises.
-        """
-        try:
-            self.runs[case] = self._measure(case, benchmark)
-        except Exception as error:
-            self.failed[case] = error
-            raise
-        return self.runs[case]
-
-    def _measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
-        seconds: list[float] = []
-        forwards: list[int] = []
-        outputs = list(self.found.get(case, [None] * len(self.prompts)))
-        resumed = len(outputs) - outputs.count(None)
-        on_gpu = self.settings.device == "cuda"
-        llm = self.reference if case.mode == REFERENCE_IMPL else self.llm
-
-        def warm_up() -> None:
-            if resumed:
-                return
-            outputs[:] = [None] * len(outputs)
-            # one step a block: every shape but the schedule's length is the timed run's
-            params = dataclasses.replace(case.params, denoising_steps=1)
-            llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-
-        def generate() -> None:
-            missing = [i for i, output in enumerate(outputs) if output is None]
-            prompts = [self.prompts[i] for i in missing]
-            keep = self.kept is not None and not seconds
-            on_finish = partial(self.kept.append, self.hashes[case]) if keep else None
-            before = llm.stats.forwards
-            start = time.perf_counter()
-            # ends with the token ids on the host, so the device is done
-            made = llm.generate(prompts, case.params, use_tqdm=sys.stderr.isatty(), on_finish=on_finish)
-            seconds.append(time.perf_counter() - start)
-            forwards.append(llm.stats.forwards - before)
-            for i, output in zip(missing, made, strict=True):
-                outputs[i] = output
-
-        # outside pytest's capture, where a terminal shows the progress
-        with self.capture.global_and_fixture_disabled():
-            if benchmark is None:
-                warm_up()
-                generate()
-            else:
-                benchmark.pedantic(generate, setup=warm_up, rounds=1)
-                while not resumed and not is_enough(seconds, self.settings.max_seconds, self.settings.relative_error):
-                    warm_up()
-                    generate()
-                    if benchmark.enabled:
-                        benchmark.stats.update(seconds[-1])
-        grades = None
-        if not self.settings.is_dummy:
-            pairs = zip(self.settings.rows, outputs, strict=True)
-            grades = [grade(row, output.outputs[0].text) for row, output in pairs]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        if resumed:
-            return Run(case, outputs, grades, [], None, None, resumed)
-        return Run(case, outputs, grades, seconds, forwards[-1], peak)
-
-    def extra_info(self, run: Run) -> dict[str, Any]:
-        return extra_info(run, self.settings, self.truncated, self.environment)
-
-    def resume_line(self) -> str:
-        found = [output for outputs in self.found.values() for output in outputs]
-        others = f"; {self.kept.num_left} there are of other settings" if self.kept.num_left else ""
-        number = len(found) - found.count(None)
-        return f"blockinfer: {number} of {len(found)} generations found in {self.settings.resume}{others}"
-
-    def result(self, case: Case) -> Run:
-        """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it.
-
-        Raises what making it raised, then too: it is not tried again for every source.
-        """
-        if case in self.failed:
-            raise self.failed[case]
-        if case in self.runs:
-            return self.runs[case]
-        return self.measure(case, None)
-
-
-def _room(llm: LLM) -> str:
-    return f"{llm.config.model} takes {llm.config.max_model_len} tokens in all"
-
-
 @pytest.fixture(scope="session")
-def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     settings = settings_of(request.config)
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
-    capture = request.config.pluginmanager.getplugin("capturemanager")
     with ExitStack() as stack:
         try:
             kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
@@ -219,15 +89,18 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             stack.enter_context(llm)
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
-            suite = Suite(llm, settings, capture, kept)
+            suite = Suite(llm, settings, kept)
         except (ValueError, ImportError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-        if kept is not None:
-            with capture.global_and_fixture_disabled():
-                print(f"\n{suite.resume_line()}")
         request.config.stash[SUITE] = suite
         yield suite
+
+
+@pytest.fixture
+def suite(session_suite: Suite, capsys: pytest.CaptureFixture[str]) -> Suite:
+    session_suite.uncaptured = capsys.disabled
+    return session_suite
 
 
 @pytest.fixture

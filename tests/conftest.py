@@ -1,16 +1,15 @@
 """Hypothesis's profiles, and the random checkpoints and engines that the tests share."""
 
-from contextlib import ExitStack, nullcontext
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import hypothesis
 import pytest
 import torch
 
 from blockinfer import LLM
-from evals.conftest import Suite
 from evals.resume import Generations
 from evals.settings import read_settings
+from evals.suite import Suite
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MMLU, QA, write
 
@@ -77,10 +76,9 @@ def make_suite(pytestconfig, tmp_path, chat_llm):
 
     def make(**changed):
         settings = read_settings(Config(changed))
-        capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
         opened.close()
         kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
-        return Suite(chat_llm, settings, capture, kept)
+        return Suite(chat_llm, settings, kept)
 
     with ExitStack() as opened:
         yield make

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +13,13 @@ import torch
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals import test_accuracy
-from evals.conftest import Suite
 from evals.graders import Grade
 from evals.paired import losses
 from evals.record import Run, is_enough, standard_error
 from evals.report.__main__ import main as report
 from evals.report.results import Configuration
 from evals.settings import SAMPLE, read_settings
+from evals.suite import Suite
 from evals.test_accuracy import FLOORS
 from evals.wilson import wilson_interval
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -283,7 +282,7 @@ def test_a_configuration_that_fails_is_not_run_again_for_every_source(settings):
     engine = SimpleNamespace(config=SimpleNamespace(max_model_len=512, dtype=torch.float32), tokenizer=None)
     suite = object.__new__(Suite)
     suite.llm, suite.settings, suite.runs, suite.failed, suite.found, suite.prompts = engine, s, {}, {}, {}, [{}]
-    suite.capture = SimpleNamespace(global_and_fixture_disabled=nullcontext)
+    suite.kept = None
     for run in (lambda: suite.measure(s.cases[0], SimpleNamespace(pedantic=fails)), lambda: suite.result(s.cases[0])):
         with pytest.raises(FloatingPointError, match="broken"):
             run()
