@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pytest_benchmark import cli
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
@@ -36,5 +37,6 @@ def test_every_mode_and_rule_is_described():
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
     parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
+    parsers.append(cli.make_parser())
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known
