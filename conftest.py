@@ -13,30 +13,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def _at_least(minimum):
-    def integer(text):
+def _at_least(minimum, number=int):
+    def parse(text):
         try:
-            value = int(text)
+            value = number(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return integer
-
-
-def _at_least_real(minimum):
-    def real(text):
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+            kind = "an integer" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind}, got {text!r}") from None
+        # neither NaN nor infinity
         if not minimum <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
         return value
 
-    return real
+    return parse
 
 
 def _comma_list(item):
@@ -83,10 +72,10 @@ def pytest_addoption(parser):
     add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")
     add(
         "--max-seconds",
-        type=_at_least_real(0),
+        type=_at_least(0, float),
         help="repeat each timed run for so long at most (0 on a CPU, 60 on a GPU)",
     )
-    add("--relative-error", type=_at_least_real(0), default=0.01, help="or until its mean is known so well (0.01)")
-    add("--max-accuracy-loss", type=_at_least_real(0), default=3.0, help="points that a mode may lose to vanilla (3)")
+    add("--relative-error", type=_at_least(0, float), default=0.01, help="or until its mean is known so well (0.01)")
+    add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
     add("--resume", help="a .jsonl file that keeps every generation; the same command again goes on from it (none)")
     add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")

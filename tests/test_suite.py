@@ -112,12 +112,12 @@ def test_bad_options(settings, changed, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--block-length=0", "argument --block-length: must be at least 1, got 0"),
+        ("--block-length=0", "argument --block-length: must be at least 1 and finite, got 0"),
         ("--block-length=8,x", "argument --block-length: must be an integer, got 'x'"),
         ("--block-length=8,8", "argument --block-length: names a value twice: '8,8'"),
         ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
-        ("--max-tokens=0", "argument --max-tokens: must be at least 1, got 0"),
-        ("--num-samples=-1", "argument --num-samples: must be at least 1, got -1"),
+        ("--max-tokens=0", "argument --max-tokens: must be at least 1 and finite, got 0"),
+        ("--num-samples=-1", "argument --num-samples: must be at least 1 and finite, got -1"),
         ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
     ],
 )
