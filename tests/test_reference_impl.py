@@ -9,7 +9,7 @@ import transformers
 from blockinfer import LLM, SamplingParams
 from evals.reference_impl import ReferenceLLM
 from tests.checkpoints import write_checkpoint, write_tokenizer
-from tests.test_suite import run_suite
+from tests.suite.test_runs import run_suite
 
 # A LLaDA as its authors would publish one: configuration and model in two files, named in config.json's auto_map.
 CONFIGURATION = """

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from evals.rows import encode, load_rows, rows_hash
 
 GSM = {"id": "a", "source": "gsm8k", "question": "1 + 1?", "answer": "2"}
+MATH = GSM | {"id": "m", "source": "math500"}
 MMLU = {"id": "b", "source": "mmlu", "question": "Pick.", "answer": "C", "choices": ["w", "x", "y", "z"]}
 QA = {
     "id": "c",

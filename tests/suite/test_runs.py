@@ -1,0 +1,134 @@
+"""Whole runs on a random checkpoint, in processes of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evals.report.__main__ import main as report
+from evals.report.results import Configuration
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.test_rows import GSM, MATH, MMLU, QA, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("suite"), vocab_size=300, max_sequence_length=1024)
+    write_tokenizer(folder)
+    return folder
+
+
+def run_suite(tmp_path, *options):
+    """`pytest evals` in a process of its own -> exit code, output, benchmarks by test id, the comparison file."""
+    rows = write(tmp_path / "rows.jsonl", [GSM, MATH, MMLU, QA])
+    json_file, output = tmp_path / "out.json", tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "evals", "-p", "no:cacheprovider", f"--benchmark-json={json_file}"]
+    command += [f"--dataset={rows}", f"--output={output}", "--device=cpu", "--max-tokens=12", "--block-length=8"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    benchmarks = (
+        json.loads(json_file.read_text())["benchmarks"] if json_file.exists() and json_file.stat().st_size else []
+    )
+    result = json.loads(output.read_text()) if output.exists() else None
+    return done.returncode, done.stdout + done.stderr, {b["name"]: b for b in benchmarks}, result
+
+
+def test_a_whole_run(tmp_path, folder):
+    code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
+    assert code == 0, text
+    assert list(benchmarks) == [f"test_throughput[{mode}-8]" for mode in ("vanilla_llada", "vanilla", "block")]
+    # each of 12 steps is a forward of all four rows
+    assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["forwards"] == 12
+    info = benchmarks["test_throughput[block-8]"]["extra_info"]
+    assert info["n"] == 4 and info["tokens"] <= 48 and info["nfe"] == info["steps"] >= info["tokens"]
+    assert info["tokens_per_second"] == pytest.approx(info["tokens"] / info["seconds"])
+    assert info["forwards"] < info["nfe"], "four requests share forwards"
+    assert set(info["accuracy_by_source"]) == {"gsm8k", "math500", "mmlu", "longbench_hotpotqa"}
+    assert info["weights"] == "checkpoint" and info["device"] == "cpu" and info["torch"] == torch.__version__
+    assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["block_length"] == 12
+
+    block, standard, semi = result["blockinfer"], result["vanilla_llada"], result["vanilla"]
+    assert block["throughput"] == pytest.approx(block["total_tokens"] / block["total_time"])
+    assert result["comparison"]["throughput_speedup"] == pytest.approx(block["throughput"] / standard["throughput"])
+    assert result["comparison_over_vanilla"]["time_speedup"] == pytest.approx(semi["total_time"] / block["total_time"])
+    assert 0 <= block["accuracy"] <= 100
+    lines = text.split("= blockinfer =")[1].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    assert [line.split()[:2] for line in lines[head + 1 : head + 4]] == [
+        ["vanilla_llada", "8"],
+        ["vanilla", "8"],
+        ["block", "8"],
+    ]
+    assert lines[head + 1].endswith("1.00" + f"{standard['throughput'] / semi['throughput']:>11.2f}")
+    assert all(len(line) <= 115 for line in lines[: head + 6])
+
+    elsewhere = {"asked_block_length", "shards"}  # from the test's parameters, and from evals/merge.py
+    assert set(Configuration.model_fields) - elsewhere <= set(info), "the report reads what the suite writes"
+    assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{info['tokens_per_second']:,.1f} tokens/s" in page
+
+
+def test_dummy_weights_have_no_accuracy(tmp_path, folder):
+    options = [
+        f"--model={folder}",
+        "--load-format=dummy",
+        f"--tokenizer={folder}",
+        "--mode=block",
+        "--benchmark-disable",
+    ]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert code == 0, text
+    assert result["blockinfer"]["accuracy"] is None and result["vanilla_llada"] is result["comparison"] is None
+    assert result["blockinfer"]["total_tokens"] == 4 * 12
+    assert "random weights" in text and "5 skipped" in text
+
+
+def test_a_model_that_is_not_there_ends_the_run_with_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, text, _, result = run_suite(tmp_path, f"--model={tmp_path / 'empty'}", "--mode=block")
+    assert code == 4 and "there is no config.json" in text and "Traceback" not in text and result is None
+
+
+def test_test_ids(tmp_path, folder):
+    options = ["--collect-only", "-q", "--mode=block", "--block-length=8,32", "--unmasking=all", "-k=threshold"]
+    _, text, _, _ = run_suite(tmp_path, f"--model={folder}", *options)
+    ids = [line.split("::")[1] for line in text.splitlines() if "::" in line]
+    assert ids[:2] == ["test_throughput[block-8-threshold]", "test_throughput[block-32-threshold]"]
+    assert ids[2] == "test_accuracy[gsm8k-block-8-threshold]"
+
+
+def test_a_bad_option_ends_the_run_with_one_line(tmp_path):
+    code, text, _, result = run_suite(tmp_path, "--mode=blok")
+    assert code == 4 and "ERROR: --mode must be" in text and "Traceback" not in text and result is None
+
+
+def test_a_model_without_a_tokenizer_ends_the_run_with_one_line(tmp_path):
+    folder = write_checkpoint(tmp_path / "bare")
+    code, text, _, result = run_suite(tmp_path, f"--model={folder}", "--mode=block")
+    assert code == 4 and "has no tokenizer to ask the rows with; pass --tokenizer" in text
+    assert "Traceback" not in text and result is None
+
+
+@pytest.mark.parametrize("tokens", ["1000", "1024", "5000"])
+def test_max_tokens_that_leave_no_room_end_the_run_with_one_line(tmp_path, folder, tokens):
+    code, text, _, result = run_suite(tmp_path, f"--model={folder}", "--mode=block", f"--max-tokens={tokens}")
+    assert code == 4 and "takes 1024 tokens in all" in text and "--max-tokens" in text
+    assert "Traceback" not in text and result is None
+
+
+def test_repeated_rounds_are_all_stored(tmp_path, folder):
+    code, text, benchmarks, _ = run_suite(
+        tmp_path, f"--model={folder}", "--mode=vanilla,block", "--max-seconds=2", "--relative-error=0"
+    )
+    assert code == 0, text
+    for name in ("test_throughput[vanilla-8]", "test_throughput[block-8]"):
+        info, stats = benchmarks[name]["extra_info"], benchmarks[name]["stats"]
+        assert info["rounds"] == stats["rounds"] >= 3 and stats["total"] <= 2.5
+        assert info["seconds"] == pytest.approx(stats["median"], rel=0.05)
+        assert info["relative_error"] > 0
+    against = benchmarks["test_throughput[block-8]"]["extra_info"]["against_vanilla"]
+    assert against["n"] == 4 and against["loss"] == (against["lost"] - against["won"]) / 4
+    assert against["loss_at_least"] <= against["loss"] <= against["loss_at_most"]
+    assert benchmarks["test_throughput[vanilla-8]"]["extra_info"]["against_vanilla"] is None

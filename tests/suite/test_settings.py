@@ -1,0 +1,89 @@
+"""The options of the suite, and the cases that they make."""
+
+import pytest
+
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+
+
+def test_defaults_on_a_cpu(settings):
+    s = settings()
+    assert s.is_tiny and not s.is_dummy and s.batch_size == 8 and len(s.rows) == 4
+    assert [(c.mode, c.block_length) for c in s.cases] == [("vanilla_llada", 32), *((m, 32) for m in MODES)]
+    assert {c.params.denoising_steps for c in s.cases} == {32, 128} and not s.several_rules
+
+
+def test_standard_decoding_is_one_block_with_as_many_steps_in_all(settings):
+    (case,) = settings(mode=["vanilla_llada"], max_tokens=100, block_length=[32], denoising_steps=8).cases
+    # three blocks of 32 in 8 steps, and one of 4 in 1
+    assert (case.params.mode, case.params.block_length, case.params.denoising_steps) == ("vanilla", 100, 25)
+
+
+def test_standard_decoding_is_measured_once_where_block_lengths_make_no_difference(settings):
+    cases = settings(block_length=[8, 32, 64], mode=["vanilla_llada", "block"]).cases
+    # 128 steps in all at 8 and 32, 64 at 64
+    assert [c.block_length for c in cases if c.mode == "vanilla_llada"] == [8, 64]
+    modes = ["vanilla", "vanilla_llada", "block"]
+    assert [c.mode for c in settings(mode=modes).cases] == modes
+    assert [c.block_length for c in cases if c.mode == "block"] == [8, 32, 64]
+
+
+def test_a_rule_is_passed_only_what_it_reads(settings):
+    cases = settings(unmasking=["all"], mode=["block"], threshold=0.7).cases
+    assert [c.unmasking for c in cases] == list(RULES)
+    by_rule = {c.unmasking: c.params for c in cases}
+    assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold"}
+    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {"threshold", "factor", "entropy"}
+    limited = settings(unmasking=["threshold"], denoising_steps=4).cases
+    assert {c.params.denoising_steps for c in limited} == {4, 16}
+
+
+def test_skip_vanilla_and_dummy(settings):
+    assert [c.mode for c in settings(skip_vanilla=True).cases] == [m for m in MODES if m != "vanilla"]
+    dummy = settings(load_format="dummy", model="llada-8b")
+    assert dummy.is_dummy and not dummy.is_tiny and dummy.tokenizer.endswith("llada_tiny")
+    assert all(c.params.ignore_eos for c in dummy.cases)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mode": ["all", "block"]}, "--mode: 'all' stands alone, got all, block"),
+        ({"benchmark_json": "/no/such/out.json"}, "--benchmark-json must be a file in a folder that exists, got"),
+        ({"mode": ["blok"]}, "--mode must be 'all' or names of vanilla_llada, .*got 'blok'; did you mean 'block'?"),
+        ({"unmasking": ["greedy"]}, "--unmasking must be 'all' or names of .*got 'greedy'"),
+        ({"source": ["mlu"]}, "source must be one of gsm8k, .*got 'mlu'"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, float.*got 'int8'"),
+        (
+            {"output": "no/such/folder.json"},
+            "--output must be a file in a folder that exists, got 'no/such/folder.json'",
+        ),
+        ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
+        ({"dataset": "nothing.jsonl"}, "the dataset 'nothing.jsonl' cannot be read"),
+        ({"skip_sample": 4}, "of 4 rows none is left"),
+        ({"threshold": 0.5}, "--threshold is read by --unmasking threshold alone, got low_confidence"),
+        ({"unmasking": ["threshold"], "threshold": 2.0}, "threshold must be between 0.0 and 1.0, got 2.0"),
+        ({"mode": ["vanilla"], "skip_vanilla": True}, "--skip-vanilla leaves no mode"),
+    ],
+)
+def test_bad_options(settings, changed, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        settings(**changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--block-length=0", "argument --block-length: must be at least 1 and finite, got 0"),
+        ("--block-length=8,x", "argument --block-length: must be an integer, got 'x'"),
+        ("--block-length=8,8", "argument --block-length: names a value twice: '8,8'"),
+        ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
+        ("--max-tokens=0", "argument --max-tokens: must be at least 1 and finite, got 0"),
+        ("--num-samples=-1", "argument --num-samples: must be at least 1 and finite, got -1"),
+        ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
+    ],
+)
+def test_options_that_do_not_parse(pytestconfig, option, message, capsys):
+    with pytest.raises((pytest.UsageError, SystemExit), match=message) as error:
+        pytestconfig._parser.parse([option])
+    assert error.value is not None
