@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evals.configurations import RESUMED
 from evals.gate.judge import nfe_fault
 from evals.paired import Paired
-from evals.record import RESUMED
 from evals.wilson import wilson_interval
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from evals.configurations import RESUMED
 from evals.paired import Paired, stored
-from evals.record import RESUMED
 from evals.wilson import wilson_interval
 
 Json = dict[str, Any]

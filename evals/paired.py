@@ -5,10 +5,13 @@ Two modes answer most rows alike, so the rows on which they differ say far more 
 
 import math
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evals.configurations import is_baseline
 from evals.graders import Grade
-from evals.record import Run, baselines
+
+if TYPE_CHECKING:
+    from evals.record import Run
 
 CONFIDENCE = 0.95
 _POWER = 0.8
@@ -70,9 +73,9 @@ class Paired(NamedTuple):
         return difference / math.sqrt(variance)
 
 
-def paired(run: Run, runs: list[Run]) -> Paired | None:
+def paired(run: "Run", runs: list["Run"]) -> Paired | None:
     """The run's answers beside those of `vanilla` to the same rows; None where there is no such run, or no grades."""
-    _, vanilla = baselines(run.case, runs)
+    vanilla = next((other for other in runs if is_baseline(other.case, run.case)), None)
     if vanilla is None or vanilla is run or not run.grades or not vanilla.grades:
         return None
     return pair(vanilla.grades, run.grades)
@@ -84,7 +87,7 @@ def pair(before: list[Grade], after: list[Grade]) -> Paired:
     return Paired(len(before), lost, won)
 
 
-def against_vanilla(run: Run, runs: list[Run]) -> dict[str, Any] | None:
+def against_vanilla(run: "Run", runs: list["Run"]) -> dict[str, Any] | None:
     """What a benchmark's record says of it; None where there is no such pair."""
     both = paired(run, runs)
     return stored(both) if both is not None else None
@@ -96,7 +99,7 @@ def stored(both: Paired) -> dict[str, Any]:
     return both._asdict() | bounds | {"mcnemar_p": both.mcnemar()}
 
 
-def losses(runs: list[Run], margin: float) -> list[str]:
+def losses(runs: list["Run"], margin: float) -> list[str]:
     """A line per configuration: rows lost and won against `vanilla`, and what these rows are too few to see."""
     lines = []
     for run in runs:

@@ -13,15 +13,13 @@ import torch
 import transformers
 
 from blockinfer import RequestOutput
+from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
 from evals.prompts import PROMPTS_VERSION
 from evals.rows import rows_hash
-from evals.settings import REFERENCE_IMPL, STANDARD, Case, Settings, total_steps
+from evals.settings import Case, Settings
 from evals.wilson import wilson_interval
-
-# Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
-RESUMED = " (resumed)"
 
 
 @dataclass
@@ -203,11 +201,6 @@ def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:
     standard = [run for run in same if run.case.mode == STANDARD and total_steps(run.case.params) == steps]
     semi = [run for run in same if is_baseline(run.case, case)]
     return next(iter(standard), None), next(iter(semi), None)
-
-
-def is_baseline(vanilla: Case, case: Case) -> bool:
-    """Whether `vanilla` is semi-autoregressive decoding at the block length and rule of `case`."""
-    return (vanilla.mode, vanilla.block_length, vanilla.unmasking) == ("vanilla", case.block_length, case.unmasking)
 
 
 def _figures(run: Run | None) -> dict[str, Any] | None:

@@ -11,13 +11,10 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from evals.configurations import REFERENCE_IMPL, STANDARD, total_steps
 from evals.rows import Row, load_rows, rows_hash, shard_positions
 
-# LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
-STANDARD = "vanilla_llada"
 SUITE_MODES = (STANDARD, *MODES)
-# `vanilla` through the checkpoint's own modelling code, measured where --reference-impl asks for it.
-REFERENCE_IMPL = "reference_impl"
 
 TINY_MODEL = Path(__file__).parent / "llada_tiny"
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_200.jsonl"
@@ -190,14 +187,6 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         return block_wise
     # one block, with as many steps in all as the block-wise run
     return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total_steps(block_wise))
-
-
-def total_steps(params: SamplingParams) -> int | None:
-    """The step limit of all blocks together; None is no limit."""
-    full, rest = divmod(params.max_tokens, params.block_length)
-    lengths = [params.block_length] * full + [rest] * (rest > 0)
-    steps = [params.block_steps(length) for length in lengths]
-    return None if None in steps else sum(steps)
 
 
 def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:

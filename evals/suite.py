@@ -12,12 +12,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from blockinfer import LLM, RequestOutput
+from evals.configurations import REFERENCE_IMPL
 from evals.graders import grade
 from evals.record import Run, environment, extra_info, is_enough
 from evals.reference_impl import ReferenceLLM
 from evals.resume import Generations, fingerprint, settings_hash
 from evals.rows import encode
-from evals.settings import REFERENCE_IMPL, Case, Settings
+from evals.settings import Case, Settings
 
 
 class Suite:

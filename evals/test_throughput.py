@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evals.record import RESUMED
+from evals.configurations import RESUMED
 
 
 @pytest.mark.benchmark(group="throughput")

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from evals import merge
 from evals.compare import MACHINE, NOT_COMPARABLE, NOT_WORSE, QUESTION, SOFTWARE, WORSE, main, unpaired_loss
-from evals.record import RESUMED
+from evals.configurations import RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
@@ -284,3 +287,9 @@ def test_bad_options(option, value, capsys):
         main(["old", "new", option, value])
     assert stopped.value.code == NOT_COMPARABLE
     assert f"argument {option}: must be from 0 to below 100, got {value!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["compare", "merge", "report.__main__"])
+def test_who_reads_a_run_s_files_does_not_wait_for_torch(module):
+    script = f"import sys, evals.{module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=True, timeout=60)

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from evals import merge
+from evals.configurations import RESUMED
 from evals.graders import Grade
 from evals.paired import against_vanilla
-from evals.record import RESUMED
 from evals.rows import load_rows, shard_positions
 from evals.settings import SAMPLE
 

@@ -2,18 +2,8 @@
 
 from typing import Any
 
+from evals.configurations import STANDARD, total_steps
 from evals.report.results import Configuration, Run
-
-STANDARD = "vanilla_llada"
-
-
-def total_steps(c: Configuration) -> int | None:
-    """The step limit of all blocks together, as evals.settings.total_steps; None is no limit."""
-    if c.denoising_steps is None or c.max_tokens is None or c.block_length is None:
-        return None
-    full, rest = divmod(c.max_tokens, c.block_length)
-    of_the_rest = min(rest, -(-c.denoising_steps * rest // c.block_length))
-    return full * c.block_steps + of_the_rest
 
 
 def baselines(c: Configuration, run: list[Configuration]) -> tuple[Configuration | None, Configuration | None]:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from blockinfer import SamplingParams
 from blockinfer.decoding.unmasking import RULES
 from evals import record
+from evals.configurations import REFERENCE_IMPL, STANDARD, total_steps
 from evals.report import page
 from evals.report.charts import Point, history, scatter
-from evals.report.compare import baselines, names, on_frontier, speed_up, total_steps
+from evals.report.compare import baselines, names, on_frontier, speed_up
 from evals.report.labels import MARK, Box, shortened, width_of
 from evals.report.results import Configuration
-from evals.settings import REFERENCE_IMPL, STANDARD, SUITE_MODES, Case
-from evals.settings import total_steps as suite_steps
+from evals.settings import SUITE_MODES, Case
 from tests.report.sample import info
 
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -36,12 +36,14 @@ def test_speed_ups_are_those_of_the_suite():
             params = SamplingParams(
                 max_tokens=max_tokens, block_length=block_length, denoising_steps=steps, unmasking=rule
             )
+            begins = range(0, max_tokens, block_length)
+            blocks = [params.block_steps(min(block_length, max_tokens - begin)) for begin in begins]
+            assert total_steps(params) == (sum(blocks) if steps else None)
             if mode == STANDARD:
-                params = dataclasses.replace(params, block_length=max_tokens, denoising_steps=suite_steps(params))
+                params = dataclasses.replace(params, block_length=max_tokens, denoising_steps=total_steps(params))
             runs.append(record.Run(Case(mode, block_length, rule, params), [], None, [1.0], 1, None))
             fields = {f: getattr(params, f) for f in ("block_length", "unmasking", "denoising_steps", "max_tokens")}
             configurations.append(Configuration(mode=mode, asked_block_length=block_length, **fields))
-            assert total_steps(configurations[-1]) == suite_steps(params)
         for run, c in zip(runs, configurations, strict=True):
             expected = [None if r is None else runs.index(r) for r in record.baselines(run.case, runs)]
             found = [None if b is None else configurations.index(b) for b in baselines(c, configurations)]

@@ -1,0 +1,41 @@
+"""What a configuration is called and compared with. Who reads a run's files needs this, and needs no torch."""
+
+from typing import Protocol
+
+# LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
+STANDARD = "vanilla_llada"
+# `vanilla` through the checkpoint's own modelling code, measured where --reference-impl asks for it.
+REFERENCE_IMPL = "reference_impl"
+# Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
+RESUMED = " (resumed)"
+
+
+class Schedule(Protocol):
+    """SamplingParams, or what a file says of them."""
+
+    max_tokens: int | None
+    block_length: int | None
+    denoising_steps: int | None
+
+
+class Named(Protocol):
+    """What a test's id says of a configuration."""
+
+    mode: str
+    block_length: int
+    unmasking: str
+
+
+def total_steps(params: Schedule) -> int | None:
+    """The step limit of all blocks together; None is no limit, or not known."""
+    if None in (params.max_tokens, params.block_length, params.denoising_steps):
+        return None
+    full, rest = divmod(params.max_tokens, params.block_length)
+    # of a block's positions at least one is revealed in each step
+    steps = min(params.denoising_steps, params.block_length)
+    return full * steps + -(-steps * rest // params.block_length)
+
+
+def is_baseline(vanilla: Named, case: Named) -> bool:
+    """Whether `vanilla` is semi-autoregressive decoding at the block length and rule of `case`."""
+    return (vanilla.mode, vanilla.block_length, vanilla.unmasking) == ("vanilla", case.block_length, case.unmasking)
