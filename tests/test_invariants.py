@@ -8,6 +8,9 @@ import torch
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.modes import MODES, Segment
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine.batch import StepInputs, pack, step_shape
+from blockinfer.engine.scheduler import ScheduledSequence
+from blockinfer.engine.sequence import Sequence
 
 
 def requests(count, seed=0):
@@ -79,19 +82,16 @@ def test_a_merged_commit_equals_a_separate_one(llm):
     """The model's hidden states of a new block, with the commit in the same forward and in one before it."""
     prompt = [7, 8, 9, 10, 11]
     runner = llm.engine.runner
-    model, device = runner.model, torch.device("cpu")
-    token_ids = torch.tensor(prompt + [20, 21, 22, 23] + [runner.config.mask_token_id] * 4, device=device)
+    sequence = Sequence(0, None, prompt, SamplingParams(max_tokens=8, block_length=4), 0, frozenset())
+    sequence.slot, sequence.output_token_ids = 0, [20, 21, 22, 23]
+    runner.start(sequence)
+    runner.page_tables[0, :4] = torch.tensor([3, 1, 2, 5])
 
     def forward(segments):
-        from blockinfer.engine.batch import build_batch
-        from blockinfer.engine.scheduler import ScheduledSequence
-        from blockinfer.engine.sequence import Sequence
-
-        sequence = Sequence(0, None, prompt, SamplingParams(max_tokens=8, block_length=4), 0, frozenset())
-        sequence.slot, sequence.pages, sequence.output_token_ids = 0, [3, 1, 2, 5], [20, 21, 22, 23]
-        batch = build_batch([ScheduledSequence(sequence, segments)], runner.config.page_size, device)
+        scheduled = [ScheduledSequence(sequence, segments)]
+        shape = step_shape(scheduled)
         with torch.inference_mode():
-            return model(token_ids[batch.positions], batch.positions, runner.kv_pages, batch.segments)
+            return runner.forward(StepInputs.split(pack(scheduled, shape, scrap_slot=1), shape), shape)
 
     prompt_segment, commit, block = Segment(0, 5, 5), Segment(5, 9, 9), Segment(9, 13, 13)
     runner.kv_pages.fill_(torch.nan)

@@ -1,58 +1,141 @@
-"""The index tensors of one forward, made from what the scheduler chose."""
+"""What a step's forward needs to know: its sizes, and its indices as one tensor, which a single copy brings over."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.kernels.paged_attention import SegmentTable
 
 
-@dataclass(frozen=True)
-class ForwardBatch:
-    """T rows in S segments of B sequences, on the model's device; all index tensors are int64.
+class StepShape(NamedTuple):
+    """The sizes of a step, which with its features decide which kernels it launches, and on what.
 
-    slots [T]: each row's sequence slot. positions [T]: its position there. segments: for the attention.
-    block_slots, block_starts, block_lengths, block_rows [B]: each sequence's slot, its block's first position and
-    length, and the row of that position; a block's rows follow each other.
+    rows T and segments S of the forward; blocks B, one a sequence, padded to block_length L; masked_rows N, which go
+    through the LM head; max_kv_len: no segment's kv_len is larger. rules: the unmasking rules that some sequence uses;
+    features: what else only some sequences ask for, of "noise", "eos_inf" and "eos_eot_last".
+    """
+
+    rows: int
+    segments: int
+    blocks: int
+    block_length: int
+    masked_rows: int
+    max_kv_len: int
+    rules: frozenset[str]
+    features: frozenset[str]
+
+    def padded(self, max_model_len: int) -> "StepShape":
+        """The next larger shape of those that a CUDA graph is captured for."""
+        return self._replace(
+            rows=_bucket(self.rows),
+            segments=_power_of_two(self.segments),
+            blocks=_power_of_two(self.blocks),
+            masked_rows=_bucket(self.masked_rows),
+            max_kv_len=min(_power_of_two(max(self.max_kv_len, 256)), max_model_len),
+        )
+
+
+class StepInputs(NamedTuple):
+    """A step's indices, int64, on the model's device. Slots are rows of the device's state, one a running sequence.
+
+    slots, positions [T]: each row's. query_starts [S + 1], segment_slots, kv_lens [S]: segment i has the rows from
+    query_starts[i] to query_starts[i + 1]. For each sequence, [B]: its slot; its block's first position and length, and
+    the row of that position (a block's rows follow each other); the denoising step in the block, how many positions the
+    schedule reveals in it, and whether it must reveal all (0 or 1); how many output tokens come before the block.
+
+    What pads a tensor belongs to the scrap slot, and to no segment.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
-    segments: SegmentTable
+    query_starts: torch.Tensor
+    segment_slots: torch.Tensor
+    kv_lens: torch.Tensor
     block_slots: torch.Tensor
     block_starts: torch.Tensor
     block_lengths: torch.Tensor
     block_rows: torch.Tensor
+    steps: torch.Tensor
+    counts: torch.Tensor
+    last_steps: torch.Tensor
+    output_starts: torch.Tensor
+
+    @staticmethod
+    def sizes(shape: StepShape) -> list[int]:
+        """The lengths of the tensors, in their order."""
+        return [shape.rows] * 2 + [shape.segments + 1] + [shape.segments] * 2 + [shape.blocks] * 8
+
+    @classmethod
+    def split(cls, packed: torch.Tensor, shape: StepShape) -> "StepInputs":
+        """The views of what `pack` made."""
+        return cls(*packed.split(cls.sizes(shape)))
 
 
-def build_batch(scheduled: list[ScheduledSequence], page_size: int, device: torch.device) -> ForwardBatch:
-    """Lays the segments' rows one after the other and finds every row's page slot."""
-    pairs = [(sequence, segment) for sequence, segments in scheduled for segment in segments]
-    starts = torch.tensor([segment.start for _, segment in pairs])
-    lengths = torch.tensor([segment.stop - segment.start for _, segment in pairs])
-    query_starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    width = max(len(sequence.pages) for sequence, _ in pairs)
-    page_table = torch.tensor([sequence.pages + [0] * (width - len(sequence.pages)) for sequence, _ in pairs])
-
-    owner = torch.repeat_interleave(torch.arange(len(pairs)), lengths)
-    positions = torch.arange(len(owner)) - (query_starts[:-1] - starts)[owner]
-    kv_slots = page_table[owner, positions // page_size] * page_size + positions % page_size
-
-    last_segments = torch.tensor([len(segments) for _, segments in scheduled]).cumsum(0) - 1
-    block_starts = torch.tensor([sequence.block_start for sequence, _ in scheduled])
-    block_ends = torch.tensor([sequence.block_end for sequence, _ in scheduled])
-    tensors = {
-        "slots": torch.tensor([sequence.slot for sequence, _ in pairs])[owner],
-        "positions": positions,
-        "block_slots": torch.tensor([sequence.slot for sequence, _ in scheduled]),
-        "block_starts": block_starts,
-        "block_lengths": block_ends - block_starts,
-        "block_rows": query_starts[last_segments] + block_starts - starts[last_segments],
+def step_shape(scheduled: Items[ScheduledSequence]) -> StepShape:
+    """The exact sizes of a step of these sequences."""
+    sequences = [sequence for sequence, _ in scheduled]
+    params = [sequence.params for sequence in sequences]
+    features = {
+        "noise": any(p.temperature > 0 for p in params),
+        "eos_inf": any(p.logits_eos_inf for p in params),
+        "eos_eot_last": any(p.confidence_eos_eot_inf for p in params),
     }
-    kv_lens = torch.tensor([segment.kv_len for _, segment in pairs])
-    table = SegmentTable(query_starts, kv_lens, page_table, kv_slots)
-    return ForwardBatch(
-        segments=SegmentTable(*(tensor.to(device) for tensor in table)),
-        **{name: tensor.to(device) for name, tensor in tensors.items()},
+    return StepShape(
+        rows=sum(entry.rows for entry in scheduled),
+        segments=sum(len(segments) for _, segments in scheduled),
+        blocks=len(scheduled),
+        block_length=max(sequence.block_end - sequence.block_start for sequence in sequences),
+        masked_rows=sum(sequence.num_masked for sequence in sequences),
+        max_kv_len=max(segment.kv_len for _, segments in scheduled for segment in segments),
+        rules=frozenset(p.unmasking for p in params),
+        features=frozenset(name for name, used in features.items() if used),
     )
+
+
+def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int) -> torch.Tensor:
+    """StepInputs of this shape, which may be larger than the sequences need, one after the other in a CPU tensor."""
+    blocks, segment_slots, query_starts, kv_lens, positions = [], [], [0], [], []
+    for sequence, segments in scheduled:
+        for segment in segments:
+            positions.append(np.arange(segment.start, segment.stop))
+            segment_slots.append(sequence.slot)
+            query_starts.append(query_starts[-1] + segment.stop - segment.start)
+            kv_lens.append(segment.kv_len)
+        start = sequence.block_start
+        # the last segment holds the block
+        first_row = query_starts[-2] + start - segments[-1].start
+        blocks.append(
+            (
+                *(sequence.slot, start, sequence.block_end - start, first_row),
+                *(sequence.step, sequence.reveal_count(), sequence.is_last_step(), len(sequence.output_token_ids)),
+            )
+        )
+    slots = np.repeat(np.array(segment_slots), np.diff(query_starts))
+    columns = [
+        (slots, scrap_slot),
+        (np.concatenate(positions), 0),
+        (query_starts, query_starts[-1]),
+        (segment_slots, scrap_slot),
+        (kv_lens, 1),
+        *zip(np.array(blocks).T, (scrap_slot, 0, 0, 0, 0, 0, 0, 0), strict=True),
+    ]
+    sizes = StepInputs.sizes(shape)
+    packed = np.empty(sum(sizes), dtype=np.int64)
+    end = 0
+    for (values, padding), size in zip(columns, sizes, strict=True):
+        start, end = end, end + size
+        packed[start : start + len(values)] = values
+        packed[start + len(values) : end] = padding
+    return torch.from_numpy(packed)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _bucket(n: int) -> int:
+    """At most a quarter more, and a multiple of 8: 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ..."""
+    step = max(8, _power_of_two(n + 1) // 8)
+    return -(-n // step) * step

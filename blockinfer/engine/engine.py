@@ -74,13 +74,13 @@ class Engine:
                 self.runner.start(sequence)
                 sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
-        masked_left = self.runner.run(scheduled)
+        blocks = self.runner.run(scheduled)
         finished = []
-        for (sequence, _), left in zip(scheduled, masked_left, strict=True):
-            sequence.advance()
-            if left:
+        for (sequence, _), (masked_left, token_ids) in zip(scheduled, blocks, strict=True):
+            sequence.advance(masked_left)
+            if masked_left:
                 continue
-            sequence.finish_block(self.runner.block_tokens(sequence))
+            sequence.finish_block(token_ids)
             if sequence.is_finished():
                 finished.append(self._output(sequence))
                 self.abort(sequence.request_id)

@@ -1,6 +1,7 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,34 +9,47 @@ import torch
 
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.batch import build_batch
+from blockinfer.engine.batch import StepInputs, StepShape, pack, step_shape
+from blockinfer.engine.graphs import GraphCache
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels import philox
 from blockinfer.kernels.backend import runs_triton
-from blockinfer.kernels.confidence import RowNoise, token_confidence
+from blockinfer.kernels.confidence import Confidence, RowNoise, token_confidence
+from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.models.llada import LLaDA
 
 # Rows that go through the LM head at once, which bounds the memory of what has a column for every token: at 126,464
 # columns about 0.3 GB, in float32 and with noise, for which the PyTorch twin needs ten times as much.
 _LM_HEAD_ROWS, _NOISY_LM_HEAD_ROWS = 256, 32
+# Above so many rows the GPU is busy for longer than the host takes to launch its kernels one by one.
+_MAX_GRAPH_ROWS = 2048
 
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made: model launches, rows in them, rows through the LM head."""
+    """Counts since the engine was made: model launches, rows in them, rows through the LM head; without padding."""
 
     forwards: int = 0
     rows: int = 0
     lm_head_rows: int = 0
 
 
+class BlockResult(NamedTuple):
+    """A sequence's block after a step: how many positions are still masked, and its tokens."""
+
+    masked_left: int
+    token_ids: list[int]
+
+
 class ModelRunner:
     """Owns the token state and the KV pages.
 
-    tokens [slots, max_model_len] int64: prompt, revealed tokens, and the mask token where nothing is revealed yet.
+    tokens [slots + 1, max_model_len] int64: prompt, revealed tokens, and the mask token where nothing is revealed yet.
     masked, of that shape, bool: what is still to be revealed, from a sequence's current block on; before it, anything.
-    It is state of its own, since a prompt may contain the mask token. kv_pages [layers, 2, pages, P, HK, D].
+    It is state of its own, since a prompt may contain the mask token. page_tables [slots + 1, pages of max_model_len]
+    int64: each sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the last page are scrap:
+    they take what pads a step, and hold anything.
     """
 
     def __init__(
@@ -45,14 +59,21 @@ class ModelRunner:
         self.config = config
         self.device = config.device
         self.stats = EngineStats()
-        shape = (config.max_num_seqs, config.max_model_len)
-        self.tokens = torch.full(shape, config.mask_token_id, device=self.device)
-        self.masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        slots, length = config.max_num_seqs + 1, config.max_model_len
+        self.tokens = torch.full((slots, length), config.mask_token_id, device=self.device)
+        self.masked = torch.zeros((slots, length), dtype=torch.bool, device=self.device)
         self.num_pages = num_pages
-        self.kv_pages = _allocate_pages(model, config, num_pages)
+        self.kv_pages = _allocate_pages(model, config, num_pages + 1)
+        self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
+        self._num_pages_known = [0] * slots
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
+        self._options = torch.zeros((slots, len(_SlotOptions._fields)), dtype=torch.int64, device=self.device)
+        self._graphs = GraphCache() if self.device.type == "cuda" else None
+        # where every graph finds its step's indices
+        largest = 2 * _MAX_GRAPH_ROWS + 16 * max(16, 2 * slots)
+        self._packed = torch.empty(largest, dtype=torch.int64, device=self.device) if self._graphs else None
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
@@ -61,146 +82,216 @@ class ModelRunner:
         self.tokens[sequence.slot, : len(known)] = known
         self.tokens[sequence.slot, row] = self.config.mask_token_id
         self.masked[sequence.slot, row] = True
-
-    def block_tokens(self, sequence: Sequence) -> list[int]:
-        """The tokens of the sequence's current block."""
-        return self.tokens[sequence.slot, sequence.block_start : sequence.block_end].tolist()
+        self._num_pages_known[sequence.slot] = 0
+        self._options[sequence.slot] = torch.tensor(_SlotOptions.of(sequence), device=self.device)
 
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence]) -> list[int]:
-        """One denoising step of every scheduled sequence -> the masked positions left in each one's block.
+    def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
+        """One denoising step of every scheduled sequence -> what became of each one's block.
 
-        Raises FloatingPointError, naming the requests, where logits are NaN or infinite.
+        Raises FloatingPointError, naming the requests, where logits are NaN or infinite; then nothing was revealed.
         """
-        batch = build_batch(scheduled, self.config.page_size, self.device)
-        sequences = [entry.sequence for entry in scheduled]
-        hidden = self.model(self.tokens[batch.slots, batch.positions], batch.positions, self.kv_pages, batch.segments)
+        sequences = [sequence for sequence, _ in scheduled]
+        exact = step_shape(scheduled)
+        shape = exact if self._graphs is None else exact.padded(self.config.max_model_len)
+        self._write_page_tables(sequences)
+        packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
+        if self._graphs is None or shape.rows > _MAX_GRAPH_ROWS:
+            result = self._step(StepInputs.split(packed.to(self.device), shape), shape)
+        else:
+            inputs = self._packed[: len(packed)]
+            inputs.copy_(packed)
+            result = self._graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
         self.stats.forwards += 1
-        self.stats.rows += len(batch.positions)
+        self.stats.rows += exact.rows
+        self.stats.lm_head_rows += exact.masked_rows
         for sequence in sequences:
             sequence.ran(self.stats.forwards)
+        blocks = result.tolist()[: len(sequences)]
+        self._check_finite([s.request_id for s, (_, broken, *_) in zip(sequences, blocks, strict=True) if broken])
+        return [
+            BlockResult(left, token_ids[: sequence.block_end - sequence.block_start])
+            for sequence, (left, _, *token_ids) in zip(sequences, blocks, strict=True)
+        ]
 
-        # Blocks are padded to one width: [B, L]. Padding repeats the block's last position and is never masked.
-        offsets = torch.arange(int(batch.block_lengths.max()), device=self.device)
-        inside = offsets < batch.block_lengths[:, None]
-        offsets = offsets.minimum(batch.block_lengths[:, None] - 1)
-        where = (batch.block_slots[:, None], batch.block_starts[:, None] + offsets)
-        masked = self.masked[where] & inside
-        block, offset = masked.nonzero(as_tuple=True)
-        options = _BlockOptions(sequences, self.device)
-        predicted = self._predict(hidden[batch.block_rows[block] + offset], options, block, offset)
+    def _write_page_tables(self, sequences: list[Sequence]) -> None:
+        """A running sequence's pages are only ever added to, until it is started anew."""
+        for sequence in sequences:
+            known = self._num_pages_known[sequence.slot]
+            if known < len(sequence.pages):
+                pages = torch.tensor(sequence.pages[known:], device=self.device)
+                self.page_tables[sequence.slot, known : len(sequence.pages)] = pages
+                self._num_pages_known[sequence.slot] = len(sequence.pages)
+
+    def _step(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
+        """-> [B, 2 + L] int64: the block's masked positions left, whether its logits were not finite, its tokens.
+
+        Launches the same kernels for the same shape and never waits for the device, so that it can be captured.
+        """
+        hidden = self.forward(inputs, shape)
+        # Blocks are padded to one width, [B, L], with positions of the scrap slot.
+        offsets = torch.arange(shape.block_length, device=self.device)
+        inside = offsets < inputs.block_lengths[:, None]
+        where = (
+            inputs.block_slots[:, None].where(inside, self.config.max_num_seqs),
+            (inputs.block_starts[:, None] + offsets).where(inside, 0),
+        )
+        tokens, masked = self.tokens[where], self.masked[where] & inside
+
+        rows = _MaskedRows.of(masked, shape.masked_rows)
+        options = _SlotOptions(*self._options[inputs.block_slots].unbind(1))
+        predicted = self._predict(hidden[inputs.block_rows[rows.block] + rows.offset], inputs, shape, options, rows)
+        broken = rows.grid(~predicted.finite, masked).any(dim=-1)
+
         reveal = torch.zeros_like(masked)
-        for name in {sequence.params.unmasking for sequence in sequences}:
-            scores = torch.zeros(masked.shape, device=self.device)
-            scores[masked] = self._scores(RULES[name].score, predicted, options, block, offset)
-            mine = options.uses_rule(name)
-            reveal |= RULES[name].select(scores, masked, options.count, options.value) & mine[:, None]
-        reveal |= masked & options.last_step[:, None]
+        for number, (name, rule) in enumerate(RULES.items()):
+            if name in shape.rules:
+                scores = rows.grid(self._scores(rule.score, predicted, inputs, shape, options, rows), masked)
+                chosen = rule.select(scores, masked, inputs.counts, _as_float(options.value).float())
+                reveal |= chosen & (options.rule == number)[:, None]
+        reveal |= masked & (inputs.last_steps > 0)[:, None]
+        reveal &= ~broken.any()
 
-        revealed = reveal[masked]
-        where = (batch.block_slots[block[revealed]], (batch.block_starts[block] + offset)[revealed])
-        self.tokens[where] = predicted.token_ids[revealed]
-        self.masked[where] = False
-        return (masked & ~reveal).sum(dim=-1).tolist()
+        tokens = torch.where(reveal, rows.grid(predicted.token_ids, masked), tokens)
+        masked &= ~reveal
+        self.tokens[where], self.masked[where] = tokens, masked
+        return torch.cat([masked.sum(dim=-1, keepdim=True), broken[:, None].long(), tokens], dim=1)
+
+    def forward(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
+        """Writes the K and V of all rows -> their final hidden states, [T, d]."""
+        page_size = self.config.page_size
+        pages = self.page_tables[inputs.slots, inputs.positions // page_size]
+        table = SegmentTable(
+            query_starts=inputs.query_starts,
+            kv_lens=inputs.kv_lens,
+            page_table=self.page_tables[inputs.segment_slots, : -(-shape.max_kv_len // page_size)],
+            kv_slots=pages * page_size + inputs.positions % page_size,
+        )
+        return self.model(self.tokens[inputs.slots, inputs.positions], inputs.positions, self.kv_pages, table)
 
     def _predict(
-        self, hidden: torch.Tensor, options: "_BlockOptions", block: torch.Tensor, offset: torch.Tensor
-    ) -> "_Predicted":
-        """hidden [N, d] of masked rows; block, offset [N]: which block each is of, and where in it."""
-        self.stats.lm_head_rows += len(hidden)
-        vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
-        size = _NOISY_LM_HEAD_ROWS if options.any_noise and not runs_triton(hidden) else _LM_HEAD_ROWS
+        self,
+        hidden: torch.Tensor,
+        inputs: StepInputs,
+        shape: StepShape,
+        options: "_SlotOptions",
+        rows: "_MaskedRows",
+    ) -> Confidence:
+        """hidden [N, d] of the masked rows -> what each predicts."""
+        noise = None
+        if "noise" in shape.features:
+            position = inputs.output_starts[rows.block] + rows.offset
+            temperature = _as_float(options.temperature)[rows.block]
+            noise = RowNoise(temperature, options.seed[rows.block], position, inputs.steps[rows.block])
+        with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
+        size = _NOISY_LM_HEAD_ROWS if noise and not runs_triton(hidden) else _LM_HEAD_ROWS
         chunks = []
-        for rows in torch.arange(len(hidden), device=self.device).split(size):
-            logits = self.model.logits(hidden[rows])
-            if options.any_eos_inf:
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            logits = self.model.logits(hidden[chunk])
+            if "eos_inf" in shape.features:
                 # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-                forbidden = torch.where(options.eos_inf[block[rows]], -torch.inf, 0.0)
+                forbidden = torch.where(options.eos_inf[rows.block[chunk]] > 0, -torch.inf, 0.0)
                 logits[:, self.eos_ids] += forbidden[:, None]
-            noise = options.noise(block[rows], offset[rows]) if options.any_noise else None
-            chunks.append(token_confidence(logits, vocab_size, mask_token_id, noise, options.any_entropy))
-        token_ids, confidence, entropy, finite = zip(*chunks, strict=True)
-        self._check_finite(torch.cat(finite), options, block)
-        return _Predicted(
-            torch.cat(token_ids), torch.cat(confidence), torch.cat(entropy) if options.any_entropy else None
-        )
-
-    def _check_finite(self, finite: torch.Tensor, options: "_BlockOptions", block: torch.Tensor) -> None:
-        """Raises FloatingPointError for rows [N] that are not finite: their tokens would mean nothing.
-
-        `token_confidence` defines a token even then; the engine rather says that the model is broken.
-        """
-        if not finite.all():
-            ids = sorted({options.request_ids[i] for i in block[~finite].tolist()})
-            raise FloatingPointError(
-                f"the model's logits are NaN or infinite for request {', '.join(map(str, ids))}: its activations "
-                f"overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
-            )
+            chunk_noise = noise and RowNoise(*(tensor[chunk] for tensor in noise))
+            vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
+            chunks.append(token_confidence(logits, vocab_size, mask_token_id, chunk_noise, with_entropy))
+        return Confidence(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
     def _scores(
         self,
         score: str,
-        predicted: "_Predicted",
-        options: "_BlockOptions",
-        block: torch.Tensor,
-        offset: torch.Tensor,
+        predicted: Confidence,
+        inputs: StepInputs,
+        shape: StepShape,
+        options: "_SlotOptions",
+        rows: "_MaskedRows",
     ) -> torch.Tensor:
         """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
         if score == "position":
-            return -offset.float()
+            return -rows.offset.float()
         if score == "confidence":
             scores = predicted.confidence
         elif score == "certainty":
             scores = -predicted.entropy
         else:
-            scores = options.uniform(block, offset)
-        last = options.eos_eot_last[block] & torch.isin(predicted.token_ids, self.last_ids)
-        return scores.masked_fill(last, -torch.inf)
+            step, position = inputs.steps[rows.block], inputs.output_starts[rows.block] + rows.offset
+            seed = options.seed[rows.block]
+            scores = philox.uniform(seed, philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
+        if "eos_eot_last" not in shape.features:
+            return scores
+        last = (predicted.token_ids[:, None] == self.last_ids).any(dim=-1)
+        return scores.masked_fill(last & (options.eos_eot_last[rows.block] > 0), -torch.inf)
+
+    def _check_finite(self, broken: list[int]) -> None:
+        """Raises FloatingPointError that names the requests whose logits were not finite: their tokens mean nothing.
+
+        `token_confidence` defines a token even then; the engine rather says that the model is broken.
+        """
+        if broken:
+            raise FloatingPointError(
+                f"the model's logits are NaN or infinite for request {', '.join(map(str, sorted(broken)))}: its "
+                f"activations overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider "
+                "dtype"
+            )
 
 
-class _Predicted(NamedTuple):
-    """For each of N masked rows: the token, its confidence, and, where a rule reads it, the entropy."""
+class _SlotOptions(NamedTuple):
+    """A sequence's SamplingParams as the device keeps them: int64, floats as the bits of a float64."""
 
-    token_ids: torch.Tensor
-    confidence: torch.Tensor
-    entropy: torch.Tensor | None
+    rule: int | torch.Tensor
+    value: int | torch.Tensor
+    temperature: int | torch.Tensor
+    seed: int | torch.Tensor
+    eos_inf: int | torch.Tensor
+    eos_eot_last: int | torch.Tensor
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> "_SlotOptions":
+        params = sequence.params
+        return cls(
+            rule=list(RULES).index(params.unmasking),
+            value=_float_bits(params.rule_value),
+            temperature=_float_bits(params.temperature),
+            seed=sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
+            eos_inf=int(params.logits_eos_inf),
+            eos_eot_last=int(params.confidence_eos_eot_inf),
+        )
 
 
-class _BlockOptions:
-    """What the B sequences' options say of their blocks in this step, each a tensor [B]."""
+def _float_bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
 
-    def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
-        params = [sequence.params for sequence in sequences]
-        self.request_ids = [sequence.request_id for sequence in sequences]
-        self._rules = [p.unmasking for p in params]
-        self._device = device
-        self.any_eos_inf = any(p.logits_eos_inf for p in params)
-        self.any_noise = any(p.temperature > 0 for p in params)
-        self.any_entropy = any(RULES[name].score == "certainty" for name in self._rules)
-        self.eos_inf = torch.tensor([p.logits_eos_inf for p in params], device=device)
-        self.eos_eot_last = torch.tensor([p.confidence_eos_eot_inf for p in params], device=device)
-        self.count = torch.tensor([sequence.reveal_count() for sequence in sequences], device=device)
-        self.value = torch.tensor([p.rule_value for p in params], device=device)
-        self.last_step = torch.tensor([sequence.is_last_step() for sequence in sequences], device=device)
-        self.temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-        # a 64-bit seed as the int64 of the same bits
-        seeds = [sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed for sequence in sequences]
-        self.seed = torch.tensor(seeds, device=device)
-        self.output_start = torch.tensor([len(sequence.output_token_ids) for sequence in sequences], device=device)
-        self.step = torch.tensor([sequence.step for sequence in sequences], device=device)
 
-    def uses_rule(self, name: str) -> torch.Tensor:
-        return torch.tensor([rule == name for rule in self._rules], device=self._device)
+def _as_float(bits: torch.Tensor) -> torch.Tensor:
+    return bits.contiguous().view(torch.float64)
 
-    def noise(self, block: torch.Tensor, offset: torch.Tensor) -> RowNoise:
-        """The token noise of rows at `offset` [N] of block `block` [N]."""
-        return RowNoise(self.temperature[block], self.seed[block], self.output_start[block] + offset, self.step[block])
 
-    def uniform(self, block: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """The random rule's numbers for the same, [N] float32."""
-        step = self.step[block]
-        position = self.output_start[block] + offset
-        return philox.uniform(self.seed[block], philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
+class _MaskedRows(NamedTuple):
+    """The masked positions of blocks [B, L] as a list of N, padded with the first position of the first block.
+
+    place [N]: where in the flattened blocks, and one past them for padding; block, offset [N]: the same, taken apart.
+    """
+
+    place: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, masked: torch.Tensor, count: int) -> "_MaskedRows":
+        """count: at least as many as are masked."""
+        flat = masked.flatten()
+        order = flat.cumsum(0).sub_(1).masked_fill_(~flat, count)
+        place = torch.full((count + 1,), len(flat), device=masked.device)
+        place.scatter_(0, order, torch.arange(len(flat), device=masked.device))
+        place = place[:count]
+        real = place.where(place < len(flat), 0)
+        return cls(place, real // masked.shape[1], real % masked.shape[1])
+
+    def grid(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """values [N] -> [B, L], 0 where masked is not."""
+        grid = values.new_zeros(masked.numel() + 1)
+        return grid.scatter_(0, self.place, values)[:-1].view(masked.shape)
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:

@@ -31,6 +31,7 @@ class Sequence:
         self.on_device = False  # whether the slot's tokens are this sequence's
         self.pages: list[int] = []
         self.step = 0
+        self._masked_left = 0
         self.num_cached = 0
         self.last_run = -1
         self.nfe = 0
@@ -55,6 +56,11 @@ class Sequence:
     @property
     def block_end(self) -> int:
         return min(self.block_start + self.params.block_length, self.canvas_end)
+
+    @property
+    def num_masked(self) -> int:
+        """Positions of the current block that are still to be revealed."""
+        return self._masked_left if self.step else self.block_end - self.block_start
 
     def segments(self) -> list[Segment]:
         """What the next step computes; the last segment holds the block being denoised."""
@@ -84,9 +90,10 @@ class Sequence:
         self.last_run = forward
         self.nfe += 1
 
-    def advance(self) -> None:
-        """What the step revealed and cached stands."""
+    def advance(self, masked_left: int) -> None:
+        """What the step revealed and cached stands; so many positions of the block are left."""
         self.step += 1
+        self._masked_left = masked_left
         self.num_cached = self.block_start
 
     def finish_block(self, token_ids: list[int]) -> None:

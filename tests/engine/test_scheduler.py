@@ -59,7 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert max(segment.kv_len for segment in segments) <= len(sequence.pages) * PAGE_SIZE
             sequence.on_device = True
             sequence.ran(self.forward)
-            sequence.advance()
+            sequence.advance(0)
             if ends_block:
                 sequence.finish_block([0] * (sequence.block_end - sequence.block_start))
                 if sequence.is_finished():
@@ -111,7 +111,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert [entry.sequence for entry in scheduled] == [old, young, later]
     for entry in scheduled:
         entry.sequence.ran(1)
-        entry.sequence.advance()
+        entry.sequence.advance(0)
         entry.sequence.on_device = True
         entry.sequence.finish_block([0] * 4)
     scheduled = scheduler.schedule()  # 3 pages each: room for two
