@@ -122,9 +122,12 @@ class LLM:
             raise ValueError(f"params must be a SamplingParams or one for each prompt, got {type(params).__name__}")
         if len(params) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts but {len(params)} params; give one, or one each")
+        ids: list[int] = []
         outputs: dict[int, RequestOutput] = {}
         try:
-            ids = [self._add(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+            # no comprehension: in Python 3.12.1 an interrupt of one was seen to pass by the `finally`
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+                ids.append(self._add(i, prompt, p))
             with tqdm(total=len(ids), disable=not use_tqdm, unit="request", dynamic_ncols=True) as progress:
                 tokens = 0
                 while engine.has_unfinished():
