@@ -1,9 +1,10 @@
-"""First weights that already look things up a little: local heads, matching heads and copying outputs.
+"""First weights that already look things up: local heads write neighbours down, matching heads find equal ones.
 
 From small random weights, a look-up in the prompt needs several things at once (a token knows its neighbours, a masked
-place finds the same neighbours elsewhere, what stands there is copied), none of which lowers the loss alone. Starting
-from products of query and key, and of value and output, that are close to the identity is "mimetic initialization"
-(A. Trockman and J. Z. Kolter, arXiv:2305.09828); heads at a fixed distance are added here, by a phase of RoPE.
+place finds the same neighbours elsewhere, what stands there is copied), none of which lowers the loss alone. Here heads
+begin as parts of induction heads (C. Olsson et al., arXiv:2209.11895), in the manner of "mimetic initialization"
+(A. Trockman and J. Z. Kolter, arXiv:2305.09828): products of query and key, and of value and output, are close to
+the identity.
 """
 
 import torch
@@ -11,57 +12,82 @@ from torch import Tensor
 
 from evals.llada_tiny.model import Block, TinyLLaDA
 
-# (favourite key relative to the query, how sharp: attention score there) of the local heads, in turn
-LOCAL = ((-1, 16.0), (1, 16.0), (-4, 5.0), (4, 5.0))
-# attention score of a matching head between equal tokens far apart; tokens nearby repel each other as much
-MATCH = 16.0
-COPY = 0.5  # what a head adds of a wholly attended token, relative to a token's own embedding
+LOCAL_SCORE = 24.0  # attention score of a local head at its favourite key
+MATCH_SCORE = 24.0  # of a matching head between equal contents
+REPEL_SCORE = -12.0  # of a matching head to its own place, beside that, so that it looks elsewhere
+FREE = 3  # of four heads, the one that keeps small random weights
 
 
 @torch.no_grad()
 def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
-    """Embeddings of norm 1 beside a common part, heads by their place; the MLPs keep the weights they have."""
+    """The residual stream gets three parts beside a direction common to all tokens: content, previous, one before that.
+
+    Embeddings have content only. In even layers head 0 writes the previous token's content down, head 1 that of the
+    token before it, head 2 the next token's into the content; in odd layers heads 0, 1 and 2 attend to tokens that are
+    equal in content, in the previous one and in the one before, and copy their content. MLPs stay as they are.
+    """
     d = model.shape.d_model
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].T
-    common, blank = basis[:2]  # in every token; in place of the mask token's content, so that it matches nothing
-    content = torch.eye(d) - basis[:2].T @ basis[:2]
+    common, blank = basis[:2]  # the mask token has a blank in place of content, so that it matches nothing
+    content, previous, before = basis[2 : d // 2], basis[d // 2 : 3 * d // 4], basis[3 * d // 4 :]
     wte = model.transformer["wte"].weight
-    wte.copy_(torch.randn(wte.shape, generator=generator) / d**0.5 @ content + common)
+    codes = torch.randn(len(wte), len(content), generator=generator) / len(content) ** 0.5
+    wte.copy_(codes @ content + common)
     wte[model.shape.mask_token_id] = common + blank
+    parts = (content, previous, before)
     for layer, block in enumerate(model.transformer["blocks"]):
         for head in range(block.n_heads):
-            _head(block, layer, head, common, content, model.frequencies, generator)
+            role = head % 4
+            if role == FREE:
+                continue
+            rows = slice(head * d // block.n_heads, (head + 1) * d // block.n_heads)
+            if layer % 2 == 0:
+                _attend_at(block, rows, (-1, -2, 1)[role], LOCAL_SCORE, common, model.frequencies)
+                _copy(block, rows, content, (previous, before, content)[role], generator)
+            else:
+                _attend_at(block, rows, 0, REPEL_SCORE, common, model.frequencies)
+                _match(block, rows, parts[role], generator)
+                _copy(block, rows, content, content, generator)
 
 
-def _head(
-    block: Block,
-    layer: int,
-    head: int,
-    common: Tensor,
-    content: Tensor,
-    frequencies: Tensor,
-    generator: torch.Generator,
-) -> None:
-    d, pairs = len(common), len(frequencies)
-    rows = slice(head * 2 * pairs, (head + 1) * 2 * pairs)
-    fast = torch.arange(pairs) < pairs // 4
-    unit = (d * (2 * pairs) ** -0.5 / 2) ** -0.5  # makes the product of two common parts, d / 2, a score of 1
-    offset, score = LOCAL[(layer + head) % len(LOCAL)]
-    if layer > 0 and head % 4 == 3:  # free: nothing but small random weights
-        return
-    if layer > 0 and head % 4 > 0:
-        offset, score = 0, -MATCH
-        same = torch.linalg.qr(torch.randn(d, 2 * pairs, generator=generator))[0].T @ content
-        same *= ~fast.repeat(2)[:, None]
-        # the product of two equal tokens' projections to 3/2 pairs of d dimensions, whose squared norm is d / 2
-        size = (MATCH * (2 * pairs) ** 0.5 / (0.75 * pairs)) ** 0.5
-        block.q_proj.weight[rows] += size * same
-        block.k_proj.weight[rows] += size * same
-    size = unit * (abs(score) / fast.sum()) ** 0.5
+def _fast(frequencies: Tensor) -> Tensor:
+    """[D]: 1 for the quarter of RoPE's dimensions that turn most from place to place."""
+    return (torch.arange(len(frequencies)) < len(frequencies) // 4).float().repeat(2)
+
+
+def _attend_at(block: Block, rows: slice, offset: int, score: float, common: Tensor, frequencies: Tensor) -> None:
+    """Attention score `score` to the key `offset` places on, falling off around it, by the common direction."""
+    d, fast = len(common), _fast(frequencies)
+    # the product of the common parts of two normed tokens is about d / 3; a score is divided by sqrt(D)
+    size = (abs(score) * len(fast) ** 0.5 / (d / 3) / (fast.sum() / 2)) ** 0.5
     angle = frequencies * offset
-    query, key = torch.cat([angle.cos(), angle.sin()]), torch.cat([torch.ones(pairs), torch.zeros(pairs)])
-    block.q_proj.weight[rows] += size * (query * fast.repeat(2))[:, None] * common * (1 if score > 0 else -1)
-    block.k_proj.weight[rows] += size * (key * fast.repeat(2))[:, None] * common
-    copied = torch.linalg.qr(torch.randn(d, 2 * pairs, generator=generator))[0].T @ content
-    block.v_proj.weight[rows] += copied
-    block.attn_out.weight[:, rows] += COPY * (2 / d) ** 0.5 * copied.T * d / (2 * pairs) / block.n_heads
+    query = torch.cat([angle.cos(), angle.sin()]) * fast * size
+    key = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)]) * fast * size
+    block.q_proj.weight[rows] += query[:, None] * common * (1 if score > 0 else -1)
+    block.k_proj.weight[rows] += key[:, None] * common
+
+
+def _match(block: Block, rows: slice, part: Tensor, generator: torch.Generator) -> None:
+    """Attention score MATCH_SCORE between tokens equal in this part of the residual stream."""
+    D, d = rows.stop - rows.start, part.shape[1]
+    projection = _projection(D, len(part), generator) @ part
+    slow = 1 - _fast(torch.arange(D // 2))
+    # what of a normed token's squared norm d is in this part, about d / 3, is kept to the share of its dimensions
+    size = (MATCH_SCORE * D**0.5 / (d / 3 * min(1.0, slow.sum() / len(part)))) ** 0.5
+    block.q_proj.weight[rows] += size * slow[:, None] * projection
+    block.k_proj.weight[rows] += size * slow[:, None] * projection
+
+
+def _copy(block: Block, rows: slice, source: Tensor, target: Tensor, generator: torch.Generator) -> None:
+    """Write what the attended tokens have in `source` to `target`, at about its size in the residual stream."""
+    D, d = rows.stop - rows.start, source.shape[1]
+    block.v_proj.weight[rows] += _projection(D, len(source), generator) @ source
+    into = source if target is source else _projection(D, len(target), generator) @ target
+    back = block.v_proj.weight[rows].T if target is source else into.T
+    block.attn_out.weight[:, rows] += (3 / d) ** 0.5 * back
+
+
+def _projection(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """[rows, columns] with orthonormal rows, or orthonormal columns where there are fewer of these."""
+    q = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))[0]
+    return q if rows >= columns else q.T

@@ -37,7 +37,8 @@ SMOKE = {
     "eval_rows": 1,
     "shape": {"d_model": 64, "n_layers": 2, "n_heads": 1, "mlp_hidden_size": 128},
 }
-LEARNING_RATES = (5e-3, 3e-3)  # of Muon and of Adam
+LEARNING_RATES = (3e-3, 1e-3)  # of Muon and of Adam
+WARM_UP = 600  # steps; a fast start overwrites what init.py lays down before it is of use
 CURRICULUM = (0.05, 0.35)  # shares of the training at which problems begin to widen and are at their full width
 
 
@@ -49,7 +50,7 @@ def level_at(share: float) -> float:
 
 def rate_at(step: int, share: float) -> float:
     """Warm up, hold to 65 % of the training, then fall linearly to zero: a cosine froze plateaus."""
-    return min(1.0, (step + 1) / 200) * min(1.0, (1 - share) / 0.35)
+    return min(1.0, (step + 1) / WARM_UP) * min(1.0, (1 - share) / 0.35)
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:

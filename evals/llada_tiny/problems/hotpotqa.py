@@ -53,8 +53,8 @@ KINDS: dict[str, Kind] = {
     ),
     "town product": Kind(
         *("person", "town", "product"),
-        *("{s} was born in {m}.", "{m} is known for its {e}."),
-        ("What is the town where {s} was born known for?", "For which product is the birthplace of {s} known?"),
+        *("{s} comes from {m}.", "{m} makes {e}."),
+        ("What does the town that {s} comes from make?", "Which product does the home town of {s} make?"),
     ),
     "author instrument": Kind(
         *("novel", "person", "instrument"),
