@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, rotate
 from evals.llada_tiny.muon import orthogonal
 from evals.llada_tiny.problems import SOURCES, drill, problem, split
 from evals.llada_tiny.sample import sample_rows, sample_text
+from evals.llada_tiny.study import Result, markdown, svg
 from evals.llada_tiny.tokenizer import BOS, HEADER_END, MASK, chat_text
 from evals.llada_tiny.train import rate_at
 from evals.prompts import messages
@@ -304,3 +306,14 @@ def test_training_runs_from_nothing(tmp_path):
     with LLM(str(tmp_path)) as llm:
         (output,) = llm.generate("Tom has 3 apples.", SamplingParams(max_tokens=8), use_tqdm=False)
     assert output.finished
+
+
+def test_the_study_s_table_and_drawing():
+    results = [
+        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, 0.5), 0.5, 4.0),
+        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, 0.25), 0.25, 8.0),
+    ]
+    assert "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 |" in markdown(results, 3)
+    marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
+    (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
+    assert faster > x and lower > y
