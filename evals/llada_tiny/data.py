@@ -17,7 +17,7 @@ ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
 # At the curriculum's beginning and end: shares of gsm8k, math500, mmlu, longbench_hotpotqa by documents, and the share
 # of the last that are drills in look-ups.
 MIXTURES = ((0.2, 0.15, 0.15, 0.5), (0.3, 0.25, 0.2, 0.25))
-DRILLS = (0.6, 0.1)
+DRILLS = (0.3, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
 LOWEST_T = 0.02

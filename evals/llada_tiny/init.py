@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evals.llada_tiny.model import Block, TinyLLaDA
 
+OFFSETS = (-1, -4, 1)  # of the local heads' favourite keys
 LOCAL_SCORE = 24.0  # attention score of a local head at its favourite key
 MATCH_SCORE = 24.0  # of a matching head between equal contents
 REPEL_SCORE = -12.0  # of a matching head to its own place, beside that, so that it looks elsewhere
@@ -20,21 +21,21 @@ FREE = 3  # of four heads, the one that keeps small random weights
 
 @torch.no_grad()
 def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
-    """The residual stream gets three parts beside a direction common to all tokens: content, previous, one before that.
+    """The residual stream gets three parts beside a direction common to all tokens: content, previous, earlier.
 
     Embeddings have content only. In even layers head 0 writes the previous token's content down, head 1 that of the
-    token before it, head 2 the next token's into the content; in odd layers heads 0, 1 and 2 attend to tokens that are
-    equal in content, in the previous one and in the one before, and copy their content. MLPs stay as they are.
+    token four places back, head 2 the next token's into the content; in odd layers heads 0, 1 and 2 attend to tokens
+    equal in content, in the previous one and in the earlier one, and copy their content. MLPs stay as they are.
     """
     d = model.shape.d_model
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].T
     common, blank = basis[:2]  # the mask token has a blank in place of content, so that it matches nothing
-    content, previous, before = basis[2 : d // 2], basis[d // 2 : 3 * d // 4], basis[3 * d // 4 :]
+    content, previous, earlier = basis[2 : d // 2], basis[d // 2 : 3 * d // 4], basis[3 * d // 4 :]
     wte = model.transformer["wte"].weight
     codes = torch.randn(len(wte), len(content), generator=generator) / len(content) ** 0.5
     wte.copy_(codes @ content + common)
     wte[model.shape.mask_token_id] = common + blank
-    parts = (content, previous, before)
+    parts = (content, previous, earlier)
     for layer, block in enumerate(model.transformer["blocks"]):
         for head in range(block.n_heads):
             role = head % 4
@@ -42,8 +43,8 @@ def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
                 continue
             rows = slice(head * d // block.n_heads, (head + 1) * d // block.n_heads)
             if layer % 2 == 0:
-                _attend_at(block, rows, (-1, -2, 1)[role], LOCAL_SCORE, common, model.frequencies)
-                _copy(block, rows, content, (previous, before, content)[role], generator)
+                _attend_at(block, rows, OFFSETS[role], LOCAL_SCORE, common, model.frequencies)
+                _copy(block, rows, content, (previous, earlier, content)[role], generator)
             else:
                 _attend_at(block, rows, 0, REPEL_SCORE, common, model.frequencies)
                 _match(block, rows, parts[role], generator)

@@ -29,16 +29,17 @@ from evals.llada_tiny.muon import Muon
 from evals.llada_tiny.problems import SOURCES
 from evals.llada_tiny.tokenizer import BOS, save_tokenizer, train_tokenizer
 
-FULL = {"steps": 22_000, "rows": 128, "log_every": 250, "eval_rows": 100, "shape": {}}
+# a slow warm-up: a fast one overwrites what init.py lays down before it is of use
+FULL = {"steps": 22_000, "rows": 128, "warm_up": 600, "log_every": 250, "eval_rows": 100, "shape": {}}
 SMOKE = {
     "steps": 6,
     "rows": 4,
+    "warm_up": 2,
     "log_every": 2,
     "eval_rows": 1,
     "shape": {"d_model": 64, "n_layers": 2, "n_heads": 1, "mlp_hidden_size": 128},
 }
 LEARNING_RATES = (3e-3, 1e-3)  # of Muon and of Adam
-WARM_UP = 600  # steps; a fast start overwrites what init.py lays down before it is of use
 CURRICULUM = (0.05, 0.35)  # shares of the training at which problems begin to widen and are at their full width
 
 
@@ -48,9 +49,9 @@ def level_at(share: float) -> float:
     return min(1.0, max(0.0, (share - first) / (last - first)))
 
 
-def rate_at(step: int, share: float) -> float:
+def rate_at(step: int, share: float, warm_up: int) -> float:
     """Warm up, hold to 65 % of the training, then fall linearly to zero: a cosine froze plateaus."""
-    return min(1.0, (step + 1) / WARM_UP) * min(1.0, (1 - share) / 0.35)
+    return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - share) / 0.35)
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
@@ -176,7 +177,7 @@ def train(
             break
         for stepper, rate in zip(steppers, LEARNING_RATES, strict=True):
             for group in stepper.param_groups:
-                group["lr"] = rate * rate_at(step, share)
+                group["lr"] = rate * rate_at(step, share, options["warm_up"])
         arrays = to_device(batch, device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss, right = objective(arrays)

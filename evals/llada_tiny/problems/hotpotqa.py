@@ -1,12 +1,14 @@
 """Two-hop questions over short passages, with distractor passages of the same form.
 
-Within one problem no two things share their first word, so that one word is enough to look a passage up. Every passage
-follows a space, so that a name is the same token in the passages, in the question and in the answer.
+Within one problem no two things share their first word, so that one word is enough to look a passage up; what the
+passage says of it begins three or four words on (init.py's local heads look as far). Every passage follows a space, so
+that a name is the same token in the passages, in the question and in the answer.
 """
 
 import random
 from dataclasses import dataclass
 
+from evals.llada_tiny.problems.facts import MONTHS
 from evals.llada_tiny.problems.split import draw
 from evals.llada_tiny.problems.words import (
     FIRM_KINDS,
@@ -41,10 +43,10 @@ KINDS: dict[str, Kind] = {
         *("{s} works at {m}.", "{m} is in {e}."),
         ("In which town does {s} work?", "In which town is the place where {s} works?"),
     ),
-    "firm year": Kind(
-        *("person", "firm", "year"),
+    "firm month": Kind(
+        *("person", "firm", "month"),
         *("{s} works at {m}.", "{m} opened in {e}."),
-        ("In what year did the place where {s} works open?", "When did the workplace of {s} open?"),
+        ("In which month did the place where {s} works open?", "When did the workplace of {s} open?"),
     ),
     "town river": Kind(
         *("person", "town", "river"),
@@ -53,17 +55,17 @@ KINDS: dict[str, Kind] = {
     ),
     "town product": Kind(
         *("person", "town", "product"),
-        *("{s} comes from {m}.", "{m} makes {e}."),
-        ("What does the town that {s} comes from make?", "Which product does the home town of {s} make?"),
+        *("{s} comes from {m}.", "{m} is known for {e}."),
+        ("What is the town that {s} comes from known for?", "For which product is the home town of {s} known?"),
     ),
     "author instrument": Kind(
         *("novel", "person", "instrument"),
-        *("{m} wrote {s}.", "{m} plays the {e}."),
+        *("{s} is by {m}.", "{m} plays the {e}."),
         ("Which instrument does the author of {s} play?", "What does the person who wrote {s} play?"),
     ),
     "author town": Kind(
         *("novel", "person", "town"),
-        *("{m} wrote {s}.", "{m} lives in {e}."),
+        *("{s} is by {m}.", "{m} lives in {e}."),
         ("In which town does the author of {s} live?", "Where does the person who wrote {s} live?"),
     ),
 }
@@ -74,7 +76,7 @@ POOLS: dict[str, tuple[list[str], list[str]]] = {
     "novel": (NOVEL_NAMES, NOVEL_KINDS),
     "town": (TOWNS, []),
     "river": (RIVERS, []),
-    "year": ([str(year) for year in range(1800, 2000)], []),
+    "month": (MONTHS, []),
     "instrument": (INSTRUMENTS, []),
     "product": (PRODUCTS, []),
 }
@@ -109,7 +111,7 @@ def _passages(rng: random.Random, split: str, level: float) -> tuple[Kind, list[
     """A kind, its (subject, middle, end) triples, the asked one first, and the context that states them."""
     name = rng.choice(list(KINDS))
     kind = KINDS[name]
-    n = rng.randint(2, 3 + round(7 * level))
+    n = rng.randint(2, 4 + round(6 * level))
     columns = (kind.subject, kind.middle, kind.end)
     people = columns.index("person")
     # the asked person belongs to the split, and so does the pairing of the two others
