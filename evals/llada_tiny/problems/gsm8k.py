@@ -197,13 +197,7 @@ def _shopping(rng: random.Random, split: str, level: float) -> dict:
     a, p, b, q, paid = draw(
         rng,
         split,
-        lambda r: (
-            r.randint(2, 9),
-            r.randint(2, 12),
-            r.randint(2, 9),
-            r.randint(2, 12),
-            r.randint(1, 40) if change else 0,
-        ),
+        lambda r: (r.randint(2, 9), r.randint(2, 12), r.randint(2, 9), r.randint(2, 12), r.randint(1, 40)),
         "gsm8k shopping",
         change,
     )
