@@ -1,12 +1,15 @@
 """What a step's forward needs to know: its sizes, and its indices as one tensor, which a single copy brings over."""
 
+import struct
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.scheduler import ScheduledSequence
+from blockinfer.engine.sequence import Sequence
 
 
 class StepShape(NamedTuple):
@@ -129,6 +132,65 @@ def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int)
         packed[start : start + len(values)] = values
         packed[start + len(values) : end] = padding
     return torch.from_numpy(packed)
+
+
+class SlotOptions(NamedTuple):
+    """A sequence's SamplingParams as the device keeps them: int64, floats as the bits of a float64."""
+
+    rule: int | torch.Tensor
+    value: int | torch.Tensor
+    temperature: int | torch.Tensor
+    seed: int | torch.Tensor
+    eos_inf: int | torch.Tensor
+    eos_eot_last: int | torch.Tensor
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> "SlotOptions":
+        params = sequence.params
+        return cls(
+            rule=list(RULES).index(params.unmasking),
+            value=_float_bits(params.rule_value),
+            temperature=_float_bits(params.temperature),
+            seed=sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
+            eos_inf=int(params.logits_eos_inf),
+            eos_eot_last=int(params.confidence_eos_eot_inf),
+        )
+
+
+def _float_bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def as_float(bits: torch.Tensor) -> torch.Tensor:
+    """What `SlotOptions` keeps of a float -> float64."""
+    return bits.contiguous().view(torch.float64)
+
+
+class MaskedRows(NamedTuple):
+    """The masked positions of blocks [B, L] as a list of N, padded with the first position of the first block.
+
+    place [N]: where in the flattened blocks, and one past them for padding; block, offset [N]: the same, taken apart.
+    """
+
+    place: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def of(cls, masked: torch.Tensor, count: int) -> "MaskedRows":
+        """count: at least as many as are masked."""
+        flat = masked.flatten()
+        order = flat.cumsum(0).sub_(1).masked_fill_(~flat, count)
+        place = torch.full((count + 1,), len(flat), device=masked.device)
+        place.scatter_(0, order, torch.arange(len(flat), device=masked.device))
+        place = place[:count]
+        real = place.where(place < len(flat), 0)
+        return cls(place, real // masked.shape[1], real % masked.shape[1])
+
+    def grid(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """values [N] -> [B, L], 0 where masked is not."""
+        grid = values.new_zeros(masked.numel() + 1)
+        return grid.scatter_(0, self.place, values)[:-1].view(masked.shape)
 
 
 def _power_of_two(n: int) -> int:

@@ -1,7 +1,6 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.batch import StepInputs, StepShape, pack, step_shape
+from blockinfer.engine.batch import MaskedRows, SlotOptions, StepInputs, StepShape, as_float, pack, step_shape
 from blockinfer.engine.graphs import GraphCache
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
@@ -69,7 +68,7 @@ class ModelRunner:
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
-        self._options = torch.zeros((slots, len(_SlotOptions._fields)), dtype=torch.int64, device=self.device)
+        self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
         self._graphs = GraphCache() if self.device.type == "cuda" else None
         # where every graph finds its step's indices
         largest = 2 * _MAX_GRAPH_ROWS + 16 * max(16, 2 * slots)
@@ -83,7 +82,7 @@ class ModelRunner:
         self.tokens[sequence.slot, row] = self.config.mask_token_id
         self.masked[sequence.slot, row] = True
         self._num_pages_known[sequence.slot] = 0
-        self._options[sequence.slot] = torch.tensor(_SlotOptions.of(sequence), device=self.device)
+        self._options[sequence.slot] = torch.tensor(SlotOptions.of(sequence), device=self.device)
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
@@ -138,8 +137,8 @@ class ModelRunner:
         )
         tokens, masked = self.tokens[where], self.masked[where] & inside
 
-        rows = _MaskedRows.of(masked, shape.masked_rows)
-        options = _SlotOptions(*self._options[inputs.block_slots].unbind(1))
+        rows = MaskedRows.of(masked, shape.masked_rows)
+        options = SlotOptions(*self._options[inputs.block_slots].unbind(1))
         predicted = self._predict(hidden[inputs.block_rows[rows.block] + rows.offset], inputs, shape, options, rows)
         broken = rows.grid(~predicted.finite, masked).any(dim=-1)
 
@@ -147,7 +146,7 @@ class ModelRunner:
         for number, (name, rule) in enumerate(RULES.items()):
             if name in shape.rules:
                 scores = rows.grid(self._scores(rule.score, predicted, inputs, shape, options, rows), masked)
-                chosen = rule.select(scores, masked, inputs.counts, _as_float(options.value).float())
+                chosen = rule.select(scores, masked, inputs.counts, as_float(options.value).float())
                 reveal |= chosen & (options.rule == number)[:, None]
         reveal |= masked & (inputs.last_steps > 0)[:, None]
         reveal &= ~broken.any()
@@ -174,14 +173,14 @@ class ModelRunner:
         hidden: torch.Tensor,
         inputs: StepInputs,
         shape: StepShape,
-        options: "_SlotOptions",
-        rows: "_MaskedRows",
+        options: "SlotOptions",
+        rows: "MaskedRows",
     ) -> Confidence:
         """hidden [N, d] of the masked rows -> what each predicts."""
         noise = None
         if "noise" in shape.features:
             position = inputs.output_starts[rows.block] + rows.offset
-            temperature = _as_float(options.temperature)[rows.block]
+            temperature = as_float(options.temperature)[rows.block]
             noise = RowNoise(temperature, options.seed[rows.block], position, inputs.steps[rows.block])
         with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
         size = _NOISY_LM_HEAD_ROWS if noise and not runs_triton(hidden) else _LM_HEAD_ROWS
@@ -204,8 +203,8 @@ class ModelRunner:
         predicted: Confidence,
         inputs: StepInputs,
         shape: StepShape,
-        options: "_SlotOptions",
-        rows: "_MaskedRows",
+        options: "SlotOptions",
+        rows: "MaskedRows",
     ) -> torch.Tensor:
         """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
         if score == "position":
@@ -234,64 +233,6 @@ class ModelRunner:
                 f"activations overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider "
                 "dtype"
             )
-
-
-class _SlotOptions(NamedTuple):
-    """A sequence's SamplingParams as the device keeps them: int64, floats as the bits of a float64."""
-
-    rule: int | torch.Tensor
-    value: int | torch.Tensor
-    temperature: int | torch.Tensor
-    seed: int | torch.Tensor
-    eos_inf: int | torch.Tensor
-    eos_eot_last: int | torch.Tensor
-
-    @classmethod
-    def of(cls, sequence: Sequence) -> "_SlotOptions":
-        params = sequence.params
-        return cls(
-            rule=list(RULES).index(params.unmasking),
-            value=_float_bits(params.rule_value),
-            temperature=_float_bits(params.temperature),
-            seed=sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
-            eos_inf=int(params.logits_eos_inf),
-            eos_eot_last=int(params.confidence_eos_eot_inf),
-        )
-
-
-def _float_bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]
-
-
-def _as_float(bits: torch.Tensor) -> torch.Tensor:
-    return bits.contiguous().view(torch.float64)
-
-
-class _MaskedRows(NamedTuple):
-    """The masked positions of blocks [B, L] as a list of N, padded with the first position of the first block.
-
-    place [N]: where in the flattened blocks, and one past them for padding; block, offset [N]: the same, taken apart.
-    """
-
-    place: torch.Tensor
-    block: torch.Tensor
-    offset: torch.Tensor
-
-    @classmethod
-    def of(cls, masked: torch.Tensor, count: int) -> "_MaskedRows":
-        """count: at least as many as are masked."""
-        flat = masked.flatten()
-        order = flat.cumsum(0).sub_(1).masked_fill_(~flat, count)
-        place = torch.full((count + 1,), len(flat), device=masked.device)
-        place.scatter_(0, order, torch.arange(len(flat), device=masked.device))
-        place = place[:count]
-        real = place.where(place < len(flat), 0)
-        return cls(place, real // masked.shape[1], real % masked.shape[1])
-
-    def grid(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """values [N] -> [B, L], 0 where masked is not."""
-        grid = values.new_zeros(masked.numel() + 1)
-        return grid.scatter_(0, self.place, values)[:-1].view(masked.shape)
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:
