@@ -186,7 +186,7 @@ def test_padding_changes_nothing(folders, expect, shape, monkeypatch):
         runner = llm.engine.runner
         run_step = runner.run
         monkeypatch.setattr(runner, "run", lambda entries: scheduled.append(entries) or run_step(entries))
-        runner._graphs, runner._packed = Plain(), torch.empty(10_000, dtype=torch.int64)
+        runner._graphs = Plain()
         assert_same(cases, run(llm, cases), expect)
         assert runner._graphs.padding > len(scheduled) / 2
 

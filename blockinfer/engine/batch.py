@@ -70,6 +70,12 @@ class StepInputs(NamedTuple):
         """The lengths of the tensors, in their order."""
         return [shape.rows] * 2 + [shape.segments + 1] + [shape.segments] * 2 + [shape.blocks] * 8
 
+    @staticmethod
+    def largest(rows: int, blocks: int) -> int:
+        """The most numbers that a padded step of at most so many rows and blocks packs: each row may be a segment."""
+        segments, blocks = _power_of_two(rows), _power_of_two(blocks)
+        return 2 * rows + 3 * segments + 1 + 8 * blocks
+
     @classmethod
     def split(cls, packed: torch.Tensor, shape: StepShape) -> "StepInputs":
         """The views of what `pack` made."""

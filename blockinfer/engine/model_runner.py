@@ -71,8 +71,8 @@ class ModelRunner:
         self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
         self._graphs = GraphCache() if self.device.type == "cuda" else None
         # where every graph finds its step's indices
-        largest = 2 * _MAX_GRAPH_ROWS + 16 * max(16, 2 * slots)
-        self._packed = torch.empty(largest, dtype=torch.int64, device=self.device) if self._graphs else None
+        largest = StepInputs.largest(_MAX_GRAPH_ROWS, config.max_num_seqs)
+        self._packed = torch.empty(largest, dtype=torch.int64, device=self.device)
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
@@ -92,15 +92,17 @@ class ModelRunner:
         """
         sequences = [sequence for sequence, _ in scheduled]
         exact = step_shape(scheduled)
-        shape = exact if self._graphs is None else exact.padded(self.config.max_model_len)
+        padded = exact.padded(self.config.max_model_len)
+        graphs = self._graphs if padded.rows <= _MAX_GRAPH_ROWS else None
+        shape = padded if graphs else exact
         self._write_page_tables(sequences)
         packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
-        if self._graphs is None or shape.rows > _MAX_GRAPH_ROWS:
+        if graphs is None:
             result = self._step(StepInputs.split(packed.to(self.device), shape), shape)
         else:
             inputs = self._packed[: len(packed)]
             inputs.copy_(packed)
-            result = self._graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
+            result = graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
         self.stats.forwards += 1
         self.stats.rows += exact.rows
         self.stats.lm_head_rows += exact.masked_rows
@@ -173,17 +175,16 @@ class ModelRunner:
         hidden: torch.Tensor,
         inputs: StepInputs,
         shape: StepShape,
-        options: "SlotOptions",
-        rows: "MaskedRows",
+        options: SlotOptions,
+        rows: MaskedRows,
     ) -> Confidence:
         """hidden [N, d] of the masked rows -> what each predicts."""
         noise = None
         if "noise" in shape.features:
-            position = inputs.output_starts[rows.block] + rows.offset
-            temperature = as_float(options.temperature)[rows.block]
-            noise = RowNoise(temperature, options.seed[rows.block], position, inputs.steps[rows.block])
+            noise = _row_noise(inputs, options, rows)
         with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
         size = _NOISY_LM_HEAD_ROWS if noise and not runs_triton(hidden) else _LM_HEAD_ROWS
+        vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
         chunks = []
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
@@ -193,7 +194,6 @@ class ModelRunner:
                 forbidden = torch.where(options.eos_inf[rows.block[chunk]] > 0, -torch.inf, 0.0)
                 logits[:, self.eos_ids] += forbidden[:, None]
             chunk_noise = noise and RowNoise(*(tensor[chunk] for tensor in noise))
-            vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
             chunks.append(token_confidence(logits, vocab_size, mask_token_id, chunk_noise, with_entropy))
         return Confidence(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
@@ -203,8 +203,8 @@ class ModelRunner:
         predicted: Confidence,
         inputs: StepInputs,
         shape: StepShape,
-        options: "SlotOptions",
-        rows: "MaskedRows",
+        options: SlotOptions,
+        rows: MaskedRows,
     ) -> torch.Tensor:
         """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
         if score == "position":
@@ -214,8 +214,7 @@ class ModelRunner:
         elif score == "certainty":
             scores = -predicted.entropy
         else:
-            step, position = inputs.steps[rows.block], inputs.output_starts[rows.block] + rows.offset
-            seed = options.seed[rows.block]
+            _, seed, position, step = _row_noise(inputs, options, rows)
             scores = philox.uniform(seed, philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
         if "eos_eot_last" not in shape.features:
             return scores
@@ -233,6 +232,13 @@ class ModelRunner:
                 f"activations overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider "
                 "dtype"
             )
+
+
+def _row_noise(inputs: StepInputs, options: SlotOptions, rows: MaskedRows) -> RowNoise:
+    """What the noise of the masked rows [N] is a function of."""
+    position = inputs.output_starts[rows.block] + rows.offset
+    temperature = as_float(options.temperature)[rows.block]
+    return RowNoise(temperature, options.seed[rows.block], position, inputs.steps[rows.block])
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:

@@ -153,7 +153,7 @@ def choose_tiling(q: torch.Tensor, kv_heads: int, segments: int, max_kv_len: int
     rows, heads, _ = q.shape
     rows *= heads // kv_heads
     block_m = 32 if rows <= 32 * segments else 64
-    block_n = 128 if q.dtype.itemsize < 4 and block_m == 32 else 64 if q.dtype.itemsize < 4 else 32
+    block_n = 32 if q.dtype == torch.float32 else 128 if block_m == 32 else 64
     programs = max(segments, rows // block_m) * kv_heads
     wanted = 2 * num_processors(q.device) // programs if max_kv_len > 512 else 1
     return Tiling(block_m, block_n, splits=max(1, min(wanted, max_kv_len // block_n, 16)))
