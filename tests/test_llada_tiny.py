@@ -9,17 +9,24 @@ import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerFast
 
 from blockinfer import LLM, SamplingParams
 from evals.graders import grade
-from evals.llada_tiny.data import Encoder, make_batch
-from evals.llada_tiny.problems import SOURCES, problem, split
+from evals.llada_tiny.data import ROW, Encoder, make_batch
+from evals.llada_tiny.init import OFFSETS, initialise
+from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, rotate
+from evals.llada_tiny.muon import orthogonal
+from evals.llada_tiny.problems import SOURCES, drill, problem, split
 from evals.llada_tiny.sample import sample_rows, sample_text
-from evals.llada_tiny.tokenizer import MASK, chat_text
+from evals.llada_tiny.study import Result, markdown, svg
+from evals.llada_tiny.tokenizer import BOS, HEADER_END, MASK, chat_text
+from evals.llada_tiny.train import rate_at
 from evals.prompts import messages
 from evals.rows import load_rows
 from evals.settings import SAMPLE
@@ -150,15 +157,97 @@ def test_the_generators_own_solutions_are_right(source):
 
 
 def test_a_two_hop_question_has_one_answer():
-    """Follow the passages from the question's subject: each hop is stated once."""
+    """Follow the passages from the question's subject: each hop is stated once, and one word tells two things apart."""
     rng = random.Random(2)
     for _ in range(200):
         row = problem("longbench_hotpotqa", rng, "train")
-        first, second, last = row["solution"].split(". ")
-        passages = row["context"].split("\n")
-        assert passages.count(f"{first}.") == passages.count(f"{second}.") == 1
-        assert len({p for p in passages}) == len(passages)
+        first, second, last = row["solution"].removeprefix("Facts: ").split(". ")
+        passages = row["context"].removeprefix("Passages: ").removesuffix(".").split(". ")
+        assert passages.count(first) == passages.count(second) == 1
         assert last == f"The answer is {row['answer']}."
+        starts = Counter(passage.removeprefix("The ").split()[0] for passage in passages)
+        assert set(starts.values()) <= {1, 2}
+
+
+@pytest.mark.parametrize("make", [MODULES["hotpotqa"].hotpotqa, MODULES["hotpotqa"].recital])
+def test_what_is_to_be_looked_up_is_the_same_token_everywhere(make):
+    """Each token of the facts stands in the prompt as it stands in the answer, names at the beginning too."""
+    encoder = Encoder(str(FOLDER / "tokenizer.json"))
+    rng = random.Random(5)
+    rows = [{"source": "longbench_hotpotqa", **make(rng, "train")} for _ in range(50)]
+    for row, (prompt, _) in zip(rows, encoder(rows), strict=True):
+        facts = row["solution"].removeprefix("Facts:").split(" The answer is")[0]
+        assert set(encoder.tokenizer.encode(facts, add_special_tokens=False).ids) <= set(prompt), row
+
+
+def test_a_drill_states_facts_of_the_passages():
+    rng = random.Random(6)
+    for level in (0.0, 0.5, 1.0):
+        for _ in range(50):
+            row = drill(rng, "train", level)
+            facts = row["solution"].removeprefix("Facts: ").removesuffix(".").split(". ")
+            assert len(facts) in (4, 6, 8) and len(set(facts)) == len(facts)
+            assert all(row["context"].count(f" {fact}.") == 1 for fact in facts)
+
+
+def test_shopping_without_change_is_held_out_by_its_numbers():
+    rng = random.Random(7)
+    found = 0
+    for wanted in split.SPLITS:
+        for _ in range(300):
+            row = problem("gsm8k", rng, wanted)
+            numbers = re.findall(r"buys (\d+) \w+ for (\d+) dollars each and (\d+) \w+ for (\d+)", row["question"])
+            if numbers and "pays with" not in row["question"]:
+                found += 1
+                assert split.split_of("gsm8k shopping", False, (*map(int, numbers[0]), 0)) == wanted, row
+    assert found > 20
+
+
+def test_a_packed_row_shows_every_masked_place_its_whole_prompt():
+    encoder = Encoder(str(FOLDER / "tokenizer.json"))
+    batch = make_batch(encoder, 0, 4, 1.0, 0)
+    seen = attention_bias(*map(torch.from_numpy, (batch.documents, batch.segments)))[:, 0] == 0
+    bos, end = (encoder.tokenizer.token_to_id(token) for token in (BOS, HEADER_END))
+    for flat, target in zip(batch.loss_at[batch.loss_weight > 0], batch.targets[batch.loss_weight > 0], strict=True):
+        row, place = divmod(int(flat), ROW)
+        assert batch.tokens[row, place] == encoder.mask != target
+        inside = (batch.documents[row] == batch.documents[row, place]).nonzero()[0]
+        assert (batch.positions[row, inside] == range(len(inside))).all()
+        prompt = inside[: (batch.tokens[row, inside] == end).nonzero()[0][-1] + 1]
+        assert batch.tokens[row, prompt[0]] == bos and seen[row, place, prompt].all()
+        assert not seen[row, place, [i for i in range(ROW) if i not in set(inside)]].any()
+
+
+def test_the_first_weights_look_up_what_follows_an_equal_token():
+    """Local heads find the places beside; matching heads find a token's like, what followed it, and what came next."""
+    model = TinyLLaDA(Shape(vocab_size=500, bos_token_id=0, eos_token_id=1, mask_token_id=2))
+    initialise(model, torch.Generator().manual_seed(0))
+    tokens = torch.randperm(490, generator=torch.Generator().manual_seed(1))[:120] + 10
+    tokens[80:100] = tokens[10:30]
+    angles = torch.arange(120)[:, None] * model.frequencies
+    bias = torch.zeros(1, 1, 120, 120)
+    x = model.transformer["wte"](tokens)[None]
+    weights = []
+    for block in model.transformer["blocks"][:2]:
+        q, k = (proj(block.attn_norm(x)).view(120, 4, 64).transpose(0, 1) for proj in (block.q_proj, block.k_proj))
+        weights.append((rotate(q, angles) @ rotate(k, angles).mT / 8).softmax(-1))
+        x = block(x, angles[None, None], bias)
+    assert [weights[0][head].diagonal(offset).mean() > 0.4 for head, offset in enumerate(OFFSETS)] == [True] * 3
+    # chance is 1 in 120
+    assert [head.diagonal(-70)[13:28].mean() > 0.15 for head in weights[1][:3]] == [True] * 3
+
+
+def test_muon_s_update_is_nearly_orthogonal():
+    for shape in ((2, 16, 40), (1, 40, 16)):
+        values = torch.linalg.svdvals(
+            orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float()
+        )
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_the_learning_rate_ends_at_zero():
+    assert rate_at(0, 0.0, 200) < 0.01 and rate_at(1_000, 0.5, 200) == 1.0
+    assert 0.4 < rate_at(1_000, 0.825, 200) < 0.6 and rate_at(1_000, 1.0, 200) == 0.0
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
@@ -208,9 +297,23 @@ def test_training_runs_from_nothing(tmp_path):
     command = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    options, *lines = map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines]
     assert len(losses) == 3 and losses[2] < losses[0] < 8.5
+    assert options["steps"] == lines[-1]["step"] == 6
+    assert all(set(line["content"]) == set(SOURCES) and len(line["lookups"]) == 2 for line in lines)
     assert "trained 6 steps" in done.stdout and "n = 4" in done.stdout
     with LLM(str(tmp_path)) as llm:
         (output,) = llm.generate("Tom has 3 apples.", SamplingParams(max_tokens=8), use_tqdm=False)
     assert output.finished
+
+
+def test_the_study_s_table_and_drawing():
+    results = [
+        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, 0.5), 0.5, 4.0),
+        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, 0.25), 0.25, 8.0),
+    ]
+    assert "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 |" in markdown(results, 3)
+    marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
+    (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
+    assert faster > x and lower > y

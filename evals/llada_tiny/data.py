@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from evals.llada_tiny.problems import SOURCES, problem
+from evals.llada_tiny.problems import DRILLED, SOURCES, drill, problem
 from evals.llada_tiny.tokenizer import EOS, EOT, MASK, chat_text
 
 ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
-MIXTURE = (0.3, 0.25, 0.25, 0.2)  # of gsm8k, math500, mmlu, longbench_hotpotqa, by documents
+# At the curriculum's beginning and end: shares of gsm8k, math500, mmlu, longbench_hotpotqa by documents, and the share
+# of the last that are drills in look-ups.
+MIXTURES = ((0.2, 0.15, 0.15, 0.5), (0.3, 0.25, 0.2, 0.25))
+DRILLS = (0.3, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
 LOWEST_T = 0.02
@@ -97,13 +100,20 @@ def document(
     return Document(tokens, targets, segments, weight, masked, t, source, content)
 
 
+def _row(source: str, rng: random.Random, level: float) -> dict:
+    if source == DRILLED and rng.random() < DRILLS[0] + level * (DRILLS[1] - DRILLS[0]):
+        return drill(rng, "train", level)
+    return problem(source, rng, "train", level)
+
+
 def make_batch(encoder: Encoder, number: int, rows: int, level: float, seed: int) -> Batch:
     """Batch `number` of a run: `rows` packed rows of training problems, t stratified over (0, 1)."""
     rng = random.Random(f"{seed}/train/{number}")
     space = [ROW] * rows
     placed: list[tuple[int, int, Document]] = []
+    mixture = [first + level * (last - first) for first, last in zip(*MIXTURES, strict=True)]
     while True:
-        group = [problem(SOURCES[s], rng, "train", level) for s in rng.choices(range(4), MIXTURE, k=64)]
+        group = [_row(source, rng, level) for source in rng.choices(SOURCES, mixture, k=64)]
         offset = rng.random()
         rates = [(i + offset) / 64 for i in range(64)]
         rng.shuffle(rates)

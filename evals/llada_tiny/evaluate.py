@@ -114,11 +114,47 @@ def evaluate(
     return result
 
 
-def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> None:
+@torch.no_grad()
+def lookups(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> tuple[float, float]:
+    """Shares of two-hop rows whose first fact, and whose second after the first, is most likely at every token.
+
+    One forward each: all of a block of 32 is masked, then the first fact is given. A fact ends with its full stop.
+    """
+    stop = encoder.tokenizer.token_to_id(".")
+    found = []
+    for hop in range(2):
+        pairs = encoder(rows)
+        ends = [[i + 1 for i, token in enumerate(answer) if token == stop] for _, answer in pairs]
+        width = max(len(prompt) for prompt, _ in pairs)
+        device = next(model.parameters()).device
+        tokens = torch.full((len(rows), width + 32), encoder.mask)
+        documents = torch.zeros_like(tokens)
+        for row, ((prompt, answer), end) in enumerate(zip(pairs, ends, strict=True)):
+            given = prompt + answer[: end[0] * hop]
+            first = width - len(prompt)
+            tokens[row, first : first + len(given)] = torch.tensor(given)
+            documents[row, :first] = -1
+        positions = (documents + 1).cumsum(1).sub(1).clamp(min=0).to(device)
+        bias = attention_bias(documents, torch.zeros_like(documents)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = model.hidden(tokens.to(device), positions, bias)[:, width:]
+        best = model.logits(hidden.float()).argmax(-1).tolist()
+        spans = [slice(end[0] * hop, end[hop]) for end in ends]
+        right = [b[span] == answer[span] for b, span, (_, answer) in zip(best, spans, pairs, strict=True)]
+        found.append(sum(right) / len(rows))
+    return found[0], found[1]
+
+
+QUICK: list[tuple[str, dict]] = [("vanilla", {"threshold": 0.9}), ("block", {"threshold": 0.9})]
+SETTINGS: list[tuple[str, dict]] = [
+    *((mode, {}) for mode in MODES),
+    *[("block", {"threshold": 0.9}), ("block", {"steps": 8}), ("block", {"steps": 4})],
+]
+
+
+def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict], settings: list[tuple[str, dict]]) -> None:
     """Print the table of modes and rules."""
     print(f"n = {len(rows)}", *SOURCES, "all", "tokens/forward", sep="  ")
-    settings: list[tuple[str, dict]] = [(mode, {}) for mode in MODES]
-    settings += [("block", {"threshold": 0.9}), ("block", {"steps": 8}), ("block", {"steps": 4})]
     for mode, options in settings:
         result = evaluate(model, encoder, rows, mode, **options)
         name = " ".join([mode, *(f"{key}={value}" for key, value in options.items())])
@@ -133,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(args.folder).to(device)
-    report(model, Encoder(str(args.folder / "tokenizer.json")), heldout_rows(args.rows, args.split))
+    report(model, Encoder(str(args.folder / "tokenizer.json")), heldout_rows(args.rows, args.split), SETTINGS)
 
 
 if __name__ == "__main__":

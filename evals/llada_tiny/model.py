@@ -22,7 +22,7 @@ class Shape:
     n_layers: int = 8
     n_heads: int = 4
     mlp_hidden_size: int = 640
-    rope_theta: float = 10000.0
+    rope_theta: float = 500000.0
     rms_norm_eps: float = 1e-5
     max_sequence_length: int = 1024
 

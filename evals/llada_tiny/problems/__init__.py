@@ -3,14 +3,20 @@
 import random
 
 from evals.llada_tiny.problems.gsm8k import gsm8k
-from evals.llada_tiny.problems.hotpotqa import hotpotqa
+from evals.llada_tiny.problems.hotpotqa import hotpotqa, recital
 from evals.llada_tiny.problems.math500 import math500
 from evals.llada_tiny.problems.mmlu import mmlu
 
 GENERATORS = {"gsm8k": gsm8k, "math500": math500, "mmlu": mmlu, "longbench_hotpotqa": hotpotqa}
 SOURCES = tuple(GENERATORS)
+DRILLED = "longbench_hotpotqa"
 
 
 def problem(source: str, rng: random.Random, split: str, level: float = 1.0) -> dict:
     """A row of `source` with its `solution`; `level` in [0, 1] is the training's curriculum, 1 the real thing."""
     return {"source": source, **GENERATORS[source](rng, split, level)}
+
+
+def drill(rng: random.Random, split: str, level: float = 1.0) -> dict:
+    """Several questions of DRILLED in one, for training: many places whose tokens have to be looked up."""
+    return {"source": DRILLED, **recital(rng, split, level)}

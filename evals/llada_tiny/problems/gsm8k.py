@@ -197,7 +197,13 @@ def _shopping(rng: random.Random, split: str, level: float) -> dict:
     a, p, b, q, paid = draw(
         rng,
         split,
-        lambda r: (r.randint(2, 9), r.randint(2, 12), r.randint(2, 9), r.randint(2, 12), r.randint(1, 40)),
+        lambda r: (
+            r.randint(2, 9),
+            r.randint(2, 12),
+            r.randint(2, 9),
+            r.randint(2, 12),
+            r.randint(1, 40) if change else 0,
+        ),
         "gsm8k shopping",
         change,
     )

@@ -36,15 +36,15 @@ TOWNS = (
     "Kelso Norwood Oakham Pelham Redford Stanby Thornby Upton Westby"
 ).split()
 RIVERS = "Aven Brint Calder Dove Esker Falls Gade Humble Irwell Kern Leven Mersey Nidd Orr Perry Rother".split()
-FIRMS = [
-    f"{colour} {kind}"
-    for kind in ("Library", "Museum", "Bakery", "Theater", "Clinic", "Studio")
-    for colour in ("Blue", "Green", "Silver", "Golden", "White", "Red")
-]
-NOVELS = [
-    f"The {first} {second}"
-    for second in ("Gate", "Island", "Winter", "Garden", "Letter", "Bridge")
-    for first in ("Lost", "Silent", "Hidden", "Broken", "Distant", "Iron")
-]
+FIRM_NAMES = (
+    "Blue Green Silver Golden White Red Crystal Royal Corner Harbor Sunset Cedar Summit Valley Central Union Star "
+    "Eagle Crown Anchor Lantern Meadow Amber Copper"
+).split()
+FIRM_KINDS = "Library Museum Bakery Theater Clinic Studio".split()
+NOVEL_NAMES = (
+    "Lost Silent Hidden Broken Distant Iron Frozen Burning Empty Secret Endless Fallen Stolen Bitter Gentle Hollow "
+    "Painted Restless Forgotten Second Crooked Velvet Narrow Patient"
+).split()
+NOVEL_KINDS = "Gate Island Winter Garden Letter Bridge".split()
 INSTRUMENTS = "piano violin flute guitar harp cello trumpet drum clarinet organ viola banjo oboe tuba".split()
 PRODUCTS = "cheese glass honey paper silk wine salt pottery carpets bells clocks bread".split()

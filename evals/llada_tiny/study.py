@@ -1,0 +1,135 @@
+"""Accuracy against tokens per forward, of every mode with every rule, by the engine: one table and one drawing.
+
+python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study          # writes study.md and study.svg
+
+The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from blockinfer import LLM, SamplingParams
+from blockinfer.decoding.modes import MODES
+from evals.llada_tiny.evaluate import final_answer, heldout_rows
+from evals.llada_tiny.problems import SOURCES
+from evals.prompts import messages
+from evals.report.scales import Scale, around
+
+RULES: tuple[dict, ...] = (
+    *({"unmasking": "low_confidence", "denoising_steps": steps} for steps in (32, 16, 8, 4)),
+    *({"unmasking": "threshold", "threshold": value} for value in (0.7, 0.9, 0.95)),
+    {"unmasking": "factor", "factor": 1.0},
+    {"unmasking": "entropy", "entropy_bound": 0.15},
+)
+COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One mode and rule over all rows: shares of right answers, and tokens over forwards."""
+
+    mode: str
+    rule: str
+    by_source: dict[str, float]
+    accuracy: float
+    tokens_per_forward: float
+
+
+def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
+    outputs = llm.chat([messages(row) for row in rows], SamplingParams(mode=mode, **rule), use_tqdm=False)
+    right: dict[str, list[bool]] = {}
+    for row, output in zip(rows, outputs, strict=True):
+        found = final_answer(row["source"], output.outputs[0].text or "")
+        right.setdefault(row["source"], []).append(found == row["answer"])
+    tokens, forwards = sum(len(o.outputs[0].token_ids) for o in outputs), sum(o.metrics.nfe for o in outputs)
+    name, *values = rule.values()
+    unit = " steps" if "denoising_steps" in rule else ""
+    return Result(
+        mode,
+        " ".join([name, *(f"{value:g}{unit}" for value in values)]),
+        {source: sum(hits) / len(hits) for source, hits in right.items()},
+        sum(map(sum, right.values())) / len(rows),
+        tokens / forwards,
+    )
+
+
+def markdown(results: list[Result], rows: int) -> str:
+    """The table, in per cent."""
+    head = ["mode", "rule", *(f"`{source}`" for source in SOURCES), "all", "tokens per forward"]
+    lines = [
+        f"Right answers in per cent, {rows} held-out problems a source.",
+        "",
+        _row(head),
+        _row(["---"] * len(head)),
+    ]
+    for r in results:
+        shares = [*(r.by_source[source] for source in SOURCES), r.accuracy]
+        lines.append(_row([f"`{r.mode}`", r.rule, *(f"{100 * x:.1f}" for x in shares), f"{r.tokens_per_forward:.2f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
+    """Accuracy over tokens per forward, the latter logarithmic; one colour a mode, the rule beside its mark."""
+    speeds = [r.tokens_per_forward for r in results]
+    shares = [r.accuracy for r in results]
+    x = Scale(*around(speeds, True, room=0.1), 60, width - 130, True)
+    y = Scale(*around(shares, False, room=0.02, most=1.0), height - 50, 20)
+    modes = list(dict.fromkeys(r.mode for r in results))
+    colours = {mode: COLOURS[i % len(COLOURS)] for i, mode in enumerate(modes)}
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        ' font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M60 20V{height - 50}H{width - 130}" fill="none" stroke="#444"/>',
+        _text((60 + width - 130) / 2, height - 14, "tokens per forward", "middle"),
+        _text(60, 12, "right answers, per cent", "start"),
+    ]
+    parts += [_text(x(v), height - 34, f"{v:g}", "middle") for v in x.ticks(6)]
+    parts += [_text(54, y(v) + 4, f"{100 * v:.4g}", "end") for v in y.ticks(7)]
+    for r in results:
+        at = x(r.tokens_per_forward), y(r.accuracy)
+        about = escape(f"{r.mode}, {r.rule}: {100 * r.accuracy:.1f} %, {r.tokens_per_forward:.2f} tokens per forward")
+        parts.append(
+            f'<circle cx="{at[0]}" cy="{at[1]}" r="4" fill="{colours[r.mode]}" fill-opacity=".7">'
+            f"<title>{about}</title></circle>"
+        )
+        if r.mode == modes[0]:
+            parts.append(_text(at[0] + 6, at[1] - 5, r.rule, "start"))
+    for i, mode in enumerate(modes):
+        parts.append(f'<circle cx="{width - 116}" cy="{30 + 18 * i}" r="4" fill="{colours[mode]}"/>')
+        parts.append(_text(width - 106, 34 + 18 * i, mode, "start"))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the checkpoint")
+    parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
+    parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
+    parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for study.md and study.svg")
+    args = parser.parse_args()
+    rows = heldout_rows(args.rows, "heldout", args.seed)
+    results = []
+    with LLM(str(args.folder)) as llm:
+        for mode in args.mode.split(","):
+            for rule in RULES:
+                results.append(measure(llm, rows, mode, rule))
+                print(results[-1], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "study.md").write_text(markdown(results, args.rows))
+    (args.out / "study.svg").write_text(svg(results))
+
+
+if __name__ == "__main__":
+    main()
