@@ -184,7 +184,7 @@ def test_a_drill_states_facts_of_the_passages():
     rng = random.Random(6)
     for level in (0.0, 0.5, 1.0):
         for _ in range(50):
-            row = drill(rng, "train", level)
+            row = drill("longbench_hotpotqa", rng, "train", level)
             facts = row["solution"].removeprefix("Facts: ").removesuffix(".").split(". ")
             assert len(facts) in (4, 6, 8) and len(set(facts)) == len(facts)
             assert all(row["context"].count(f" {fact}.") == 1 for fact in facts)
@@ -232,7 +232,7 @@ def test_the_first_weights_look_up_what_follows_an_equal_token():
         q, k = (proj(block.attn_norm(x)).view(120, 4, 64).transpose(0, 1) for proj in (block.q_proj, block.k_proj))
         weights.append((rotate(q, angles) @ rotate(k, angles).mT / 8).softmax(-1))
         x = block(x, angles[None, None], bias)
-    assert [weights[0][head].diagonal(offset).mean() > 0.4 for head, offset in enumerate(OFFSETS)] == [True] * 3
+    assert [weights[0][head].diagonal(offset).mean() > 0.4 for head, offset in enumerate(OFFSETS[0])] == [True] * 3
     # chance is 1 in 120
     assert [head.diagonal(-70)[13:28].mean() > 0.15 for head in weights[1][:3]] == [True] * 3
 

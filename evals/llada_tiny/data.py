@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from evals.llada_tiny.problems import DRILLED, SOURCES, drill, problem
+from evals.llada_tiny.problems import DRILLS, SOURCES, drill, problem
 from evals.llada_tiny.tokenizer import EOS, EOT, MASK, chat_text
 
 ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
 # At the curriculum's beginning and end: shares of gsm8k, math500, mmlu, longbench_hotpotqa by documents, and the share
-# of the last that are drills in look-ups.
-MIXTURES = ((0.2, 0.15, 0.15, 0.5), (0.3, 0.25, 0.2, 0.25))
-DRILLS = (0.3, 0.05)
+# of drills in look-ups among the sources that have them.
+MIXTURES = ((0.15, 0.15, 0.35, 0.35), (0.34, 0.26, 0.24, 0.16))
+DRILL_SHARES = (0.4, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
 LOWEST_T = 0.02
@@ -101,8 +101,8 @@ def document(
 
 
 def _row(source: str, rng: random.Random, level: float) -> dict:
-    if source == DRILLED and rng.random() < DRILLS[0] + level * (DRILLS[1] - DRILLS[0]):
-        return drill(rng, "train", level)
+    if source in DRILLS and rng.random() < DRILL_SHARES[0] + level * (DRILL_SHARES[1] - DRILL_SHARES[0]):
+        return drill(source, rng, "train", level)
     return problem(source, rng, "train", level)
 
 

@@ -115,34 +115,54 @@ def evaluate(
 
 
 @torch.no_grad()
+def _most_likely(model: TinyLLaDA, encoder: Encoder, pairs: list[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """The most likely tokens of the canvases, each after its prompt, by one forward. Canvases are of one length."""
+    size = len(pairs[0][1])
+    width = max(len(prompt) for prompt, _ in pairs)
+    device = next(model.parameters()).device
+    tokens = torch.full((len(pairs), width + size), encoder.eos)
+    documents = torch.zeros_like(tokens)
+    for row, (prompt, canvas) in enumerate(pairs):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt + canvas)
+        documents[row, : width - len(prompt)] = -1
+    positions = (documents + 1).cumsum(1).sub(1).clamp(min=0).to(device)
+    bias = attention_bias(documents, torch.zeros_like(documents)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = model.hidden(tokens.to(device), positions, bias)[:, width:]
+    return model.logits(hidden.float()).argmax(-1).tolist()
+
+
 def lookups(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> tuple[float, float]:
     """Shares of two-hop rows whose first fact, and whose second after the first, is most likely at every token.
 
-    One forward each: all of a block of 32 is masked, then the first fact is given. A fact ends with its full stop.
+    All of a block of 32 is masked, then the first fact is given. A fact ends with its full stop.
     """
     stop = encoder.tokenizer.token_to_id(".")
+    pairs = encoder(rows)
+    ends = [[i + 1 for i, token in enumerate(answer) if token == stop] for _, answer in pairs]
     found = []
     for hop in range(2):
-        pairs = encoder(rows)
-        ends = [[i + 1 for i, token in enumerate(answer) if token == stop] for _, answer in pairs]
-        width = max(len(prompt) for prompt, _ in pairs)
-        device = next(model.parameters()).device
-        tokens = torch.full((len(rows), width + 32), encoder.mask)
-        documents = torch.zeros_like(tokens)
-        for row, ((prompt, answer), end) in enumerate(zip(pairs, ends, strict=True)):
-            given = prompt + answer[: end[0] * hop]
-            first = width - len(prompt)
-            tokens[row, first : first + len(given)] = torch.tensor(given)
-            documents[row, :first] = -1
-        positions = (documents + 1).cumsum(1).sub(1).clamp(min=0).to(device)
-        bias = attention_bias(documents, torch.zeros_like(documents)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = model.hidden(tokens.to(device), positions, bias)[:, width:]
-        best = model.logits(hidden.float()).argmax(-1).tolist()
+        given = [answer[: end[0] * hop] for (_, answer), end in zip(pairs, ends, strict=True)]
+        canvases = [part + [encoder.mask] * (32 - len(part)) for part in given]
+        best = _most_likely(model, encoder, [(p, canvas) for (p, _), canvas in zip(pairs, canvases, strict=True)])
         spans = [slice(end[0] * hop, end[hop]) for end in ends]
         right = [b[span] == answer[span] for b, span, (_, answer) in zip(best, spans, pairs, strict=True)]
         found.append(sum(right) / len(rows))
     return found[0], found[1]
+
+
+def letters(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> float:
+    """Share of four-choice rows whose letter is most likely where all the rest of the answer is given."""
+    pairs, hidden = [], []
+    for row, (prompt, answer) in zip(rows, encoder(rows), strict=True):
+        before = row["solution"].partition("The answer is ")
+        place = len(encoder.tokenizer.encode("".join(before[:2]), add_special_tokens=False).ids)
+        canvas = (answer + [encoder.eos] * 64)[:64]
+        hidden.append((place, canvas[place]))
+        canvas[place] = encoder.mask
+        pairs.append((prompt, canvas))
+    best = _most_likely(model, encoder, pairs)
+    return sum(tokens[place] == letter for tokens, (place, letter) in zip(best, hidden, strict=True)) / len(rows)
 
 
 QUICK: list[tuple[str, dict]] = [("vanilla", {"threshold": 0.9}), ("block", {"threshold": 0.9})]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from evals.llada_tiny.model import Block, TinyLLaDA
 
-OFFSETS = (-1, -4, 1)  # of the local heads' favourite keys
+# Of the local heads' favourite keys. In every other pair of layers the last one is a place farther, since a number is told
+# by what follows its space.
+OFFSETS = ((-1, -4, 2), (-1, -4, 3))
 LOCAL_SCORE = 24.0  # attention score of a local head at its favourite key
 MATCH_SCORE = 24.0  # of a matching head between equal contents
 REPEL_SCORE = -12.0  # of a matching head to its own place, beside that, so that it looks elsewhere
@@ -24,8 +26,9 @@ def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
     """The residual stream gets three parts beside a direction common to all tokens: content, previous, earlier.
 
     Embeddings have content only. In even layers head 0 writes the previous token's content down, head 1 that of the
-    token four places back, head 2 the next token's into the content; in odd layers heads 0, 1 and 2 attend to tokens
-    equal in content, in the previous one and in the earlier one, and copy their content. MLPs stay as they are.
+    token four places back, head 2 that of the token two or three places on into the content; in odd layers heads 0, 1
+    and 2 attend to tokens equal in content, in the previous one and in the earlier one, and copy their content. MLPs
+    stay as they are.
     """
     d = model.shape.d_model
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].T
@@ -43,7 +46,7 @@ def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
                 continue
             rows = slice(head * d // block.n_heads, (head + 1) * d // block.n_heads)
             if layer % 2 == 0:
-                _attend_at(block, rows, OFFSETS[role], LOCAL_SCORE, common, model.frequencies)
+                _attend_at(block, rows, OFFSETS[layer // 2 % 2][role], LOCAL_SCORE, common, model.frequencies)
                 _copy(block, rows, content, (previous, earlier, content)[role], generator)
             else:
                 _attend_at(block, rows, 0, REPEL_SCORE, common, model.frequencies)

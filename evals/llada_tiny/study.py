@@ -117,11 +117,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
     parser.add_argument("--out", type=Path, required=True, help="folder for study.md and study.svg")
     args = parser.parse_args()
     rows = heldout_rows(args.rows, "heldout", args.seed)
     results = []
-    with LLM(str(args.folder)) as llm:
+    with LLM(str(args.folder), max_num_seqs=args.max_num_seqs) as llm:
         for mode in args.mode.split(","):
             for rule in RULES:
                 results.append(measure(llm, rows, mode, rule))

@@ -5,7 +5,8 @@ python -m evals.llada_tiny.train --out /tmp/tiny --minutes 8     # the schedule 
 python -m evals.llada_tiny.train --out /tmp/tiny --smoke         # the whole path on a CPU within a minute
 
 Beside the weights, training.jsonl gets a line every some hundred steps: seconds, loss, share of masked content
-predicted right by source, and shares of two-hop questions whose first and second fact are found (evaluate.lookups).
+predicted right by source, shares of two-hop questions whose first and second fact are found (evaluate.lookups), and of
+four-choice questions whose letter is (evaluate.letters).
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
-from evals.llada_tiny.evaluate import QUICK, heldout_rows, lookups, report
+from evals.llada_tiny.evaluate import QUICK, heldout_rows, letters, lookups, report
 from evals.llada_tiny.init import initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export
 from evals.llada_tiny.muon import Muon
@@ -50,8 +51,8 @@ def level_at(share: float) -> float:
 
 
 def rate_at(step: int, share: float, warm_up: int) -> float:
-    """Warm up, hold to 65 % of the training, then fall linearly to zero: a cosine froze plateaus."""
-    return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - share) / 0.35)
+    """Warm up, hold to 35 % of the training, when problems are at their full width, then fall linearly to zero."""
+    return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - share) / (1 - CURRICULUM[1]))
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
@@ -121,7 +122,9 @@ class Log:
 
     def __init__(self, encoder: Encoder, out: Path, device: str, started: float, options: dict) -> None:
         self.encoder, self.every, self.started = encoder, options["log_every"], started
-        self.rows = [r for r in heldout_rows(options["eval_rows"], "validation") if r["source"] == SOURCES[-1]]
+        self.rows: dict[str, list[dict]] = {source: [] for source in SOURCES}
+        for row in heldout_rows(options["eval_rows"], "validation"):
+            self.rows[row["source"]].append(row)
         self.hits = torch.zeros(2, len(SOURCES) + 1, device=device)
         self.loss = torch.zeros((), device=device)
         self.path = out / "training.jsonl"
@@ -141,14 +144,15 @@ class Log:
             "seconds": round(time.time() - self.started, 1),
             "loss": round(self.loss.item() / self.every, 4),
             "content": {source: round(rate, 4) for source, rate in zip(SOURCES, rates, strict=False)},
-            "lookups": [round(rate, 3) for rate in lookups(model, self.encoder, self.rows)],
+            "lookups": [round(rate, 3) for rate in lookups(model, self.encoder, self.rows["longbench_hotpotqa"])],
+            "letters": round(letters(model, self.encoder, self.rows["mmlu"]), 3),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         content = "  ".join(f"{source} {rate:.3f}" for source, rate in line["content"].items())
         print(
             f"step {step}  {line['seconds']:.0f} s  loss {line['loss']:.4f}  masked content right: {content}"
-            f"  facts found: {line['lookups']}",
+            f"  facts found: {line['lookups']}  letters: {line['letters']}",
             flush=True,
         )
         self.hits.zero_(), self.loss.zero_()

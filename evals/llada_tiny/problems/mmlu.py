@@ -1,4 +1,7 @@
-"""Four-choice questions over common facts and rules. The solution states the fact first and then the letter."""
+"""Four-choice questions over common facts and rules.
+
+The solution states the fact first, then the letter and, as the question lists it, its choice behind it.
+"""
 
 import random
 
@@ -23,7 +26,19 @@ def mmlu(rng: random.Random, split: str, level: float = 1.0) -> dict:
         "question": question,
         "choices": choices,
         "answer": letter,
-        "solution": f"{fact[0].upper()}{fact[1:]} The answer is {letter}.",
+        "solution": f"{fact[0].upper()}{fact[1:]} The answer is {letter}. {right}.",
+    }
+
+
+def lettering(rng: random.Random, split: str, level: float = 1.0) -> dict:
+    """A drill for training: the letters of several choices. A row with question, choices and solution."""
+    choices = mmlu(rng, split, level)["choices"]
+    asked = rng.sample(list(zip("ABCD", choices, strict=True)), rng.randint(2, 4))
+    names = [choice for _, choice in asked]
+    return {
+        "question": f"Name the letters of {', '.join(names[:-1])} and {names[-1]}.",
+        "choices": choices,
+        "solution": " ".join(f"{letter}. {choice}." for letter, choice in asked),
     }
 
 
