@@ -12,8 +12,8 @@ from torch import Tensor
 
 from evals.llada_tiny.model import Block, TinyLLaDA
 
-# Of the local heads' favourite keys. In every other pair of layers the last one is a place farther, since a number is told
-# by what follows its space.
+# Of the local heads' favourite keys. In every other pair of layers the last one is a place farther, since a number is
+# told by what follows its space.
 OFFSETS = ((-1, -4, 2), (-1, -4, 3))
 LOCAL_SCORE = 24.0  # attention score of a local head at its favourite key
 MATCH_SCORE = 24.0  # of a matching head between equal contents
