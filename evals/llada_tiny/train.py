@@ -31,7 +31,7 @@ from evals.llada_tiny.problems import SOURCES
 from evals.llada_tiny.tokenizer import BOS, save_tokenizer, train_tokenizer
 
 # a slow warm-up: a fast one overwrites what init.py lays down before it is of use
-FULL = {"steps": 22_000, "rows": 128, "warm_up": 1_000, "log_every": 250, "eval_rows": 100, "shape": {}}
+FULL = {"steps": 36_000, "rows": 128, "warm_up": 1_000, "log_every": 250, "eval_rows": 100, "shape": {}}
 SMOKE = {
     "steps": 6,
     "rows": 4,
