@@ -1,0 +1,68 @@
+"""The small model's checkpoint: its tokenizer, its format, what it answers, and the study of it."""
+
+import json
+import random
+from xml.etree import ElementTree
+
+from safetensors import safe_open
+
+from blockinfer import LLM, SamplingParams
+from evals.graders import grade
+from evals.llada_tiny.problems import SOURCES, problem
+from evals.llada_tiny.study import Result, markdown, svg
+from evals.llada_tiny.tokenizer import MASK, chat_text
+from evals.prompts import messages
+from evals.settings import TINY_MODEL
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in ["A plain line.", "x = 3^2, 10% of 50", "Zürich, naïve, 東京, 🙂", "tabs\tand\n\nlines  ", "<b>&amp;"]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer(text).input_ids == [tokenizer.bos_token_id, *ids]
+    assert [len(tokenizer(str(n), add_special_tokens=False).input_ids) for n in (7, 42, 1999)] == [1, 2, 4]
+
+
+def test_training_and_evaluation_see_the_same_prompt(tokenizer):
+    rng = random.Random(3)
+    for source in SOURCES:
+        row = problem(source, rng, "train")
+        assert chat_text(row) == tokenizer.apply_chat_template(
+            messages(row), tokenize=False, add_generation_prompt=True
+        )
+
+
+def test_the_checkpoint_is_in_the_published_format(tokenizer):
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    assert config["architectures"] == ["LLaDAModelLM"]
+    assert config["vocab_size"] == len(tokenizer)
+    for name, token in [("bos", "<|startoftext|>"), ("eos", "<|endoftext|>"), ("mask", MASK)]:
+        assert config[f"{name}_token_id"] == tokenizer.convert_tokens_to_ids(token)
+    with safe_open(TINY_MODEL / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert "model.transformer.wte.weight" in names and "model.transformer.blocks.0.q_proj.weight" in names
+    assert len(names) == 2 + 9 * config["n_layers"]
+    assert sum(path.stat().st_size for path in TINY_MODEL.rglob("*") if path.is_file() and path.suffix != ".pyc") < 16e6
+
+
+def test_the_model_solves_what_it_was_trained_for():
+    """Problems of the validation split, which is neither the sample nor the training data."""
+    rng = random.Random(4)
+    rows = [problem(source, rng, "validation") for source in SOURCES for _ in range(4)]
+    with LLM(str(TINY_MODEL)) as llm:
+        params = SamplingParams(max_tokens=96, unmasking="threshold")
+        outputs = llm.chat([messages(row) for row in rows], params, use_tqdm=False)
+    right = sum(grade({"id": "x", **row}, out.outputs[0].text).correct for row, out in zip(rows, outputs, strict=True))
+    assert right >= 13, [out.outputs[0].text for out in outputs]
+
+
+def test_the_study_s_table_and_drawing():
+    results = [
+        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, 0.5), 0.5, 4.0),
+        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, 0.25), 0.25, 8.0),
+    ]
+    assert "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 |" in markdown(results, 3)
+    marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
+    (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
+    assert faster > x and lower > y

@@ -1,0 +1,119 @@
+"""The small model's training: its first weights, its batches, its optimizer, and the whole path."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from blockinfer import LLM, SamplingParams
+from evals.llada_tiny.data import ROW, Encoder, make_batch
+from evals.llada_tiny.evaluate import letters, lookups
+from evals.llada_tiny.init import OFFSETS, initialise
+from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, load, rotate
+from evals.llada_tiny.muon import orthogonal
+from evals.llada_tiny.problems import SOURCES, drill, problem
+from evals.llada_tiny.problems.hotpotqa import hotpotqa, recital
+from evals.llada_tiny.tokenizer import BOS, HEADER_END
+from evals.llada_tiny.train import rate_at
+from evals.settings import TINY_MODEL
+
+
+@pytest.mark.parametrize("make", [hotpotqa, recital])
+def test_what_is_to_be_looked_up_is_the_same_token_everywhere(make):
+    """Each token of the facts stands in the prompt as it stands in the answer, names at the beginning too."""
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    rng = random.Random(5)
+    rows = [{"source": "longbench_hotpotqa", **make(rng, "train")} for _ in range(50)]
+    for row, (prompt, _) in zip(rows, encoder(rows), strict=True):
+        facts = row["solution"].removeprefix("Facts:").split(" The answer is")[0]
+        assert set(encoder.tokenizer.encode(facts, add_special_tokens=False).ids) <= set(prompt), row
+
+
+def test_a_letter_is_the_same_token_before_its_choice_and_in_the_answer():
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    rng = random.Random(9)
+    for row in [problem("mmlu", rng, "train") for _ in range(20)] + [drill("mmlu", rng, "train") for _ in range(20)]:
+        prompt, answer = encoder([row])[0]
+        for letter in re.findall(r"([A-D])\. ", row["solution"]):
+            token = encoder.tokenizer.token_to_id(letter)
+            assert token in answer and token in prompt
+
+
+def test_the_committed_weights_find_facts_and_letters_and_others_do_not():
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    rng = random.Random(10)
+    hops, choices = ([problem(name, rng, "validation") for _ in range(20)] for name in ("longbench_hotpotqa", "mmlu"))
+    model = load(TINY_MODEL)
+    assert min(*lookups(model, encoder, hops), letters(model, encoder, choices)) >= 0.9
+    torch.manual_seed(0)
+    untrained = TinyLLaDA(model.shape)
+    assert max(*lookups(untrained, encoder, hops), letters(untrained, encoder, choices)) < 0.2
+
+
+def test_a_packed_row_shows_every_masked_place_its_whole_prompt():
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    batch = make_batch(encoder, 0, 4, 1.0, 0)
+    seen = attention_bias(*map(torch.from_numpy, (batch.documents, batch.segments)))[:, 0] == 0
+    bos, end = (encoder.tokenizer.token_to_id(token) for token in (BOS, HEADER_END))
+    for flat, target in zip(batch.loss_at[batch.loss_weight > 0], batch.targets[batch.loss_weight > 0], strict=True):
+        row, place = divmod(int(flat), ROW)
+        assert batch.tokens[row, place] == encoder.mask != target
+        inside = (batch.documents[row] == batch.documents[row, place]).nonzero()[0]
+        assert (batch.positions[row, inside] == range(len(inside))).all()
+        prompt = inside[: (batch.tokens[row, inside] == end).nonzero()[0][-1] + 1]
+        assert batch.tokens[row, prompt[0]] == bos and seen[row, place, prompt].all()
+        assert not seen[row, place, [i for i in range(ROW) if i not in set(inside)]].any()
+
+
+def test_the_first_weights_look_up_what_follows_an_equal_token():
+    """Local heads find the places beside; matching heads find a token's like, what followed it, and what came next."""
+    model = TinyLLaDA(Shape(vocab_size=500, bos_token_id=0, eos_token_id=1, mask_token_id=2))
+    initialise(model, torch.Generator().manual_seed(0))
+    tokens = torch.randperm(490, generator=torch.Generator().manual_seed(1))[:120] + 10
+    tokens[80:100] = tokens[10:30]
+    angles = torch.arange(120)[:, None] * model.frequencies
+    bias = torch.zeros(1, 1, 120, 120)
+    x = model.transformer["wte"](tokens)[None]
+    weights = []
+    for block in model.transformer["blocks"][:2]:
+        q, k = (proj(block.attn_norm(x)).view(120, 4, 64).transpose(0, 1) for proj in (block.q_proj, block.k_proj))
+        weights.append((rotate(q, angles) @ rotate(k, angles).mT / 8).softmax(-1))
+        x = block(x, angles[None, None], bias)
+    assert [weights[0][head].diagonal(offset).mean() > 0.4 for head, offset in enumerate(OFFSETS[0])] == [True] * 3
+    # chance is 1 in 120
+    assert [head.diagonal(-70)[13:28].mean() > 0.15 for head in weights[1][:3]] == [True] * 3
+
+
+def test_muon_s_update_is_nearly_orthogonal():
+    for shape in ((2, 16, 40), (1, 40, 16)):
+        values = torch.linalg.svdvals(
+            orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float()
+        )
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_the_learning_rate_ends_at_zero():
+    assert rate_at(0, 0.0, 200) < 0.01 and rate_at(1_000, 0.3, 200) == 1.0
+    assert 0.45 < rate_at(1_000, 0.675, 200) < 0.55 and rate_at(1_000, 1.0, 200) == 0.0
+
+
+def test_training_runs_from_nothing(tmp_path):
+    """The whole path on a CPU: data, tokenizer, steps, export, report; then the engine reads the folder."""
+    command = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=TINY_MODEL.parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    options, *lines = map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 3 and losses[2] < losses[0] < 8.5
+    assert options["steps"] == lines[-1]["step"] == 6
+    assert all(
+        set(line["content"]) == set(SOURCES) and len(line["lookups"]) == 2 and "letters" in line for line in lines
+    )
+    assert "trained 6 steps" in done.stdout and "n = 4" in done.stdout
+    with LLM(str(tmp_path)) as llm:
+        (output,) = llm.generate("Tom has 3 apples.", SamplingParams(max_tokens=8), use_tqdm=False)
+    assert output.finished
