@@ -8,6 +8,8 @@ STANDARD = "vanilla_llada"
 REFERENCE_IMPL = "reference_impl"
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
 RESUMED = " (resumed)"
+# In the extra_info of the benchmarks of evals/test_kernels.py, and of no configuration's: the kernel that was timed.
+KERNEL = "kernel"
 
 
 class Schedule(Protocol):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from evals import merge
-from evals.configurations import RESUMED
+from evals.configurations import KERNEL, RESUMED
 from evals.graders import Grade
 from evals.paired import against_vanilla
 from evals.rows import load_rows, shard_positions
@@ -132,6 +132,17 @@ def test_a_configuration_that_one_shard_lacks_is_named(shards):
     shards[1].write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"2.json: there is no .*test_throughput\[vanilla-8\], which .*1.json has"):
         merge.merge([(str(path), merge.read(path)) for path in shards])
+
+
+def test_kernels_are_not_merged(shards):
+    """Every shard of `pytest evals/` times them."""
+    expected = merge.merge([(str(path), merge.read(path)) for path in shards])
+    for path in shards:
+        content = json.loads(path.read_text())
+        titles = {"name": "test_silu_mul[32]", "fullname": "evals/test_kernels.py::test_silu_mul[32]"}
+        content["benchmarks"].insert(0, titles | {"stats": {"median": 1e-5}, "extra_info": {KERNEL: "SiLU x up"}})
+        path.write_text(json.dumps(content))
+    assert merge.merge([(str(path), merge.read(path)) for path in shards]) == expected
 
 
 def test_random_weights_have_no_accuracy_in_the_merged_file_either(shards):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.configurations import KERNEL
 from evals.report import page
 from evals.report.__main__ import main
 from tests.report.html_tree import sections, table
@@ -74,7 +75,8 @@ def test_odd_runs_give_a_page(report, changes):
 
 def test_other_benchmarks_are_counted_and_not_shown(report):
     run = results([info("block")])
-    run["benchmarks"] += [{"name": "test_kernel", "params": {"mode": "block"}, "extra_info": {}}] * 2
+    run["benchmarks"] += [{"name": "test_kernel", "params": {"mode": "block"}, "extra_info": {}}]
+    run["benchmarks"] += [{"name": "test_silu_mul[32]", "params": {"rows": 32}, "extra_info": {KERNEL: "SiLU x up"}}]
     root = report(run)
     assert len(table(root)) == 1 and "2 other benchmarks of the file are not shown." in root.text
 
