@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evals import conftest, machine
+from evals.configurations import KERNEL
 
 pytest_plugins = "pytester"
 
@@ -112,6 +113,16 @@ def test_slower_than_the_baseline_fails(baseline, pytester, monkeypatch):
     path = baseline(times=0.5, device=machine.device_name("cuda" if torch.cuda.is_available() else "cpu"))
     done = pytester.runpytest_subprocess(".", f"--benchmark-compare={path}", FAIL)
     assert done.ret == 1 and "Performance has regressed" in done.stderr.str()
+
+
+def test_the_time_of_a_twin_is_no_bound(suite, baseline):
+    """Of kernels on a CPU, where microseconds of their twins are timed."""
+    path = baseline(times=0.5)
+    content = json.loads(path.read_text())
+    content["benchmarks"][0]["extra_info"] = {KERNEL: "attention"}
+    path.write_text(json.dumps(content))
+    code, text = suite(f"--benchmark-compare={path}", FAIL, "--device=cpu")
+    assert code == 0 and "NOW" not in text
 
 
 def test_another_device_is_refused(suite, baseline):

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from evals.configurations import KERNEL
+from evals.machine import device_name
 from evals.report.__main__ import main as report
 from evals.report.results import Configuration
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -37,7 +39,9 @@ def run_suite(tmp_path, *options):
 def test_a_whole_run(tmp_path, folder):
     code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
     assert code == 0, text
+    kernels = {name: benchmarks.pop(name) for name in list(benchmarks) if KERNEL in benchmarks[name]["extra_info"]}
     assert list(benchmarks) == [f"test_throughput[{mode}-8]" for mode in ("vanilla_llada", "vanilla", "block")]
+    _check_kernels(kernels, text)
     # each of 12 steps is a forward of all four rows
     assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["forwards"] == 12
     info = benchmarks["test_throughput[block-8]"]["extra_info"]
@@ -68,6 +72,28 @@ def test_a_whole_run(tmp_path, folder):
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{info['tokens_per_second']:,.1f} tokens/s" in page
+    assert f"{len(kernels)} other benchmarks of the file are not shown." in page
+
+
+def _check_kernels(kernels, text):
+    """Each kernel is there, as the twin that it is, with figures that fit each other, and as a row of the table."""
+    infos = [benchmark["extra_info"] for benchmark in kernels.values()]
+    names = {"attention", "confidence", "RoPE + K/V store", "residual + RMSNorm", "SiLU x up"}
+    assert {info[KERNEL] for info in infos} == names
+    for benchmark, info in zip(kernels.values(), infos, strict=True):
+        assert info["implementation"] == "PyTorch twin" and info["device"] == device_name("cpu")
+        assert "against_vanilla" not in info and benchmark["group"].startswith("kernels: ")
+        seconds = benchmark["stats"]["median"]
+        assert info["microseconds"] == pytest.approx(1e6 * seconds)
+        assert info["tb_per_s"] == pytest.approx(info["bytes"] / seconds / 1e12)
+        assert info["fraction_of_copy"] == pytest.approx(info["tb_per_s"] / info["copy_tb_per_s"])
+        assert info["fraction"] > 0 and info["times_as_fast"] > 0
+    lines = text.split("= kernels =")[1].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("kernel "))
+    assert lines[head - 2].startswith("PyTorch twin in float32, ")
+    rows = lines[head + 1 : head + 1 + len(infos)]
+    assert [row[:20].strip() for row in rows] == [info[KERNEL] for info in infos]
+    assert all(len(line) <= 120 for line in lines[: head + 2 + len(infos)])
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):

@@ -1,0 +1,177 @@
+"""How a kernel is timed, and what its figures are fractions of.
+
+On a GPU a call's time is that of the GPU: calls over many sets of buffers are one CUDA graph, which is replayed for
+some milliseconds and then waited for. The time between two kernels of a graph is part of it, as it is in the engine.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from evals.configurations import KERNEL
+
+Call = Callable[[], Any]
+
+# A round on a GPU: next to it launching the graphs and waiting for them, some 20 us, is little.
+ROUND_SECONDS = 5e-3
+
+
+class Work(NamedTuple):
+    """A kernel at one shape, and beside it what it is held against.
+
+    calls, beside: the same call on one set of buffers after the other. moved: the bytes that a call must read and write
+    at least; flops: those of its matrix products.
+    """
+
+    kernel: str
+    shape: dict[str, int | str]
+    calls: list[Call]
+    held_against: str
+    beside: list[Call]
+    moved: int
+    flops: int = 0
+
+
+class Ceilings(NamedTuple):
+    """What the device was measured to reach: bytes/s of a plain copy, read and written ones together, and of a sum;
+    FLOP/s of a matrix product."""
+
+    copy: float
+    read: float
+    matmul: float
+
+
+class Round(NamedTuple):
+    """run makes `calls` calls and waits for the device."""
+
+    run: Callable[[], None]
+    calls: int
+
+    def seconds(self) -> float:
+        """Runs; the time of a call."""
+        start = time.perf_counter()
+        self.run()
+        return (time.perf_counter() - start) / self.calls
+
+
+def num_sets(moved: int, device: str) -> int:
+    """So many sets of `moved` bytes that a GPU's L2 cache no longer holds one when its turn comes again."""
+    if device == "cpu":
+        return 2
+    return max(2, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / moved))
+
+
+def copies(moved: int, device: str) -> list[Call]:
+    """Plain copies that move as many bytes as a kernel must, half of them read and half written."""
+    # whole vectors, each set at an aligned address
+    half = max(1, moved // 512) * 256
+    source, target = torch.zeros(2, num_sets(moved, device), half, dtype=torch.uint8, device=device)
+    return [partial(into.copy_, out_of) for into, out_of in zip(target, source, strict=True)]
+
+
+def make_round(calls: list[Call], device: str) -> Round:
+    """Every call at least once, in order."""
+    # whatever is compiled or loaded at a first call cannot be while a graph is captured
+    _make(calls)
+    if device == "cpu":
+        return Round(partial(_make, calls), len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _make(calls)
+    once = Round(partial(_replay, graph, 1), 1)
+    # the first replay brings the graph onto the device
+    once.run()
+    times = max(1, math.ceil(ROUND_SECONDS / once.seconds()))
+    return Round(partial(_replay, graph, times), times * len(calls))
+
+
+def _make(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _replay(graph: torch.cuda.CUDAGraph, times: int) -> None:
+    for _ in range(times):
+        graph.replay()
+    torch.cuda.synchronize()
+
+
+def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
+    """On a GPU from 2 GiB, which are read or copied, and from matrices of 8,192 x 8,192 in dtype; less on a CPU."""
+    large, width = (2**29, 8192) if device == "cuda" else (2**22, 256)
+    source, target = torch.randn(2, large, device=device)
+    a, b = torch.randn(2, width, width, device=device).to(dtype)
+    size = source.nbytes
+    copy, read, product = (
+        _median_seconds(call, device)
+        for call in (partial(target.copy_, source), source.sum, partial(torch.matmul, a, b))
+    )
+    return Ceilings(copy=2 * size / copy, read=size / read, matmul=2 * width**3 / product)
+
+
+def _median_seconds(call: Call, device: str) -> float:
+    round = make_round([call], device)
+    return statistics.median(round.seconds() for _ in range(7))
+
+
+def figures(work: Work, seconds: float, beside_seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """What is stored of a kernel: seconds are a call's. bound: which ceiling the shape would reach first."""
+    memory, arithmetic = work.moved / ceilings.copy, work.flops / ceilings.matmul
+    return {
+        "microseconds": 1e6 * seconds,
+        "tb_per_s": work.moved / seconds / 1e12,
+        "tflop_per_s": work.flops / seconds / 1e12 if work.flops else None,
+        "bound": "memory" if memory >= arithmetic else "matmul",
+        "fraction": max(memory, arithmetic) / seconds,
+        "fraction_of_copy": memory / seconds,
+        "fraction_of_read": work.moved / ceilings.read / seconds,
+        "fraction_of_matmul": arithmetic / seconds if work.flops else None,
+        "copy_tb_per_s": ceilings.copy / 1e12,
+        "read_tb_per_s": ceilings.read / 1e12,
+        "matmul_tflop_per_s": ceilings.matmul / 1e12,
+        "held_against": work.held_against,
+        "held_against_microseconds": 1e6 * beside_seconds,
+        "times_as_fast": beside_seconds / seconds,
+    }
+
+
+def about(work: Work, implementation: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What a kernel's figures are figures of."""
+    return {
+        KERNEL: work.kernel,
+        "shape": work.shape,
+        "implementation": implementation,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "triton": triton.__version__,
+        "bytes": work.moved,
+        "flops": work.flops,
+    }
+
+
+def table(infos: list[dict[str, Any]]) -> list[str]:
+    """A row for each kernel and shape, under what all of them have in common; as lines of text."""
+    first = infos[0]
+    lines = [
+        f"{first['implementation']} in {first['dtype']}, {first['device']}",
+        f"ceilings of this run: copy {first['copy_tb_per_s']:.3g} TB/s, read {first['read_tb_per_s']:.3g} TB/s, "
+        f"matmul {first['matmul_tflop_per_s']:.3g} TFLOP/s",
+        f"{'kernel':<20}{'shape':<44}{'us':>8}{'reached':>16}{'of ceiling':>16}   as fast as",
+    ]
+    for info in infos:
+        shape = " ".join(f"{name}={value}" for name, value in info["shape"].items())
+        if info["bound"] == "memory":
+            reached, ceiling = f"{info['tb_per_s']:.3g} TB/s", "copy"
+        else:
+            reached, ceiling = f"{info['tflop_per_s']:.3g} TFLOP/s", "matmul"
+        line = f"{info[KERNEL]:<20}{shape:<44}{info['microseconds']:>8.1f}{reached:>16}"
+        line += f"{100 * info['fraction']:>7.1f} % {ceiling:<7}"
+        lines.append(line + f"{info['times_as_fast']:>6.2f} x {info['held_against']}")
+    lines.append("of ceiling: of the one that the shape would reach first; copy: a plain one of as many bytes")
+    return lines

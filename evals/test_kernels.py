@@ -1,0 +1,255 @@
+"""Speed of the kernels at the shapes of LLaDA-8B: what they reach of the ceilings that the same run measures.
+
+A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, or to
+scaled_dot_product_attention. Then a round times the kernel over many sets of buffers, so that on a GPU they come from
+its memory and not from its L2 cache. Right before each round the same is done with what the kernel is held against: for
+attention scaled_dot_product_attention on contiguous K and V, for the others a plain copy of as many bytes.
+evals/kernels.py says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the kernel.
+"""
+
+import inspect
+import statistics
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blockinfer import LLM
+from blockinfer.kernels.activation import silu_mul, silu_mul_torch
+from blockinfer.kernels.backend import runs_triton
+from blockinfer.kernels.confidence import RowNoise, token_confidence, token_confidence_torch
+from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope_tables
+from blockinfer.kernels.norm import add_rms_norm, rms_norm_torch
+from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from evals.conftest import settings_of
+from evals.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
+from evals.machine import device_name
+
+PAGE_SIZE = inspect.signature(LLM).parameters["page_size"].default
+ROUNDS = {"cuda": 20, "cpu": 3}
+# of the relative error |out - expected| / |expected|
+BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+
+# Microseconds that were once measured on an H200: more than twice as many there is a regression.
+KNOWN_ON_H200 = {
+    "test_attention[1x32-160-32]": 7.7,
+    "test_attention[1x32-1024-32]": 12.2,
+    "test_attention[1x32-3200-32]": 26.5,
+    "test_attention[8x32-3200-32]": 108,
+    "test_attention[1x1024-1024-32]": 59,
+    "test_attention[8x384-384-32]": 91,
+    "test_confidence[greedy-32]": 11.9,
+    "test_confidence[greedy-256]": 66,
+}
+
+
+class Sizes(NamedTuple):
+    """attention: segments, query rows of each, its keys. rows: of a step."""
+
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    mlp_width: int
+    vocabulary: int
+    attention: list[tuple[int, int, int]]
+    kv_heads: list[int]
+    confidence_rows: list[int]
+    rows: list[int]
+
+
+# the decode steps of a request and of a batch, and prompts
+ATTENTION = [(1, 32, 160), (1, 32, 1024), (1, 32, 3200), (1, 32, 4096), (8, 32, 384), (8, 32, 3200), (32, 32, 400)]
+ATTENTION += [(1, 384, 384), (8, 384, 384), (1, 1024, 1024), (1, 1024, 4096)]
+SIZES = {
+    "cuda": Sizes(torch.bfloat16, 32, 128, 12288, 126464, ATTENTION, [32, 8], [32, 256], [32, 256, 1024]),
+    "cpu": Sizes(torch.float32, 4, 16, 192, 1000, [(1, 8, 40), (3, 8, 25)], [4, 2], [4], [32]),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = SIZES[settings_of(metafunc.config).device]
+    if "segments" in metafunc.fixturenames:
+        named = [f"{segments}x{rows}-{keys}" for segments, rows, keys in sizes.attention]
+        metafunc.parametrize(("segments", "rows", "keys"), sizes.attention, ids=named)
+        metafunc.parametrize("kv_heads", sizes.kv_heads)
+    elif "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", ["greedy", "entropy", "noise"])
+        metafunc.parametrize("rows", sizes.confidence_rows)
+    else:
+        metafunc.parametrize("rows", sizes.rows)
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return settings_of(request.config).device
+
+
+@pytest.fixture(scope="session")
+def sizes(device):
+    return SIZES[device]
+
+
+@pytest.fixture(scope="session")
+def ceilings(device, sizes):
+    return measure_ceilings(sizes.dtype, device)
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back(device):
+    """The engine, which is made later, takes for its cache what the GPU has left."""
+    yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def randn(device, sizes):
+    """torch.randn on the device, in the dtype that is measured, the same values in every run."""
+    generator = torch.Generator(device).manual_seed(0)
+    return partial(torch.randn, generator=generator, device=device, dtype=sizes.dtype)
+
+
+@pytest.fixture
+def measure(request, benchmark, ceilings, device, sizes):
+    """measure(work): times it beside what it is held against; the figures go to extra_info."""
+
+    def measure(work):
+        name = device_name(device)
+        implementation = "Triton kernel" if runs_triton(torch.empty(0, device=device)) else "PyTorch twin"
+        benchmark.extra_info.update(about(work, implementation, sizes.dtype, name))
+        timed, beside = make_round(work.calls, device), make_round(work.beside, device)
+        beside_seconds = []
+        benchmark.pedantic(
+            timed.run, setup=lambda: beside_seconds.append(beside.seconds()), rounds=ROUNDS[device], warmup_rounds=1
+        )
+        if not benchmark.enabled:
+            return
+        # pytest-benchmark, which allows one iteration beside a setup, has the time of a round and not of a call
+        stats = benchmark.stats
+        stats.iterations = timed.calls
+        stats.stats.data = [seconds / timed.calls for seconds in stats.stats.data]
+        # the first of them belongs to the round that warms up
+        median = statistics.median(stats.stats.data)
+        benchmark.extra_info.update(figures(work, median, statistics.median(beside_seconds[1:]), ceilings))
+        known = KNOWN_ON_H200.get(request.node.name)
+        if known is not None and "H200" in name:
+            assert 1e6 * median <= 2 * known, f"{1e6 * median:.1f} us, {known} are known"
+
+    return measure
+
+
+def assert_close(made, expected):
+    error = (made.double() - expected.double()).norm() / expected.double().norm()
+    assert error < BOUND[made.dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.benchmark(group="kernels: attention")
+def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads):
+    """One layer's attention over pages in any order. Bytes: the queries, K and V, and the output, once each."""
+    heads, dim = sizes.heads, sizes.head_dim
+    moved = segments * (2 * rows * heads + 2 * keys * kv_heads) * dim * sizes.dtype.itemsize
+    sets, pages = num_sets(moved, device), -(-keys // PAGE_SIZE)
+    q = randn(sets, segments * rows, heads, dim)
+    k_pages, v_pages = randn(2, sets * segments * pages, PAGE_SIZE, kv_heads, dim)
+    starts = torch.arange(segments + 1, device=device) * rows
+    kv_lens = torch.full((segments,), keys, device=device)
+    order = torch.randperm(len(k_pages), device=device).view(sets, segments, pages)
+    # each at an address of its own, as aligned as the others
+    tables = [SegmentTable(starts, kv_lens, ids.clone(), starts[:0]) for ids in order]
+
+    def dense(pages, table):
+        """[segments, HK, keys, D]"""
+        return pages[table.page_table].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
+
+    calls = [partial(paged_attention, one, k_pages, v_pages, table) for one, table in zip(q, tables, strict=True)]
+    beside = [
+        partial(
+            F.scaled_dot_product_attention,
+            one.view(segments, rows, heads, dim).transpose(1, 2).contiguous(),
+            dense(k_pages, table),
+            dense(v_pages, table),
+            enable_gqa=kv_heads != heads,
+        )
+        for one, table in zip(q, tables, strict=True)
+    ]
+    for call, other in zip(calls, beside, strict=True):
+        assert_close(call(), other().transpose(1, 2).flatten(0, 1))
+    shape = dict(segments=segments, rows=rows, keys=keys, kv_heads=kv_heads)
+    flops = 4 * segments * rows * keys * heads * dim
+    measure(Work("attention", shape, calls, "SDPA", beside, moved, flops))
+
+
+@pytest.mark.benchmark(group="kernels: confidence")
+def test_confidence(measure, randn, device, sizes, variant, rows):
+    """Token and confidence of each row, with the entropy, or of noisy logits. Bytes: the logits, read once."""
+    vocabulary = sizes.vocabulary
+    moved = rows * vocabulary * sizes.dtype.itemsize
+    logits = randn(num_sets(moved, device), rows, vocabulary)
+    index = torch.arange(rows, device=device)
+    noise = (
+        RowNoise(torch.ones_like(index, dtype=torch.float64), index + 7, index, index) if variant == "noise" else None
+    )
+    # LLaDA's mask token stands 128 before the end
+    options = dict(
+        vocab_size=vocabulary, mask_token_id=vocabulary - 128, noise=noise, with_entropy=variant == "entropy"
+    )
+    calls = [partial(token_confidence, one, **options) for one in logits]
+    for call, one in zip(calls, logits, strict=True):
+        made, expected = call(), token_confidence_torch(one.double(), **options)
+        assert torch.equal(made.token_ids, expected.token_ids) and made.finite.all()
+        torch.testing.assert_close(made.confidence, expected.confidence, rtol=1e-3, atol=0)
+        if variant == "entropy":
+            torch.testing.assert_close(made.entropy, expected.entropy, rtol=1e-3, atol=0)
+    shape = dict(variant=variant, rows=rows, columns=vocabulary)
+    measure(Work("confidence", shape, calls, "copy", copies(moved, device), moved))
+
+
+@pytest.mark.benchmark(group="kernels: elementwise")
+def test_rope_store_kv(measure, randn, device, sizes, rows):
+    """Bytes: queries, keys and values, read and written once each, and the angles."""
+    heads, dim = sizes.heads, sizes.head_dim
+    cos_sin = rope_tables(dim, rows, 500_000.0, sizes.dtype, torch.device(device))
+    moved = 2 * rows * 3 * heads * dim * sizes.dtype.itemsize + cos_sin.nbytes
+    qkv = randn(num_sets(moved, device), rows, 3 * heads, dim)
+    pages = torch.randperm(len(qkv) * rows // PAGE_SIZE, device=device)
+    slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)).view(len(qkv), rows)
+    k_pages, v_pages = torch.zeros(2, len(pages), PAGE_SIZE, heads, dim, dtype=sizes.dtype, device=device)
+    calls = [partial(rope_store_kv, one, cos_sin, k_pages, v_pages, at) for one, at in zip(qkv, slots, strict=True)]
+    for call, one, at in zip(calls, qkv, slots, strict=True):
+        made = torch.cat([call(), k_pages.flatten(0, 1)[at], v_pages.flatten(0, 1)[at]], dim=1)
+        k, v = torch.zeros(2, 1, rows, heads, dim, dtype=torch.float64, device=device)
+        q = rope_store_kv_torch(one.double(), cos_sin.double(), k, v, torch.arange(rows, device=device))
+        assert_close(made, torch.cat([q, k[0], v[0]], dim=1))
+    shape = dict(rows=rows, heads=heads, kv_heads=heads)
+    measure(Work("RoPE + K/V store", shape, calls, "copy", copies(moved, device), moved))
+
+
+@pytest.mark.benchmark(group="kernels: elementwise")
+def test_add_rms_norm(measure, randn, device, sizes, rows):
+    """Bytes: what is added, its sum and what is normed: two reads and two writes, and the weight.
+
+    The sum replaces the residual, so it grows from call to call; only the first call's values are checked.
+    """
+    width = sizes.heads * sizes.head_dim
+    moved = (4 * rows + 1) * width * sizes.dtype.itemsize
+    x, residual = randn(2, num_sets(moved, device), rows, width)
+    weight, eps = randn(width), 1e-5
+    total = x + residual
+    calls = [partial(add_rms_norm, one, other, weight, eps) for one, other in zip(x, residual, strict=True)]
+    assert_close(torch.stack([call()[0] for call in calls]), rms_norm_torch(total.double(), weight.double(), eps))
+    assert_close(residual, total)
+    shape = dict(rows=rows, columns=width)
+    measure(Work("residual + RMSNorm", shape, calls, "copy", copies(moved, device), moved))
+
+
+@pytest.mark.benchmark(group="kernels: elementwise")
+def test_silu_mul(measure, randn, device, sizes, rows):
+    """Bytes: gate and up, read once, and their product."""
+    moved = 3 * rows * sizes.mlp_width * sizes.dtype.itemsize
+    gate_up = randn(num_sets(moved, device), rows, 2 * sizes.mlp_width)
+    calls = [partial(silu_mul, one) for one in gate_up]
+    assert_close(torch.stack([call() for call in calls]), silu_mul_torch(gate_up.double()))
+    shape = dict(rows=rows, columns=sizes.mlp_width)
+    measure(Work("SiLU x up", shape, calls, "copy", copies(moved, device), moved))
