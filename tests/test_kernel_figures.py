@@ -1,5 +1,6 @@
 """evals/kernels.py and evals/test_kernels.py: what a kernel's figures are, and that a wrong kernel has none."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from evals import kernels
+from evals import compare, kernels
+from evals.configurations import KERNEL
 from evals.kernels import Ceilings, Work, copies, figures, make_round, num_sets
 from evals.test_kernels import KNOWN_ON_H200
 
@@ -75,6 +77,15 @@ def test_copies_move_as_many_bytes():
             (source,), target = call.args, call()
             assert moved - 512 < source.nbytes + target.nbytes <= moved
             assert target.data_ptr() == call.func.__self__.data_ptr() != source.data_ptr()
+
+
+def test_kernels_are_not_compared(tmp_path):
+    """Other shapes on another device are neither cases that are gone nor new ones."""
+    path = tmp_path / "out.json"
+    infos = {"test_silu_mul[32]": {KERNEL: "SiLU x up", "dtype": "bfloat16"}, "test_throughput[block-8]": {"nfe": 3}}
+    benchmarks = [{"name": name, "extra_info": info} for name, info in infos.items()]
+    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    assert list(compare.read(str(path))) == ["test_throughput[block-8]"]
 
 
 # every kernel's result is a hundredth too large, or, of the store, not there
