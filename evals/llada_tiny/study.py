@@ -1,4 +1,4 @@
-"""Accuracy against tokens per forward, of every mode with every rule, by the engine: one table and one drawing.
+"""Accuracy against tokens per forward, of every mode with every rule, by the engine: two tables and one drawing.
 
 python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study          # writes study.md and study.svg
 
@@ -55,8 +55,18 @@ def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
     )
 
 
+def summary(results: list[Result]) -> str:
+    """The table of rules by modes: right answers in per cent, and tokens per forward."""
+    modes = list(dict.fromkeys(r.mode for r in results))
+    found = {(r.mode, r.rule): f"{100 * r.accuracy:.1f}, {r.tokens_per_forward:.2f}" for r in results}
+    lines = [_row(["rule", *(f"`{mode}`" for mode in modes)]), _row(["---"] * (len(modes) + 1))]
+    for rule in dict.fromkeys(r.rule for r in results):
+        lines.append(_row([rule, *(found.get((mode, rule), "") for mode in modes)]))
+    return "\n".join(lines) + "\n"
+
+
 def markdown(results: list[Result], rows: int) -> str:
-    """The table, in per cent."""
+    """The table by sources, in per cent."""
     head = ["mode", "rule", *(f"`{source}`" for source in SOURCES), "all", "tokens per forward"]
     lines = [
         f"Right answers in per cent, {rows} held-out problems a source.",
@@ -128,7 +138,7 @@ def main() -> None:
                 results.append(measure(llm, rows, mode, rule))
                 print(results[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "study.md").write_text(markdown(results, args.rows))
+    (args.out / "study.md").write_text(f"{summary(results)}\n{markdown(results, args.rows)}")
     (args.out / "study.svg").write_text(svg(results))
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from blockinfer import LLM, SamplingParams
 from evals.graders import grade
 from evals.llada_tiny.problems import SOURCES, problem
-from evals.llada_tiny.study import Result, markdown, svg
+from evals.llada_tiny.study import Result, markdown, summary, svg
 from evals.llada_tiny.tokenizer import MASK, chat_text
 from evals.prompts import messages
 from evals.settings import TINY_MODEL
@@ -63,6 +63,8 @@ def test_the_study_s_table_and_drawing():
         Result("block", "threshold 0.9", dict.fromkeys(SOURCES, 0.25), 0.25, 8.0),
     ]
     assert "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 |" in markdown(results, 3)
+    assert summary(results).splitlines()[0] == "| rule | `vanilla` | `block` |"
+    assert summary(results).splitlines()[2:] == ["| threshold 0.9 | 50.0, 4.00 | 25.0, 8.00 |"]
     marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
     (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
     assert faster > x and lower > y
