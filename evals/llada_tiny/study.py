@@ -121,7 +121,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the checkpoint")
     parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
@@ -129,7 +129,11 @@ def main() -> None:
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
     parser.add_argument("--out", type=Path, required=True, help="folder for study.md and study.svg")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     rows = heldout_rows(args.rows, "heldout", args.seed)
     results = []
     with LLM(str(args.folder), max_num_seqs=args.max_num_seqs) as llm:
