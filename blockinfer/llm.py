@@ -109,8 +109,8 @@ class LLM:
         finished. Whatever is raised meanwhile, Ctrl-C included, leaves an empty engine that can go on.
 
         Raises ValueError for a bad prompt, naming its number; FloatingPointError where the model's logits are NaN or
-        infinite; RuntimeError on a closed LLM, while requests added to `engine` by hand are unfinished, and where
-        on_finish aborted one of these.
+        infinite, at the latest once that block is through; RuntimeError on a closed LLM, while requests added to
+        `engine` by hand are unfinished, and where on_finish aborted one of these.
         """
         engine = self.engine
         if engine.has_unfinished():

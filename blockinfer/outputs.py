@@ -8,8 +8,9 @@ class RequestMetrics:
     """What a request cost.
 
     nfe: forwards in which the request had rows, repeated ones included. denoising_steps: steps of the blocks it went
-    through, each counted once. The seconds are wall time since the request was added: until its first forward, until
-    its first block was complete, and in all. preemptions: how often its pages were taken. seed: of its noise.
+    through, each counted once. The seconds are wall time since the request was added: until its first forward was
+    launched, until its first block's tokens were there, and in all. preemptions: how often its pages were taken. seed:
+    of its noise.
     """
 
     nfe: int

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -14,15 +15,33 @@ from tests.checkpoints import write_checkpoint
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
 
 
+@pytest.fixture
+def break_once(llm, monkeypatch):
+    """break_once(n): from now on the n-th forward's first row of logits, and no other, has a NaN."""
+
+    def start(number):
+        logits, calls = llm.engine.model.logits, iter(range(1000))
+
+        def broken(hidden):
+            out = logits(hidden)
+            if next(calls) == number:
+                out[0, 5] = torch.nan
+            return out
+
+        monkeypatch.setattr(llm.engine.model, "logits", broken)
+
+    return start
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_not_finite(llm, monkeypatch, value):
-    """From the fifth forward on, one row of logits is broken."""
+    """In the sixth forward, the middle of a block, one row of logits is broken."""
     expected = llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs
     logits, calls = llm.engine.model.logits, iter(range(1000))
 
     def broken(hidden):
         out = logits(hidden)
-        if next(calls) >= 4:
+        if next(calls) == 5:
             out[0] = value
         return out
 
@@ -49,44 +68,95 @@ def test_a_forbidden_token_s_logit_still_says_that_the_model_is_broken(llm, monk
         llm.generate([1, 2, 3], params, use_tqdm=False)
 
 
-def test_the_other_requests_go_on_once_the_broken_one_is_aborted(llm, monkeypatch):
-    expected = llm.generate([4, 5], PARAMS, use_tqdm=False)[0].outputs
-    engine = llm.engine
-    bad, good = engine.add_request([1, 2, 3], PARAMS), engine.add_request([4, 5], PARAMS)
-    logits = engine.model.logits
+def finish(engine):
+    """Steps until nothing is left, aborting what an error names -> the outputs, and the ids that were named."""
+    outputs, named = [], []
+    while engine.has_unfinished():
+        try:
+            outputs += engine.step()
+        except FloatingPointError as error:
+            (ids,) = re.findall(r"for request ([\d, ]+):", str(error))
+            named.append([int(request_id) for request_id in ids.split(",")])
+            for request_id in named[-1]:
+                engine.abort(request_id)
+    return outputs, named
 
-    def broken(hidden):
-        out = logits(hidden)
-        if len(engine.scheduler.running) == 2:
-            out[0, 5] = torch.nan
-        return out
 
-    monkeypatch.setattr(engine.model, "logits", broken)
-    for _ in range(3):  # nothing hangs, and nothing moves
+@pytest.mark.parametrize("rule", ["low_confidence", "threshold", "random"])
+@pytest.mark.parametrize("step", [0, 1, 3, 6])
+def test_the_others_lose_nothing_to_a_broken_one(llm, break_once, rule, step):
+    """Of three requests the first breaks in a block's first, a middle and its last step, and in the next block."""
+    prompts, rules = [[1, 2, 3], [4, 5], [6, 7, 8]], ["sequential", "low_confidence", rule]
+    params = [dataclasses.replace(PARAMS, unmasking=rule, seed=1) for rule in rules]
+    expected = llm.generate(prompts, params, use_tqdm=False)[1:]
+    before = llm.stats.forwards
+    break_once(step)
+    bad, *good = [llm.engine.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+    outputs, named = finish(llm.engine)
+    assert named == [[bad]]
+    assert sorted(output.request_id for output in outputs) == good
+    outputs.sort(key=lambda output: output.request_id)
+    assert [output.outputs for output in outputs] == [output.outputs for output in expected]
+    assert [output.metrics.nfe for output in outputs] == [output.metrics.nfe for output in expected]
+    assert llm.stats.forwards - before == outputs[0].metrics.nfe == 12  # where step raises it runs nothing
+
+
+def test_a_broken_request_stands_still(llm, break_once):
+    """One forward breaks it, in the middle of a block: nothing is revealed from then on, whatever follows."""
+    break_once(1)
+    engine, mask = llm.engine, llm.config.mask_token_id
+    bad = engine.add_request([1, 2, 3], PARAMS)
+    for _ in range(4):
+        assert engine.step() == []
+    (sequence,) = engine.scheduler.running
+    assert (engine.runner.tokens[sequence.slot, 3:7] == mask).sum() == 3
+    for _ in range(3):  # nothing hangs, and nothing runs
         with pytest.raises(FloatingPointError, match=f"for request {bad}:"):
             engine.step()
+    assert sequence.nfe == 4
     engine.abort(bad)
-    finished = []
-    while engine.has_unfinished():
-        finished += engine.step()
-    assert [output.request_id for output in finished] == [good]
-    assert [output.outputs for output in finished] == [expected]
 
 
-def test_forwards_that_fail_are_counted(llm, monkeypatch):
-    logits, calls = llm.engine.model.logits, iter(range(1000))
-    monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h) * (torch.nan if next(calls) == 2 else 1))
-    before = llm.stats.forwards
-    llm.engine.add_request([1, 2, 3], PARAMS)
-    for _ in range(2):
-        assert llm.engine.step() == []
+@pytest.mark.parametrize("rule, steps", [("low_confidence", 4), ("threshold", 2)])
+def test_a_broken_request_is_noticed_with_the_next_result_that_is_read(llm, break_once, rule, steps):
+    break_once(1)
+    engine = llm.engine
+    engine.add_request([1, 2, 3], PARAMS)
+    engine.add_request([4, 5], dataclasses.replace(PARAMS, unmasking=rule))
+    for _ in range(steps):
+        assert engine.step() == []
     with pytest.raises(FloatingPointError):
-        llm.engine.step()
-    finished = []
-    while llm.engine.has_unfinished():
-        finished += llm.engine.step()
-    assert finished[0].metrics.nfe == llm.stats.forwards - before == 13
-    assert finished[0].metrics.denoising_steps == 12
+        engine.step()
+    engine.abort_all()
+
+
+def test_an_output_of_the_step_that_finds_a_broken_one_is_not_lost(llm, break_once):
+    short = dataclasses.replace(PARAMS, max_tokens=4)
+    expected = llm.generate([4, 5], short, use_tqdm=False)[0].outputs
+    break_once(2)
+    bad, good = llm.engine.add_request([1, 2, 3], PARAMS), llm.engine.add_request([4, 5], short)
+    outputs, named = finish(llm.engine)
+    assert [(output.request_id, output.outputs) for output in outputs] == [(good, expected)]
+    assert named == [[bad]]
+
+
+def test_a_slot_is_whole_again_for_its_next_request(llm, break_once):
+    """The first was aborted before anyone knew that it was broken."""
+    expected = llm.generate([4, 5], PARAMS, use_tqdm=False)[0].outputs
+    engine = llm.engine
+    break_once(1)
+    bad = engine.add_request([1, 2, 3], PARAMS)
+    for _ in range(3):
+        engine.step()
+    (sequence,) = engine.scheduler.running
+    slot = sequence.slot
+    assert engine.runner.broken[slot] and not sequence.broken
+    engine.abort(bad)
+    engine.add_request([4, 5], PARAMS)
+    engine.step()
+    assert engine.scheduler.running[0].slot == slot
+    outputs, named = finish(engine)
+    assert named == [] and [output.outputs for output in outputs] == [expected]
 
 
 def test_a_request_that_could_not_be_started_is_started_later(llm, monkeypatch):

@@ -63,9 +63,11 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One forward for the requests that fit in it -> those that it finished, in the order they were added.
 
-        Raises FloatingPointError, naming the requests, where logits are NaN or infinite. Nothing has moved then: abort
-        those and the others go on, at the cost of a forward.
+        Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
+        is at the latest the step that ends such a request's block. Nothing runs then; abort those, and the others,
+        which have lost nothing, go on.
         """
+        self._check_finite()
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
@@ -74,13 +76,16 @@ class Engine:
                 self.runner.start(sequence)
                 sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
-        blocks = self.runner.run(scheduled)
+        results = self.runner.run(scheduled)
         finished = []
-        for (sequence, _), (masked_left, token_ids) in zip(scheduled, blocks, strict=True):
-            sequence.advance(masked_left)
-            if masked_left:
+        for (sequence, _), result in zip(scheduled, results, strict=True):
+            if result.broken:
+                sequence.broken = True
                 continue
-            sequence.finish_block(token_ids)
+            sequence.advance(result.masked_left)
+            if result.masked_left:
+                continue
+            sequence.finish_block(result.token_ids)
             if sequence.is_finished():
                 finished.append(self._output(sequence))
                 self.abort(sequence.request_id)
@@ -104,6 +109,19 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
+
+    def _check_finite(self) -> None:
+        """Raises FloatingPointError that names the running requests whose logits were not finite: their tokens would
+        mean nothing.
+
+        `token_confidence` defines a token even then; the engine rather says that the model is broken.
+        """
+        broken = [str(sequence.request_id) for sequence in self.scheduler.running if sequence.broken]
+        if broken:
+            raise FloatingPointError(
+                f"the model's logits are NaN or infinite for request {', '.join(broken)}: its activations overflow "
+                f"{self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
+            )
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """prompt -> its text, where it has one, and its token ids, checked."""

@@ -1,6 +1,7 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
 import math
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,10 +36,14 @@ class EngineStats:
 
 
 class BlockResult(NamedTuple):
-    """A sequence's block after a step: how many positions are still masked, and its tokens."""
+    """A sequence's block after a step: how many positions are still masked, and, where the result was read, its tokens.
+
+    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read.
+    """
 
     masked_left: int
-    token_ids: list[int]
+    token_ids: list[int] | None = None
+    broken: bool = False
 
 
 class ModelRunner:
@@ -46,9 +51,10 @@ class ModelRunner:
 
     tokens [slots + 1, max_model_len] int64: prompt, revealed tokens, and the mask token where nothing is revealed yet.
     masked, of that shape, bool: what is still to be revealed, from a sequence's current block on; before it, anything.
-    It is state of its own, since a prompt may contain the mask token. page_tables [slots + 1, pages of max_model_len]
-    int64: each sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the last page are scrap:
-    they take what pads a step, and hold anything.
+    It is state of its own, since a prompt may contain the mask token. broken [slots + 1] bool: whether logits of a
+    sequence were NaN or infinite since it was started; from then on it reveals nothing. page_tables [slots + 1, pages
+    of max_model_len] int64: each sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the
+    last page are scrap: they take what pads a step, and hold anything.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class ModelRunner:
         slots, length = config.max_num_seqs + 1, config.max_model_len
         self.tokens = torch.full((slots, length), config.mask_token_id, device=self.device)
         self.masked = torch.zeros((slots, length), dtype=torch.bool, device=self.device)
+        self.broken = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.num_pages = num_pages
         self.kv_pages = _allocate_pages(model, config, num_pages + 1)
         self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
@@ -76,21 +83,24 @@ class ModelRunner:
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
-        known = torch.tensor(sequence.prompt_token_ids + sequence.output_token_ids, device=self.device)
         row = slice(sequence.block_start, sequence.canvas_end)
-        self.tokens[sequence.slot, : len(known)] = known
+        _write(self.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
         self.tokens[sequence.slot, row] = self.config.mask_token_id
         self.masked[sequence.slot, row] = True
+        self.broken[sequence.slot] = False
         self._num_pages_known[sequence.slot] = 0
-        self._options[sequence.slot] = torch.tensor(SlotOptions.of(sequence), device=self.device)
+        _write(self._options[sequence.slot], SlotOptions.of(sequence))
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
         """One denoising step of every scheduled sequence -> what became of each one's block.
 
-        Raises FloatingPointError, naming the requests, where logits are NaN or infinite; then nothing was revealed.
+        Waits for the device only where a block ends, whose tokens may hold a stop token, and where a rule has no
+        schedule. Otherwise the step is still under way or queued behind others, on one stream: what is done next to
+        slots and pages, which may be another sequence's by then, is done after it.
         """
         sequences = [sequence for sequence, _ in scheduled]
+        expected = [sequence.masked_after_step() for sequence in sequences]
         exact = step_shape(scheduled)
         padded = exact.padded(self.config.max_model_len)
         graphs = self._graphs if padded.rows <= _MAX_GRAPH_ROWS else None
@@ -98,21 +108,22 @@ class ModelRunner:
         self._write_page_tables(sequences)
         packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
         if graphs is None:
-            result = self._step(StepInputs.split(packed.to(self.device), shape), shape)
+            inputs = _pinned(packed, self.device).to(self.device, non_blocking=True)
+            result = self._step(StepInputs.split(inputs, shape), shape)
         else:
             inputs = self._packed[: len(packed)]
-            inputs.copy_(packed)
+            _write(inputs, packed)
             result = graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
         self.stats.forwards += 1
         self.stats.rows += exact.rows
         self.stats.lm_head_rows += exact.masked_rows
         for sequence in sequences:
             sequence.ran(self.stats.forwards)
-        blocks = result.tolist()[: len(sequences)]
-        self._check_finite([s.request_id for s, (_, broken, *_) in zip(sequences, blocks, strict=True) if broken])
+        if all(expected):
+            return [BlockResult(left) for left in expected]
         return [
-            BlockResult(left, token_ids[: sequence.block_end - sequence.block_start])
-            for sequence, (left, _, *token_ids) in zip(sequences, blocks, strict=True)
+            BlockResult(left, token_ids[: sequence.block_end - sequence.block_start], bool(broken))
+            for sequence, (broken, left, *token_ids) in zip(sequences, result.tolist(), strict=False)
         ]
 
     def _write_page_tables(self, sequences: list[Sequence]) -> None:
@@ -120,12 +131,11 @@ class ModelRunner:
         for sequence in sequences:
             known = self._num_pages_known[sequence.slot]
             if known < len(sequence.pages):
-                pages = torch.tensor(sequence.pages[known:], device=self.device)
-                self.page_tables[sequence.slot, known : len(sequence.pages)] = pages
+                _write(self.page_tables[sequence.slot, known : len(sequence.pages)], sequence.pages[known:])
                 self._num_pages_known[sequence.slot] = len(sequence.pages)
 
     def _step(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
-        """-> [B, 2 + L] int64: the block's masked positions left, whether its logits were not finite, its tokens.
+        """-> [B, 2 + L] int64: whether the sequence is broken, the block's masked positions left, its tokens.
 
         Launches the same kernels for the same shape and never waits for the device, so that it can be captured.
         """
@@ -137,12 +147,13 @@ class ModelRunner:
             inputs.block_slots[:, None].where(inside, self.config.max_num_seqs),
             (inputs.block_starts[:, None] + offsets).where(inside, 0),
         )
-        tokens, masked = self.tokens[where], self.masked[where] & inside
+        broken = self.broken[inputs.block_slots]
+        tokens, masked = self.tokens[where], self.masked[where] & inside & ~broken[:, None]
 
         rows = MaskedRows.of(masked, shape.masked_rows)
         options = SlotOptions(*self._options[inputs.block_slots].unbind(1))
         predicted = self._predict(hidden[inputs.block_rows[rows.block] + rows.offset], inputs, shape, options, rows)
-        broken = rows.grid(~predicted.finite, masked).any(dim=-1)
+        broken |= rows.grid(~predicted.finite, masked).any(dim=-1)
 
         reveal = torch.zeros_like(masked)
         for number, (name, rule) in enumerate(RULES.items()):
@@ -151,12 +162,12 @@ class ModelRunner:
                 chosen = rule.select(scores, masked, inputs.counts, as_float(options.value).float())
                 reveal |= chosen & (options.rule == number)[:, None]
         reveal |= masked & (inputs.last_steps > 0)[:, None]
-        reveal &= ~broken.any()
+        reveal &= ~broken[:, None]
 
         tokens = torch.where(reveal, rows.grid(predicted.token_ids, masked), tokens)
         masked &= ~reveal
-        self.tokens[where], self.masked[where] = tokens, masked
-        return torch.cat([masked.sum(dim=-1, keepdim=True), broken[:, None].long(), tokens], dim=1)
+        self.tokens[where], self.masked[where], self.broken[inputs.block_slots] = tokens, masked, broken
+        return torch.cat([broken[:, None].long(), masked.sum(dim=-1, keepdim=True), tokens], dim=1)
 
     def forward(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
         """Writes the K and V of all rows -> their final hidden states, [T, d]."""
@@ -221,17 +232,19 @@ class ModelRunner:
         last = (predicted.token_ids[:, None] == self.last_ids).any(dim=-1)
         return scores.masked_fill(last & (options.eos_eot_last[rows.block] > 0), -torch.inf)
 
-    def _check_finite(self, broken: list[int]) -> None:
-        """Raises FloatingPointError that names the requests whose logits were not finite: their tokens mean nothing.
 
-        `token_confidence` defines a token even then; the engine rather says that the model is broken.
-        """
-        if broken:
-            raise FloatingPointError(
-                f"the model's logits are NaN or infinite for request {', '.join(map(str, sorted(broken)))}: its "
-                f"activations overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider "
-                "dtype"
-            )
+def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """values on the CPU, from where a copy to the device need not be waited for.
+
+    The memory is torch's own, which gives it out again only when the copies from it are done.
+    """
+    return values.pin_memory() if device.type == "cuda" else values
+
+
+def _write(target: torch.Tensor, values: Items[int] | torch.Tensor) -> None:
+    """Copies int64 values of its shape into the target, behind what the device has yet to do, and waits for nothing."""
+    values = torch.as_tensor(values, dtype=torch.int64)
+    target.copy_(_pinned(values, target.device), non_blocking=True)
 
 
 def _row_noise(inputs: StepInputs, options: SlotOptions, rows: MaskedRows) -> RowNoise:

@@ -3,7 +3,7 @@
 import time
 
 from blockinfer.decoding.modes import MODES, BlockState, Segment
-from blockinfer.decoding.unmasking import scheduled_count
+from blockinfer.decoding.unmasking import RULES, scheduled_count
 from blockinfer.sampling_params import SamplingParams
 
 
@@ -29,6 +29,7 @@ class Sequence:
         self.output_token_ids: list[int] = []
         self.slot: int | None = None
         self.on_device = False  # whether the slot's tokens are this sequence's
+        self.broken = False  # whether its logits were seen to be NaN or infinite
         self.pages: list[int] = []
         self.step = 0
         self._masked_left = 0
@@ -84,6 +85,12 @@ class Sequence:
         """Whether the step limit makes the next step reveal all that is left."""
         limit = self.params.block_steps(self.block_end - self.block_start)
         return limit is not None and self.step + 1 >= limit
+
+    def masked_after_step(self) -> int | None:
+        """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
+        if not RULES[self.params.unmasking].scheduled:
+            return None
+        return 0 if self.is_last_step() else self.num_masked - min(self.reveal_count(), self.num_masked)
 
     def ran(self, forward: int) -> None:
         """Forward number `forward` was launched with this sequence's rows."""

@@ -1,0 +1,80 @@
+"""The host reads a step's result only where it must, and runs ahead of the device everywhere else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blockinfer import LLM, SamplingParams
+from blockinfer.decoding.unmasking import RULES
+from tests.checkpoints import write_checkpoint
+
+SCHEDULED = [name for name, rule in RULES.items() if rule.scheduled]
+OTHERS = [name for name, rule in RULES.items() if not rule.scheduled]
+
+
+@pytest.fixture
+def reads(llm, monkeypatch):
+    """The numbers of the forwards whose results were read, from 1; a result can be asked for nothing else."""
+    runner, before, numbers = llm.engine.runner, llm.stats.forwards, []
+    step = runner._step
+
+    def spied(*inputs):
+        result = step(*inputs)
+        return SimpleNamespace(tolist=lambda: numbers.append(runner.stats.forwards - before) or result.tolist())
+
+    monkeypatch.setattr(runner, "_step", spied)
+    return numbers
+
+
+def params(rule, **options):
+    return SamplingParams(**dict(max_tokens=10, block_length=4, unmasking=rule, ignore_eos=True) | options)
+
+
+@pytest.mark.parametrize("rule", SCHEDULED)
+def test_a_schedule_is_read_once_a_block(llm, reads, rule):
+    llm.generate([[1], [2, 3], [4, 5, 6]], params(rule), use_tqdm=False)
+    assert reads == [4, 8, 10]
+
+
+def test_a_schedule_of_fewer_steps_is_read_once_a_block(llm, reads):
+    llm.generate([[1], [2, 3]], params("low_confidence", denoising_steps=3), use_tqdm=False)
+    assert reads == [3, 6, 8]
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_a_rule_without_a_schedule_is_read_every_step(llm, reads, rule):
+    outputs = llm.generate([[1], [2, 3]], params(rule), use_tqdm=False)
+    assert reads == list(range(1, max(output.metrics.nfe for output in outputs) + 1))
+
+
+def test_every_request_s_block_ends_with_a_read(llm, reads):
+    """The second comes a step later."""
+    llm.engine.add_request([1], params("low_confidence"))
+    llm.engine.step()
+    llm.engine.add_request([2, 3], params("sequential", max_tokens=8))
+    while llm.engine.has_unfinished():
+        llm.engine.step()
+    assert reads == [4, 5, 8, 9, 10]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("prompt_len", [3, 3000])
+def test_a_gpu_is_not_waited_for_within_a_block(tmp_path, prompt_len):
+    """With CUDA graphs, captured by the first two runs, and with too many rows for one. PyTorch tells of every wait."""
+    options = params("low_confidence", max_tokens=12, mode="vanilla")
+    folder = write_checkpoint(tmp_path, max_sequence_length=4096)
+    with LLM(folder, device="cuda", dtype="float32") as llm:
+        for _ in range(2):
+            llm.generate([1] * prompt_len, options, use_tqdm=False)
+        llm.engine.add_request([1] * prompt_len, options)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(3):
+                llm.engine.step()
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                llm.engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            llm.engine.abort_all()
