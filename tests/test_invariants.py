@@ -83,7 +83,8 @@ def test_a_merged_commit_equals_a_separate_one(llm):
     prompt = [7, 8, 9, 10, 11]
     runner = llm.engine.runner
     sequence = Sequence(0, None, prompt, SamplingParams(max_tokens=8, block_length=4), 0, frozenset())
-    sequence.slot, sequence.output_token_ids = 0, [20, 21, 22, 23]
+    sequence.slot = 0
+    sequence.finish_block([20, 21, 22, 23])
     runner.start(sequence)
     runner.page_tables[0, :4] = torch.tensor([3, 1, 2, 5])
 

@@ -105,27 +105,25 @@ def step_shape(scheduled: Items[ScheduledSequence]) -> StepShape:
 
 def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int) -> torch.Tensor:
     """StepInputs of this shape, which may be larger than the sequences need, one after the other in a CPU tensor."""
-    blocks, segment_slots, query_starts, kv_lens, positions = [], [], [0], [], []
+    rows, spans, blocks = 0, [], []
     for sequence, segments in scheduled:
-        for segment in segments:
-            positions.append(np.arange(segment.start, segment.stop))
-            segment_slots.append(sequence.slot)
-            query_starts.append(query_starts[-1] + segment.stop - segment.start)
-            kv_lens.append(segment.kv_len)
+        for start, stop, kv_len in segments:
+            spans.append((sequence.slot, stop - start, start - rows, kv_len))
+            rows += stop - start
         start = sequence.block_start
         # the last segment holds the block
-        first_row = query_starts[-2] + start - segments[-1].start
+        first_row = rows - (segments[-1].stop - start)
         blocks.append(
             (
                 *(sequence.slot, start, sequence.block_end - start, first_row),
-                *(sequence.step, sequence.reveal_count(), sequence.is_last_step(), len(sequence.output_token_ids)),
+                *(sequence.step, sequence.reveal_count(), sequence.is_last_step(), start - sequence.prompt_len),
             )
         )
-    slots = np.repeat(np.array(segment_slots), np.diff(query_starts))
+    segment_slots, lengths, shifts, kv_lens = np.array(spans).T
     columns = [
-        (slots, scrap_slot),
-        (np.concatenate(positions), 0),
-        (query_starts, query_starts[-1]),
+        (segment_slots.repeat(lengths), scrap_slot),
+        (shifts.repeat(lengths) + np.arange(rows), 0),
+        (np.append(0, lengths.cumsum()), rows),
         (segment_slots, scrap_slot),
         (kv_lens, 1),
         *zip(np.array(blocks).T, (scrap_slot, 0, 0, 0, 0, 0, 0, 0), strict=True),

@@ -44,9 +44,10 @@ class Scheduler:
         scheduled, rows = [], 0
         for sequence in sorted(self.running, key=lambda s: (s.last_run, s.request_id)):
             entry = ScheduledSequence(sequence, sequence.segments())
-            if rows + entry.rows <= self.max_num_batched_tokens:
+            rows_with_it = rows + entry.rows
+            if rows_with_it <= self.max_num_batched_tokens:
                 scheduled.append(entry)
-                rows += entry.rows
+                rows = rows_with_it
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
         return scheduled
 
@@ -60,10 +61,11 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for the running sequences' next steps, the oldest first, preempting from the youngest end."""
         for sequence in list(self.running):
-            while sequence.slot is not None and self._shortage(sequence) > self.pool.num_free:
+            shortage = self._shortage(sequence)
+            while sequence.slot is not None and shortage > self.pool.num_free:
                 self._preempt(self.running[-1])
             if sequence.slot is not None:
-                sequence.pages += self.pool.allocate(self._shortage(sequence))
+                sequence.pages += self.pool.allocate(shortage)
 
     def _admit(self) -> None:
         while self.waiting and self._free_slots and self._shortage(self.waiting[0]) <= self.pool.num_free:

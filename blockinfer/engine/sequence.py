@@ -22,6 +22,8 @@ class Sequence:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
+        self.prompt_len = len(prompt_token_ids)
+        self.canvas_end = self.prompt_len + params.max_tokens
         self.params = params
         self.seed = seed
         self.stop_token_ids = stop_token_ids
@@ -31,7 +33,6 @@ class Sequence:
         self.on_device = False  # whether the slot's tokens are this sequence's
         self.broken = False  # whether its logits were seen to be NaN or infinite
         self.pages: list[int] = []
-        self.step = 0
         self._masked_left = 0
         self.num_cached = 0
         self.last_run = -1
@@ -41,22 +42,14 @@ class Sequence:
         self.added_at = time.perf_counter()
         self.first_run_at: float | None = None
         self.first_block_at: float | None = None
+        self._begin_block()
 
-    @property
-    def prompt_len(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
-    def canvas_end(self) -> int:
-        return self.prompt_len + self.params.max_tokens
-
-    @property
-    def block_start(self) -> int:
-        return self.prompt_len + len(self.output_token_ids)
-
-    @property
-    def block_end(self) -> int:
-        return min(self.block_start + self.params.block_length, self.canvas_end)
+    def _begin_block(self) -> None:
+        # asked for many times a step, so kept
+        self.block_start = self.prompt_len + len(self.output_token_ids)
+        self.block_end = min(self.block_start + self.params.block_length, self.canvas_end)
+        self._step_limit = self.params.block_steps(self.block_end - self.block_start)
+        self.step = 0
 
     @property
     def num_masked(self) -> int:
@@ -79,12 +72,11 @@ class Sequence:
     def reveal_count(self) -> int:
         """Positions that a scheduled rule reveals in the next step; a rule that is not scheduled ignores it."""
         length = self.block_end - self.block_start
-        return scheduled_count(length, self.params.block_steps(length) or length, self.step)
+        return scheduled_count(length, self._step_limit or length, self.step)
 
     def is_last_step(self) -> bool:
         """Whether the step limit makes the next step reveal all that is left."""
-        limit = self.params.block_steps(self.block_end - self.block_start)
-        return limit is not None and self.step + 1 >= limit
+        return self._step_limit is not None and self.step + 1 >= self._step_limit
 
     def masked_after_step(self) -> int | None:
         """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
@@ -108,7 +100,7 @@ class Sequence:
         self.first_block_at = self.first_block_at or time.perf_counter()
         self.output_token_ids += token_ids
         self.denoising_steps += self.step
-        self.step = 0
+        self._begin_block()
 
     def restart_block(self) -> None:
         """Back to the start of the current block, with nothing cached: a preemption took the pages."""

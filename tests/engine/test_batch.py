@@ -14,7 +14,8 @@ def test_the_room_for_a_packed_step_holds_the_largest(count, blocks_before):
     scheduled = []
     for slot in range(count):
         sequence = Sequence(slot, None, [1], SamplingParams(max_tokens=2048, block_length=1), 0, frozenset())
-        sequence.slot, sequence.output_token_ids = slot, [2] * blocks_before
+        sequence.slot = slot
+        sequence.finish_block([2] * blocks_before)
         scheduled.append(ScheduledSequence(sequence, sequence.segments()))
     exact = step_shape(scheduled)
     assert exact.segments == exact.rows == count * (blocks_before + 2)
