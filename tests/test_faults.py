@@ -17,15 +17,15 @@ PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
 
 @pytest.fixture
 def break_once(llm, monkeypatch):
-    """break_once(n): from now on the n-th forward's first row of logits, and no other, has a NaN."""
+    """break_once(n): of the n-th forward from now on, and no other, these rows of logits get a NaN."""
 
-    def start(number):
+    def start(number, rows=(0,)):
         logits, calls = llm.engine.model.logits, iter(range(1000))
 
         def broken(hidden):
             out = logits(hidden)
             if next(calls) == number:
-                out[0, 5] = torch.nan
+                out[list(rows), 5] = torch.nan
             return out
 
         monkeypatch.setattr(llm.engine.model, "logits", broken)
@@ -83,9 +83,9 @@ def finish(engine):
 
 
 @pytest.mark.parametrize("rule", ["low_confidence", "threshold", "random"])
-@pytest.mark.parametrize("step", [0, 1, 3, 6])
+@pytest.mark.parametrize("step", [0, 1, 3, 9])
 def test_the_others_lose_nothing_to_a_broken_one(llm, break_once, rule, step):
-    """Of three requests the first breaks in a block's first, a middle and its last step, and in the next block."""
+    """Of three requests the first breaks in a block's first, a middle and its last step, and in its last block."""
     prompts, rules = [[1, 2, 3], [4, 5], [6, 7, 8]], ["sequential", "low_confidence", rule]
     params = [dataclasses.replace(PARAMS, unmasking=rule, seed=1) for rule in rules]
     expected = llm.generate(prompts, params, use_tqdm=False)[1:]
@@ -115,6 +115,15 @@ def test_a_broken_request_stands_still(llm, break_once):
             engine.step()
     assert sequence.nfe == 4
     engine.abort(bad)
+
+
+def test_every_broken_request_is_named(llm, break_once):
+    expected = llm.generate([4, 5], PARAMS, use_tqdm=False)[0].outputs
+    break_once(1, rows=[0, -1])
+    first, good, last = (llm.engine.add_request(prompt, PARAMS) for prompt in ([1, 2, 3], [4, 5], [6]))
+    outputs, named = finish(llm.engine)
+    assert named == [[first, last]]
+    assert [(output.request_id, output.outputs) for output in outputs] == [(good, expected)]
 
 
 @pytest.mark.parametrize("rule, steps", [("low_confidence", 4), ("threshold", 2)])

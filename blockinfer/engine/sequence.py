@@ -82,7 +82,7 @@ class Sequence:
         """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
         if not RULES[self.params.unmasking].scheduled:
             return None
-        return 0 if self.is_last_step() else self.num_masked - min(self.reveal_count(), self.num_masked)
+        return max(0, self.num_masked - self.reveal_count())
 
     def ran(self, forward: int) -> None:
         """Forward number `forward` was launched with this sequence's rows."""
