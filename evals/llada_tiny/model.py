@@ -39,10 +39,10 @@ class Norm(nn.Module):
         return y.to(x.dtype) * self.weight
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Half-rotation RoPE. x [B, H, L, D], angles [B, 1, L, D/2]; computed in float32 or better."""
-    a, b = x.to(angles.dtype).chunk(2, -1)
-    cos, sin = angles.cos(), angles.sin()
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Half-rotation RoPE. x [B, H, L, D], cos_sin [B, 1, L, D], the cosines first; computed in float32 or better."""
+    a, b = x.to(cos_sin.dtype).chunk(2, -1)
+    cos, sin = cos_sin.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
@@ -56,12 +56,12 @@ class Block(nn.Module):
         self.ff_proj, self.up_proj = nn.Linear(d, h, bias=False), nn.Linear(d, h, bias=False)
         self.ff_out = nn.Linear(h, d, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, bias: Tensor) -> Tensor:
         """x [B, L, d]; bias [B, 1, L, L], 0 where a query sees a key and -inf elsewhere."""
         B, L, d = x.shape
         y = self.attn_norm(x)
         q, k, v = (p(y).view(B, L, self.n_heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, attn_mask=bias.to(q.dtype))
+        y = F.scaled_dot_product_attention(rotate(q, cos_sin), rotate(k, cos_sin), v, attn_mask=bias.to(q.dtype))
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, L, d))
         y = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
@@ -85,16 +85,18 @@ class TinyLLaDA(nn.Module):
                 last = name.endswith(("attn_out.weight", "blocks.ff_out.weight")) or ".ff_out." in name
                 nn.init.normal_(weight, std=0.02 / (2 * shape.n_layers) ** 0.5 if last else 0.02)
         head_dim = shape.d_model // shape.n_heads
-        self.register_buffer(
-            "frequencies", shape.rope_theta ** -(torch.arange(0, head_dim, 2).float() / head_dim), persistent=False
-        )
+        frequencies = shape.rope_theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        angles = torch.arange(shape.max_sequence_length).float()[:, None] * frequencies
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("cos_sin", torch.cat([angles.cos(), angles.sin()], -1), persistent=False)
 
     def hidden(self, tokens: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
         """Final hidden states [B, L, d] of tokens [B, L] at positions [B, L] within their documents."""
-        angles = (positions[..., None].float() * self.frequencies)[:, None]
+        # looked up: torch.compile would take sine and cosine anew in every layer
+        cos_sin = self.cos_sin[positions][:, None]
         x = self.transformer["wte"](tokens)
         for block in self.transformer["blocks"]:
-            x = block(x, angles, bias)
+            x = block(x, cos_sin, bias)
         return self.transformer["ln_f"](x)
 
     def logits(self, hidden: Tensor) -> Tensor:

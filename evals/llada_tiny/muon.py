@@ -31,7 +31,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(grads)
         momentum = state["momentum"]
         momentum.lerp_(grads, 1 - group["momentum"])
-        update = orthogonal(grads.lerp(momentum, group["momentum"]))
+        iterate = torch.compile(orthogonal) if grads.is_cuda else orthogonal
+        update = iterate(grads.lerp(momentum, group["momentum"]))
         scale = 0.2 * max(update.shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)

@@ -84,12 +84,13 @@ def batches(tokenizer: str, options: dict, workers: int) -> Iterator[Batch]:
 
 
 def to_device(batch: Batch, device: str) -> dict[str, Tensor]:
-    return {
-        name: torch.from_numpy(array).to(device, non_blocking=True).long()
-        if array.dtype.kind == "i"
-        else torch.from_numpy(array).to(device)
-        for name, array in vars(batch).items()
-    }
+    """Without waiting for what the device still has to do."""
+    tensors = {}
+    for name, array in vars(batch).items():
+        tensor = torch.from_numpy(array)
+        tensor = tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
+        tensors[name] = tensor.long() if array.dtype.kind == "i" else tensor
+    return tensors
 
 
 class Objective(nn.Module):
@@ -133,8 +134,7 @@ class Log:
     def add(self, loss: Tensor, right: Tensor, source: Tensor) -> None:
         """One step's loss, and of each place whether it was right and whose it is (-1: nobody's)."""
         place = source % (len(SOURCES) + 1)
-        counted = [torch.bincount(place, w, len(SOURCES) + 1) for w in (right.float(), torch.ones_like(place).float())]
-        self.hits += torch.stack(counted)
+        self.hits.index_add_(1, place, torch.stack([right.float(), torch.ones_like(place).float()]))
         self.loss += loss
 
     def write(self, step: int, model: TinyLLaDA) -> None:

@@ -75,14 +75,14 @@ def test_the_first_weights_look_up_what_follows_an_equal_token():
     initialise(model, torch.Generator().manual_seed(0))
     tokens = torch.randperm(490, generator=torch.Generator().manual_seed(1))[:120] + 10
     tokens[80:100] = tokens[10:30]
-    angles = torch.arange(120)[:, None] * model.frequencies
+    cos_sin = model.cos_sin[:120]
     bias = torch.zeros(1, 1, 120, 120)
     x = model.transformer["wte"](tokens)[None]
     weights = []
     for block in model.transformer["blocks"][:2]:
         q, k = (proj(block.attn_norm(x)).view(120, 4, 64).transpose(0, 1) for proj in (block.q_proj, block.k_proj))
-        weights.append((rotate(q, angles) @ rotate(k, angles).mT / 8).softmax(-1))
-        x = block(x, angles[None, None], bias)
+        weights.append((rotate(q, cos_sin) @ rotate(k, cos_sin).mT / 8).softmax(-1))
+        x = block(x, cos_sin[None, None], bias)
     assert [weights[0][head].diagonal(offset).mean() > 0.4 for head, offset in enumerate(OFFSETS[0])] == [True] * 3
     # chance is 1 in 120
     assert [head.diagonal(-70)[13:28].mean() > 0.15 for head in weights[1][:3]] == [True] * 3
