@@ -19,8 +19,11 @@ ROW = 512  # tokens in a packed row; the longest prompt with its canvas fits
 MIXTURES = ((0.15, 0.15, 0.35, 0.35), (0.34, 0.26, 0.24, 0.16))
 DRILL_SHARES = (0.4, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
-FORM_SHARES = (0.25, 0.1, 0.2, 0.25, 0.2)
+FORM_SHARES = (0.2, 0.1, 0.15, 0.4, 0.15)
 LOWEST_T = 0.02
+# Of the documents, beside t uniform in (0, 1): with everything masked, where every block begins, and where a confidence
+# rule reveals most. A uniform t hardly ever comes near.
+WHOLLY_MASKED = 0.15
 PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
 
 
@@ -115,7 +118,7 @@ def make_batch(encoder: Encoder, number: int, rows: int, level: float, seed: int
     while True:
         group = [_row(source, rng, level) for source in rng.choices(SOURCES, mixture, k=64)]
         offset = rng.random()
-        rates = [(i + offset) / 64 for i in range(64)]
+        rates = [(i + offset) / 64 if rng.random() >= WHOLLY_MASKED else 1.0 for i in range(64)]
         rng.shuffle(rates)
         full = False
         for row, (prompt, answer), rate in zip(group, encoder(group), rates, strict=True):

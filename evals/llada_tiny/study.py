@@ -2,18 +2,22 @@
 
 python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study          # writes study.md and study.svg
 
-The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token.
+The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token. The model
+computes in float32, on a GPU where there is one.
 """
 
 import argparse
+import statistics
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from blockinfer import LLM, SamplingParams
+from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.decoding.modes import MODES
 from evals.llada_tiny.evaluate import final_answer, heldout_rows
 from evals.llada_tiny.problems import SOURCES
+from evals.paired import Paired
 from evals.prompts import messages
 from evals.report.scales import Scale, around
 
@@ -28,13 +32,28 @@ COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
 
 @dataclass(frozen=True)
 class Result:
-    """One mode and rule over all rows: shares of right answers, and tokens over forwards."""
+    """One mode and rule over all rows: of each source's rows, in their order, whether the answer was right.
+
+    tokens_per_forward: of all rows. long_tokens_per_forward: of gsm8k and math500, whose answers are long.
+    """
 
     mode: str
     rule: str
-    by_source: dict[str, float]
-    accuracy: float
+    right: dict[str, list[bool]]
     tokens_per_forward: float
+    long_tokens_per_forward: float
+
+    def share(self, source: str) -> float:
+        return statistics.fmean(self.right[source])
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(chain(*self.right.values()))
+
+    def against(self, other: "Result") -> Paired:
+        """On the same rows."""
+        pairs = list(zip(chain(*self.right.values()), chain(*other.right.values()), strict=True))
+        return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
 
 
 def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
@@ -43,16 +62,15 @@ def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
     for row, output in zip(rows, outputs, strict=True):
         found = final_answer(row["source"], output.outputs[0].text or "")
         right.setdefault(row["source"], []).append(found == row["answer"])
-    tokens, forwards = sum(len(o.outputs[0].token_ids) for o in outputs), sum(o.metrics.nfe for o in outputs)
+    long = [output for row, output in zip(rows, outputs, strict=True) if row["source"] in ("gsm8k", "math500")]
     name, *values = rule.values()
     unit = " steps" if "denoising_steps" in rule else ""
-    return Result(
-        mode,
-        " ".join([name, *(f"{value:g}{unit}" for value in values)]),
-        {source: sum(hits) / len(hits) for source, hits in right.items()},
-        sum(map(sum, right.values())) / len(rows),
-        tokens / forwards,
-    )
+    label = " ".join([name, *(f"{value:g}{unit}" for value in values)])
+    return Result(mode, label, right, _tokens_per_forward(outputs), _tokens_per_forward(long))
+
+
+def _tokens_per_forward(outputs: list[RequestOutput]) -> float:
+    return sum(len(o.outputs[0].token_ids) for o in outputs) / sum(o.metrics.nfe for o in outputs)
 
 
 def summary(results: list[Result]) -> str:
@@ -66,18 +84,30 @@ def summary(results: list[Result]) -> str:
 
 
 def markdown(results: list[Result], rows: int) -> str:
-    """The table by sources, in per cent."""
-    head = ["mode", "rule", *(f"`{source}`" for source in SOURCES), "all", "tokens per forward"]
+    """The table by sources, in per cent, and what each mode and rule loses against the first of each, in points."""
+    first = results[0]
+    head = ["mode", "rule", *(f"`{source}`" for source in SOURCES), "all", "tokens per forward", "of the first two"]
+    head += [f"against `{first.mode}`, same rule", f"against {first.rule}, same mode"]
     lines = [
-        f"Right answers in per cent, {rows} held-out problems a source.",
+        f"Right answers in per cent, {rows} held-out problems a source. Against another on the same rows: points lost, "
+        "and how many answers were lost and won.",
         "",
         _row(head),
         _row(["---"] * len(head)),
     ]
     for r in results:
-        shares = [*(r.by_source[source] for source in SOURCES), r.accuracy]
-        lines.append(_row([f"`{r.mode}`", r.rule, *(f"{100 * x:.1f}" for x in shares), f"{r.tokens_per_forward:.2f}"]))
+        shares = [*(r.share(source) for source in SOURCES), r.accuracy]
+        speeds = [f"{r.tokens_per_forward:.2f}", f"{r.long_tokens_per_forward:.2f}"]
+        others = [
+            next((_loss(r.against(o)) for o in results if (o.mode, o.rule) == key and o is not r), "")
+            for key in ((first.mode, r.rule), (r.mode, first.rule))
+        ]
+        lines.append(_row([f"`{r.mode}`", r.rule, *(f"{100 * x:.1f}" for x in shares), *speeds, *others]))
     return "\n".join(lines) + "\n"
+
+
+def _loss(paired: Paired) -> str:
+    return f"{100 * paired.loss:.1f} ({paired.lost}, {paired.won})"
 
 
 def _row(cells: list[str]) -> str:
@@ -136,11 +166,12 @@ def main() -> None:
     args = make_parser().parse_args()
     rows = heldout_rows(args.rows, "heldout", args.seed)
     results = []
-    with LLM(str(args.folder), max_num_seqs=args.max_num_seqs) as llm:
+    with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
         for mode in args.mode.split(","):
             for rule in RULES:
                 results.append(measure(llm, rows, mode, rule))
-                print(results[-1], flush=True)
+                r = results[-1]
+                print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "study.md").write_text(f"{summary(results)}\n{markdown(results, args.rows)}")
     (args.out / "study.svg").write_text(svg(results))

@@ -58,11 +58,13 @@ def test_the_model_solves_what_it_was_trained_for():
 
 
 def test_the_study_s_table_and_drawing():
+    half, quarter = [True, True, False, False], [False, False, False, True]
     results = [
-        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, 0.5), 0.5, 4.0),
-        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, 0.25), 0.25, 8.0),
+        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, half), 4.0, 5.0),
+        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, quarter), 8.0, 9.0),
     ]
-    assert "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 |" in markdown(results, 3)
+    row = "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 | 9.00 | 25.0 (8, 4) |  |"
+    assert row in markdown(results, 4)
     assert summary(results).splitlines()[0] == "| rule | `vanilla` | `block` |"
     assert summary(results).splitlines()[2:] == ["| threshold 0.9 | 50.0, 4.00 | 25.0, 8.00 |"]
     marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
