@@ -167,6 +167,7 @@ def train(
     device = weights[0].device.type
     objective: nn.Module = Objective(model)
     if device == "cuda":
+        torch.set_num_threads(1)  # more would wait for each other beside as many workers as there are cores
         torch.backends.cuda.matmul.allow_tf32 = True
         objective = torch.compile(objective)
     average = [w.detach().clone() for w in weights]
