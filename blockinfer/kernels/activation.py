@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.backend import runs_triton
+from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -25,12 +25,15 @@ def silu_mul_triton(gate_up: torch.Tensor, block: int = 1024) -> torch.Tensor:
         raise ValueError(f"gate_up must be a contiguous [T, 2 * m], got {tuple(gate_up.shape)}")
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, columns), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(rows, triton.cdiv(columns, block))](gate_up, out, columns, BLOCK=block)
+    _silu_mul_kernel[(rows, triton.cdiv(columns, block))](
+        gate_up, out, columns, BLOCK=block, **launch_options(gate_up.device)
+    )
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, out_ptr, columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (T, tiles of columns)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

@@ -3,6 +3,8 @@
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 
 
 def runs_triton(x: torch.Tensor) -> bool:
@@ -14,3 +16,25 @@ def runs_triton(x: torch.Tensor) -> bool:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the CPU, on which the interpreter runs a kernel's programs in turn."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Of a kernel that begins with `begin`: on GPUs that can (compute capability 9), it is launched while the kernel
+    before it still runs, and waits for that one's end itself (programmatic dependent launch)."""
+    return {"PDL": True, "launch_pdl": True} if _launches_early(device) else {"PDL": False}
+
+
+@cache
+def _launches_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Lets the next kernel be launched, and waits until the one before has ended and its writes are seen.
+
+    Every program calls it before it reads or writes memory, so that kernels still act one after the other.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels import philox
-from blockinfer.kernels.backend import runs_triton
+from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
 class RowNoise(NamedTuple):
@@ -133,6 +133,7 @@ def token_confidence_triton(
         WITH_ENTROPY=with_entropy,
         BLOCK=block,
         num_warps=8,
+        **launch_options(logits.device),
     )
     _combine_kernel[(rows,)](
         logits,
@@ -146,11 +147,13 @@ def token_confidence_triton(
         WITH_ENTROPY=with_entropy,
         BLOCK_TILES=triton.next_power_of_2(tiles),
         num_warps=1,
+        **launch_options(logits.device),
     )
     return Confidence(token_ids, confidence, entropy, finite)
 
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_INFINITE_BITS = tl.constexpr(0x7F800000)  # of a float32; NaN has more, but for its sign
 
 # What a tile leaves: its largest logit m, sum e^(x - m), sum (x - m) e^(x - m), its largest noisy logit, the lowest id
 # of that, and whether a candidate is NaN.
@@ -183,21 +186,25 @@ def _tile_kernel(
     PURPOSE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N, tiles)
     tile = tl.program_id(1)
     token_id = tile * BLOCK + tl.arange(0, BLOCK)
     inside = token_id < vocab_size
-    candidate = inside & (token_id != mask_token_id)
     # read with the mask token, which would keep its neighbours from being loaded together
     x = tl.load(logits_ptr + row * row_stride + token_id, mask=inside, other=-float("inf")).to(tl.float32)
-    has_nan = tl.max((candidate & (x != x)).to(tl.int32), axis=0)
-    x = tl.where(candidate & (x == x), x, -float("inf"))
+    if (mask_token_id >= tile * BLOCK) & (mask_token_id < (tile + 1) * BLOCK):
+        x = tl.where(token_id == mask_token_id, -float("inf"), x)
+
+    # What is rare is done apart, so that others need not wait for it. x is -inf where there is no candidate.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    has_nan = (tl.max(magnitude, axis=0) > _INFINITE_BITS).to(tl.int32)
+    if has_nan:
+        x = tl.where(x == x, x, -float("inf"))
 
     largest = tl.max(x, axis=0)
-    below = _below(x, largest)
-    weight = tl.where(candidate, tl.exp(below), 0.0)
-
     if NOISE:
         u = philox.uniform_triton(
             tl.load(seed_ptr + row), PURPOSE, tl.load(position_ptr + row), tl.load(step_ptr + row), token_id
@@ -207,8 +214,16 @@ def _tile_kernel(
     else:
         noisy = x
         best = largest
-    # among candidates alone, since all of them may be at -inf
-    token = tl.min(tl.where(candidate & (noisy == best), token_id, _NO_TOKEN), axis=0)
+    if tl.abs(largest) < 1e30:
+        below = tl.maximum(x, largest - 128.0) - largest  # the float32 exponential of -128 is 0
+        weight = tl.exp(below)
+        token = tl.min(tl.where(noisy == best, token_id, _NO_TOKEN), axis=0)
+    else:
+        candidate = inside & (token_id != mask_token_id)
+        below = _below(x, largest)
+        weight = tl.where(candidate, tl.exp(below), 0.0)
+        # among candidates alone, since all of them may be at -inf
+        token = tl.min(tl.where(candidate & (noisy == best), token_id, _NO_TOKEN), axis=0)
 
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     part = parts_ptr + row * tl.num_programs(1) + tile
@@ -233,7 +248,9 @@ def _combine_kernel(
     finite_ptr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N,)
     tile = tl.arange(0, BLOCK_TILES)
     inside = tile < tiles

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.backend import runs_triton
+from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
 def rope_tables(head_dim: int, length: int, theta: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -90,6 +90,7 @@ def rope_store_kv_triton(
         HALF=head_dim // 2,
         BLOCK_H=block_h,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        **launch_options(qkv.device),
     )
     return q
 
@@ -107,7 +108,9 @@ def _rope_store_kv_kernel(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (T, tiles of heads)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_HALF)

@@ -4,75 +4,83 @@ import torch
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.backend import runs_triton
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, d], weight [d] -> [T, d] in x's dtype. The mean square is taken in float32 (float64 for float64)."""
-    return rms_norm_triton(x, weight, eps) if runs_triton(x) else rms_norm_torch(x, weight, eps)
+from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, residual [T, d] -> (rms_norm(x + residual), x + residual). residual is overwritten with the sum."""
-    if runs_triton(x):
-        return rms_norm_triton(x, weight, eps, residual), residual
-    residual.add_(x)
-    return rms_norm_torch(residual, weight, eps), residual
+    """x, residual [T, d], weight [d] -> (rms_norm(x + residual), x + residual); residual is overwritten with the sum.
+
+    x may also be parts [S, T, d], of float32 or wider, whose sum is meant: kernels.linear.linear_parts leaves them. The
+    mean square is taken in float32 (float64 for float64).
+    """
+    implementation = add_rms_norm_triton if runs_triton(residual) else add_rms_norm_torch
+    return implementation(x, residual, weight, eps), residual
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The twin of `rms_norm`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+def add_rms_norm_torch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The twin, of what is normed."""
+    residual.add_(x if x.ndim == 2 else x.sum(0))
+    wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return normed.to(residual.dtype) * weight
 
 
-def rms_norm_triton(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The kernel of both: a row, which a program holds whole. The sum with a residual [T, d] replaces the residual.
+def add_rms_norm_triton(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The kernel: a row, which a program holds whole.
 
     Raises ValueError where a shape differs or a tensor is not contiguous.
     """
-    added = x if residual is None else residual
-    if x.ndim != 2 or weight.shape != x.shape[1:] or added.shape != x.shape:
+    if residual.ndim != 2 or weight.shape != residual.shape[1:] or x.shape[-2:] != residual.shape or x.ndim > 3:
         raise ValueError(
-            f"x and residual must be [T, d] and weight [d], got {tuple(x.shape)}, {tuple(added.shape)} and "
-            f"{tuple(weight.shape)}"
+            f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
+            f"{tuple(residual.shape)} and {tuple(weight.shape)}"
         )
-    if not (x.is_contiguous() and added.is_contiguous() and weight.is_contiguous()):
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
         raise ValueError("x, residual and weight must be contiguous")
-    rows, columns = x.shape
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    rows, columns = residual.shape
+    out = torch.empty((rows, columns), dtype=residual.dtype, device=residual.device)
     block = triton.next_power_of_2(columns)
-    _rms_norm_kernel[(rows,)](
+    _add_rms_norm_kernel[(rows,)](
         x,
-        added,
+        residual,
         weight,
         out,
         columns,
         eps,
-        ADD=residual is not None,
+        PARTS=1 if x.ndim == 2 else x.shape[0],
         BLOCK=block,
         num_warps=min(8, max(1, block // 256)),
+        **launch_options(residual.device),
     )
     return out
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    columns,
+    eps,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (T,)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     where = row * columns + column
-    x = tl.load(x_ptr + where, mask=inside, other=0.0)
-    if ADD:
-        total = x.to(tl.float32) + tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
-        # what is normed is what is stored: the rounded sum
-        x = total.to(x.dtype)
-        tl.store(residual_ptr + where, x, mask=inside)
+    plane = tl.num_programs(0).to(tl.int64) * columns
+    total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+    # what is normed is what is stored: the rounded sum
+    x = total.to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + where, x, mask=inside)
     wide = x.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.backend import num_processors, runs_triton
+from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
 
 
 class SegmentTable(NamedTuple):
@@ -130,6 +130,7 @@ def paged_attention_triton(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **launch_options(q.device),
     )
     if split:
         _combine_kernel[(rows, heads)](
@@ -141,6 +142,7 @@ def paged_attention_triton(
             BLOCK_SPLITS=triton.next_power_of_2(tiling.splits),
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=1,
+            **launch_options(q.device),
         )
     return out
 
@@ -148,14 +150,14 @@ def paged_attention_triton(
 def choose_tiling(q: torch.Tensor, kv_heads: int, segments: int, max_kv_len: int) -> Tiling:
     """Tiles as tall as a segment, and so many parts of the keys that every processor has a program or two.
 
-    Up to 512 keys the second launch costs what the parts save (measured on an H200, as were the tiles).
+    Up to 256 keys the second launch costs what the parts save (measured on an H100, the tiles on an H200, too).
     """
     rows, heads, _ = q.shape
     rows *= heads // kv_heads
     block_m = 32 if rows <= 32 * segments else 64
     block_n = 32 if q.dtype == torch.float32 else 128 if block_m == 32 else 64
     programs = max(segments, rows // block_m) * kv_heads
-    wanted = 2 * num_processors(q.device) // programs if max_kv_len > 512 else 1
+    wanted = 2 * num_processors(q.device) // programs if max_kv_len > 256 else 1
     return Tiling(block_m, block_n, splits=max(1, min(wanted, max_kv_len // block_n, 16)))
 
 
@@ -183,7 +185,9 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     tile = tl.program_id(0)  # grid (tiles, KV_HEADS, SPLITS)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -218,24 +222,18 @@ def _paged_attention_kernel(
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile_start in tl.range(first_key, last_key, BLOCK_N):
-        key = tile_start + tl.arange(0, BLOCK_N)
-        key_inside = key < last_key
-        page = tl.load(table_row + key // PAGE_SIZE, mask=key_inside, other=0)
-        slot = page * PAGE_SIZE + key % PAGE_SIZE  # [BLOCK_N] int64
-        offset = (slot * KV_HEADS + kv_head) * HEAD_DIM
-        # unused slots may hold NaN, which 0 * NaN would let into the sum: they are not read
-        kv_inside = key_inside[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + offset[:, None] + d[None, :], mask=kv_inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_ptr + offset[:, None] + d[None, :], mask=kv_inside, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-        score = tl.where(key_inside[None, :], score, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(score, axis=1))
-        shrink = tl.exp2(largest - new_largest)
-        p = tl.exp2(score - new_largest[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        largest = new_largest
+    # only the last tile may hold keys that are not the part's
+    whole = first_key + tl.maximum(last_key - first_key, 0) // BLOCK_N * BLOCK_N
+    for tile_start in tl.range(first_key, whole, BLOCK_N):
+        acc, total, largest = _attend(
+            *(acc, total, largest, q, k_ptr, v_ptr, table_row, kv_head, tile_start, last_key, scale, True),
+            *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D),
+        )
+    if whole < last_key:
+        acc, total, largest = _attend(
+            *(acc, total, largest, q, k_ptr, v_ptr, table_row, kv_head, whole, last_key, scale, False),
+            *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D),
+        )
 
     if SPLITS == 1:
         where = (row[:, None] * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
@@ -251,6 +249,54 @@ def _paged_attention_kernel(
 
 
 @triton.jit
+def _attend(
+    acc,
+    total,
+    largest,
+    q,
+    k_ptr,
+    v_ptr,
+    table_row,
+    kv_head,
+    tile_start,
+    last_key,
+    scale,
+    WHOLE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The running softmax after BLOCK_N more keys; unless WHOLE, those from last_key on are left out."""
+    key = tile_start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    if WHOLE:
+        page = tl.load(table_row + key // PAGE_SIZE)
+    else:
+        page = tl.load(table_row + key // PAGE_SIZE, mask=key < last_key, other=0)
+    slot = page * PAGE_SIZE + key % PAGE_SIZE  # [BLOCK_N] int64
+    at = (slot * KV_HEADS + kv_head)[:, None] * HEAD_DIM + d[None, :]  # [BLOCK_N, BLOCK_D]
+    if WHOLE and HEAD_DIM == BLOCK_D:
+        k = tl.load(k_ptr + at)
+        v = tl.load(v_ptr + at)
+    else:
+        # unused slots may hold NaN, which 0 * NaN would let into the sum: they are not read
+        inside = (key < last_key)[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if not WHOLE:
+        score = tl.where((key < last_key)[None, :], score, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(score, axis=1) * scale)
+    shrink = tl.exp2(largest - new_largest)
+    p = tl.exp2(score * scale - new_largest[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return acc, total, new_largest
+
+
+@triton.jit
 def _combine_kernel(
     parts_ptr,
     log_sum_ptr,
@@ -259,7 +305,9 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     which = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)  # grid (T, H)
     split = tl.arange(0, BLOCK_SPLITS)
     d = tl.arange(0, BLOCK_D)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from blockinfer.config import ModelConfig
-from blockinfer.kernels.activation import silu_mul
 from blockinfer.kernels.kv_store import rope_store_kv, rope_tables
-from blockinfer.kernels.norm import add_rms_norm, rms_norm
+from blockinfer.kernels.linear import gated_linear, linear, linear_parts
+from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
 
 
@@ -36,16 +36,17 @@ class LLaDALayer(nn.Module):
         kv_pages: torch.Tensor,
         table: SegmentTable,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, d]: the previous layer's output, not yet added to residual [T, d] -> the same two for this layer.
+        """x [T, d], or parts of it [S, T, d]: the previous layer's output, not yet added to residual [T, d] -> the same
+        two for this layer.
 
         kv_pages [2, pages, P, HK, D]: this layer's cache. All K and V are written before any attention reads them.
         """
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
-        qkv = F.linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
+        qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots)
-        x = F.linear(paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1), self.attn_out)
+        x = linear_parts(paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1), self.attn_out)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps)
-        return F.linear(silu_mul(F.linear(x, self.gate_up_proj)), self.ff_out), residual
+        return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out), residual
 
 
 class LLaDA(nn.Module):
@@ -70,11 +71,11 @@ class LLaDA(nn.Module):
         cos_sin = self.cos_sin[positions]
         for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
             x, residual = layer(x, residual, cos_sin, layer_pages, table)
-        return x.add_(residual)
+        return add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, d] from `forward` -> [N, embedding_size]. The last norm is here: only these rows need it."""
-        return F.linear(rms_norm(hidden, self.ln_f, self.config.rms_norm_eps), self.lm_head)
+        """hidden [N, d] from `forward` -> [N, embedding_size]."""
+        return linear(hidden, self.lm_head)
 
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """The published tensor names and the part of a parameter that each fills, in the published shape."""

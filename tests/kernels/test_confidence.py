@@ -172,6 +172,15 @@ def test_a_row_without_any_preference(device, value, mask_token_id, token, candi
         torch.testing.assert_close(entropy.cpu(), torch.tensor([math.log(candidates)]))
 
 
+@pytest.mark.parametrize("mask_token_id", [0, 15, 16, 31, 32])
+def test_the_mask_token_is_no_candidate_wherever_in_a_tile(device, mask_token_id):
+    """Its logit is the largest; of the others the last one is."""
+    matrix = torch.zeros(1, 38)
+    matrix[0, [3 + mask_token_id, 34]] = torch.tensor([9.0, 1.0])
+    for result in implementations(Case(matrix, 33, mask_token_id, 0, 16), device):
+        assert result.token_ids.tolist() == [31 if mask_token_id != 31 else 0]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_finite_speaks_of_the_candidates_alone(device, value):
     """One logit of a row: a candidate's in the first tile or the last, the mask token's, one past the vocabulary."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
-from blockinfer.kernels import activation, confidence, kv_store, norm, paged_attention
+from blockinfer.kernels import activation, confidence, kv_store, linear, norm, paged_attention
 from tests.checkpoints import write_checkpoint
 from tests.comparison import NEAR_TIE, assert_equivalent
 from tests.reference import Reference
@@ -16,16 +16,25 @@ KERNELS = {
     activation: "silu_mul_triton",
     confidence: "token_confidence_triton",
     kv_store: "rope_store_kv_triton",
-    norm: "rms_norm_triton",
+    linear: "skinny_linear_triton",
+    norm: "add_rms_norm_triton",
     paged_attention: "paged_attention_triton",
 }
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(n_kv_heads=2, weight_tying=True)], ids=["dense", "gqa"])
-def test_the_engine_on_the_kernels(device, shape, tmp_path, monkeypatch):
+# with rows for skinny products in parts, and for those of more rows
+SHAPES = {"dense": (dict(), True), "gqa": (dict(n_kv_heads=2, weight_tying=True), False)}
+
+
+@pytest.mark.parametrize("shape, skinny", SHAPES.values(), ids=SHAPES)
+def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch):
     """Every mode, each with another rule, in one ragged batch: two blocks, the second short; half of it with noise."""
     called = set()
-    for module, name in KERNELS.items():
+    unused = activation if skinny else linear
+    monkeypatch.setattr(linear, "_is_skinny", lambda x: skinny)
+    monkeypatch.setattr(linear, "choose_tiling", lambda *args, **options: linear.Tiling(16, 16, 1 if options else 2))
+    kernels = {module: name for module, name in KERNELS.items() if module is not unused}
+    for module, name in kernels.items():
         kernel = getattr(module, name)
         monkeypatch.setattr(module, "runs_triton", lambda x: x.dtype != torch.float64)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, n=name, **options: called.add(n) or k(*a, **options))
@@ -41,4 +50,4 @@ def test_the_engine_on_the_kernels(device, shape, tmp_path, monkeypatch):
     reference = Reference(folder)
     expected = [reference.generate(p, **s) for p, s in zip(prompts, settings, strict=True)]
     assert_equivalent([(r, o.outputs[0]) for r, o in zip(expected, outputs, strict=True)], margin=NEAR_TIE)
-    assert called == set(KERNELS.values())
+    assert called == set(kernels.values())

@@ -1,0 +1,157 @@
+"""Matrix products of a few rows, whose time is that of reading the weights once.
+
+At the rows of one request's block cuBLAS leaves memory bandwidth unused, and its split products need a launch of their
+own to be summed. Here the weights are the tall operand of the matrix units and the rows the narrow one; where there
+are too few columns to fill the GPU the depth is split over programs (split-K), whose parts the operation that follows
+adds up. More rows than SKINNY_ROWS go to cuBLAS.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from blockinfer.kernels.activation import silu_mul
+from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
+
+SKINNY_ROWS = 64
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [N, K], of one dtype -> x @ weight.T, [T, N]."""
+    if _is_skinny(x):
+        return skinny_linear_triton(x, weight, choose_tiling(x, weight)._replace(splits=1))[0]
+    return F.linear(x, weight)
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N] float32, of which it is the sum."""
+    return skinny_linear_triton(x, weight, choose_tiling(x, weight)) if _is_skinny(x) else F.linear(x, weight)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [2 * m, K], the gate's rows first -> silu(x @ gate.T) * (x @ up.T), [T, m]: arXiv 2002.05202."""
+    if _is_skinny(x):
+        return skinny_linear_triton(x, weight, choose_tiling(x, weight, gated=True), gated=True)[0]
+    return silu_mul(F.linear(x, weight))
+
+
+def _is_skinny(x: torch.Tensor) -> bool:
+    """float32 stays with cuBLAS: its products there are as exact as the tests ask for, and no faster here."""
+    return runs_triton(x) and x.dtype != torch.float32 and 0 < x.shape[0] <= SKINNY_ROWS
+
+
+class Tiling(NamedTuple):
+    """Columns and depth of a program's tile, powers of two, at least 16; parts of the depth."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 5
+
+
+def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> Tiling:
+    """A program or more for each processor, all of them reading (measured on an H100, at 32 and 64 rows)."""
+    columns = weight.shape[0]
+    if gated:
+        return Tiling(64, 128, 1, num_stages=4)
+    if columns > 2**15:
+        return Tiling(128, 128, 1, num_warps=8, num_stages=3)
+    splits = min(num_processors(x.device) // triton.cdiv(columns, 64), x.shape[1] // 1024)
+    return Tiling(64, 128, max(1, splits))
+
+
+def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling, gated: bool = False) -> torch.Tensor:
+    """The kernel of all three -> [S, T, N], S = tiling.splits: in x's dtype where S is 1, and float32 parts else.
+
+    Raises ValueError where shapes, dtypes or strides do not fit, and for a gate that is split.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or (gated and weight.shape[0] % 2):
+        raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must be of one dtype, got {x.dtype} and {weight.dtype}")
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("x and weight must be contiguous")
+    if gated and tiling.splits > 1:
+        raise ValueError(f"a gated product cannot be added up from parts, got splits={tiling.splits}")
+    rows, depth = x.shape
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    dtype = x.dtype if tiling.splits == 1 else torch.float32
+    out = torch.empty((tiling.splits, rows, columns), dtype=dtype, device=x.device)
+    block_k = min(tiling.block_k, max(16, triton.next_power_of_2(depth)))
+    _skinny_linear_kernel[(triton.cdiv(columns, tiling.block_n), tiling.splits)](
+        x,
+        weight,
+        out,
+        rows,
+        columns,
+        depth,
+        triton.cdiv(triton.cdiv(depth, block_k), tiling.splits) * block_k,
+        GATED=gated,
+        WHOLE=depth % block_k == 0 and columns % tiling.block_n == 0,
+        BLOCK_T=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=tiling.block_n,
+        BLOCK_K=block_k,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        **launch_options(x.device),
+    )
+    return out
+
+
+@triton.jit
+def _skinny_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    columns,
+    depth,
+    part,
+    GATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # grid (tiles of columns, splits); part: the depth of a split, a multiple of BLOCK_K
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    row = tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    row_inside = row < rows
+    column_inside = column < columns
+    weights = weight_ptr + column.to(tl.int64)[:, None] * depth + k[None, :]  # [BLOCK_N, BLOCK_K]
+    up_weights = weights + columns.to(tl.int64) * depth
+    xs = x_ptr + row[:, None] * depth + k[None, :]  # [BLOCK_T, BLOCK_K]
+
+    first = split * part
+    begin(PDL)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up_acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for start in tl.range(first, tl.minimum(first + part, depth), BLOCK_K):
+        if WHOLE:
+            w = tl.load(weights + start)
+            x = tl.load(xs + start, mask=row_inside[:, None], other=0.0)
+        else:
+            inside = start + k < depth
+            w = tl.load(weights + start, mask=column_inside[:, None] & inside[None, :], other=0.0)
+            x = tl.load(xs + start, mask=row_inside[:, None] & inside[None, :], other=0.0)
+        x = tl.trans(x)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        if GATED:
+            if WHOLE:
+                w = tl.load(up_weights + start)
+            else:
+                w = tl.load(up_weights + start, mask=column_inside[:, None] & inside[None, :], other=0.0)
+            up_acc = tl.dot(w, x, up_acc, input_precision="ieee")
+    if GATED:
+        # of two equal forms of the sigmoid, the one whose exponential cannot overflow
+        small = tl.exp(-tl.abs(acc))
+        acc = acc * tl.where(acc >= 0, 1.0, small) / (1.0 + small) * up_acc
+    where = (split * rows + row).to(tl.int64)[None, :] * columns + column[:, None]
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=row_inside[None, :] & column_inside[:, None])

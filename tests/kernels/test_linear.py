@@ -1,0 +1,90 @@
+"""Products of a few rows with a matrix, plain, in parts and gated, against float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockinfer.kernels import linear as module
+from blockinfer.kernels.linear import Tiling, gated_linear, linear, linear_parts, skinny_linear_triton
+
+# of the norm of the error to that of the product
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def draw(seed, rows, columns, depth, dtype, device):
+    g = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, depth, generator=g).to(dtype).to(device) for n in (rows, columns))
+    return x, weight
+
+
+def exact(x, weight, gated):
+    product = x.double() @ weight.double().mT
+    if not gated:
+        return product
+    gate, up = product.chunk(2, dim=1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def assert_near(out, expected, dtype):
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 64),
+    columns=st.integers(1, 130),
+    depth=st.integers(1, 300) | st.sampled_from([64, 128, 256]),
+    tiling=st.builds(Tiling, st.sampled_from([16, 64]), st.sampled_from([16, 64]), st.integers(1, 4)),
+    gated=st.booleans(),
+    dtype=st.sampled_from([*TOLERANCE]),
+)
+def test_equals_its_definition(device, guarded_empty, seed, rows, columns, depth, tiling, gated, dtype):
+    x, weight = draw(seed, rows, columns * (1 + gated), depth, dtype, device)
+    before = x.clone(), weight.clone()
+    tiling = tiling._replace(splits=1 if gated else tiling.splits)
+    out = skinny_linear_triton(x, weight, tiling, gated)
+    assert out.shape == (tiling.splits, rows, columns)
+    assert out.dtype == (dtype if tiling.splits == 1 else torch.float32)
+    assert_near(out.double().sum(0), exact(x, weight, gated), dtype)
+    assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
+    guarded_empty.check()
+
+
+@given(seed=st.integers(0, 2**31), rows=st.integers(2, 20))
+def test_a_row_does_not_depend_on_those_beside_it(device, seed, rows):
+    x, weight = draw(seed, rows, 40, 100, torch.float16, device)
+    tiling = Tiling(16, 32, 2)
+    together = skinny_linear_triton(x, weight, tiling)
+    alone = skinny_linear_triton(x[:1].contiguous(), weight, tiling)
+    # tiles of other heights may add in another order
+    torch.testing.assert_close(together[:, :1], alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("skinny", [False, True])
+def test_what_the_model_calls(device, monkeypatch, skinny):
+    monkeypatch.setattr(module, "_is_skinny", lambda x: skinny)
+    monkeypatch.setattr(module, "choose_tiling", lambda *args, **options: Tiling(16, 16, 1 if options else 3))
+    x, weight = draw(1, 9, 48, 64, torch.float32, device)
+    parts = linear_parts(x, weight)
+    assert parts.shape == ((3, 9, 48) if skinny else (9, 48))
+    for out in (linear(x, weight), parts.sum(0) if skinny else parts):
+        assert_near(out, exact(x, weight, False), torch.float32)
+    assert_near(gated_linear(x, weight), exact(x, weight, True), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weight=torch.zeros(4, 9)), r"do not fit: \(3, 8\) and \(4, 9\)"),
+        (dict(x=torch.zeros(8)), r"do not fit: \(8,\)"),
+        (dict(weight=torch.zeros(5, 8), gated=True), "do not fit"),
+        (dict(weight=torch.zeros(4, 8).half()), "one dtype, got torch.float32 and torch.float16"),
+        (dict(weight=torch.zeros(8, 4).mT), "contiguous"),
+        (dict(tiling=Tiling(16, 16, 2), gated=True), "splits=2"),
+    ],
+)
+def test_misfits_are_named(change, message):
+    right = dict(x=torch.zeros(3, 8), weight=torch.zeros(4, 8), tiling=Tiling(16, 16, 1))
+    with pytest.raises(ValueError, match=message):
+        skinny_linear_triton(**right | change)
