@@ -76,6 +76,12 @@ class StepInputs(NamedTuple):
         segments, blocks = _power_of_two(rows), _power_of_two(blocks)
         return 2 * rows + 3 * segments + 1 + 8 * blocks
 
+    @staticmethod
+    def step_columns(shape: StepShape) -> slice:
+        """Where in a packed tensor steps, counts and last_steps are, all that changes from step to step of a block."""
+        start = 2 * shape.rows + 3 * shape.segments + 1 + 4 * shape.blocks
+        return slice(start, start + 3 * shape.blocks)
+
     @classmethod
     def split(cls, packed: torch.Tensor, shape: StepShape) -> "StepInputs":
         """The views of what `pack` made."""
@@ -116,7 +122,7 @@ def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int)
         blocks.append(
             (
                 *(sequence.slot, start, sequence.block_end - start, first_row),
-                *(sequence.step, sequence.reveal_count(), sequence.is_last_step(), start - sequence.prompt_len),
+                *(*_step_of(sequence), start - sequence.prompt_len),
             )
         )
     segment_slots, lengths, shifts, kv_lens = np.array(spans).T
@@ -136,6 +142,23 @@ def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int)
         packed[start : start + len(values)] = values
         packed[start + len(values) : end] = padding
     return torch.from_numpy(packed)
+
+
+def layout(scheduled: Items[ScheduledSequence], shape: StepShape) -> tuple:
+    """What a packed tensor depends on: those of equal layouts differ in `StepInputs.step_columns` at most."""
+    sequences = [(s.request_id, s.slot, s.block_start, segments) for s, segments in scheduled]
+    return shape.rows, shape.segments, shape.blocks, sequences
+
+
+def pack_steps(scheduled: Items[ScheduledSequence], shape: StepShape) -> torch.Tensor:
+    """`StepInputs.step_columns` of what `pack` makes."""
+    steps = [_step_of(sequence) for sequence, _ in scheduled]
+    steps += [(0, 0, False)] * (shape.blocks - len(steps))
+    return torch.tensor([*zip(*steps, strict=True)], dtype=torch.int64).flatten()
+
+
+def _step_of(sequence: Sequence) -> tuple[int, int, bool]:
+    return sequence.step, sequence.reveal_count(), sequence.is_last_step()
 
 
 class SlotOptions(NamedTuple):
@@ -202,6 +225,9 @@ def _power_of_two(n: int) -> int:
 
 
 def _bucket(n: int) -> int:
-    """At most a quarter more, and a multiple of 8: 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ..."""
-    step = max(8, _power_of_two(n + 1) // 8)
+    """At most a quarter more, in steps of 8 and wider ones: 8, 16, ..., 64, 80, 96, 112, 128, 160, ..., 512, 640, ...
+
+    Steps of 128 are the widest: so many rows are a tile of large matrix products, whose time is a step's from there on.
+    """
+    step = min(128, max(8, _power_of_two(n + 1) // 8))
     return -(-n // step) * step

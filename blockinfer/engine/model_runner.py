@@ -9,7 +9,17 @@ import torch
 
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.batch import MaskedRows, SlotOptions, StepInputs, StepShape, as_float, pack, step_shape
+from blockinfer.engine.batch import (
+    MaskedRows,
+    SlotOptions,
+    StepInputs,
+    StepShape,
+    as_float,
+    layout,
+    pack,
+    pack_steps,
+    step_shape,
+)
 from blockinfer.engine.graphs import GraphCache
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
@@ -77,9 +87,10 @@ class ModelRunner:
         self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
         self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
         self._graphs = GraphCache() if self.device.type == "cuda" else None
-        # where every graph finds its step's indices
+        # where every graph finds its step's indices, and what those that are there depend on
         largest = StepInputs.largest(_MAX_GRAPH_ROWS, config.max_num_seqs)
         self._packed = torch.empty(largest, dtype=torch.int64, device=self.device)
+        self._layout: tuple | None = None
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
@@ -106,13 +117,10 @@ class ModelRunner:
         graphs = self._graphs if padded.rows <= _MAX_GRAPH_ROWS else None
         shape = padded if graphs else exact
         self._write_page_tables(sequences)
-        packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
+        inputs = self._write_inputs(scheduled, shape)
         if graphs is None:
-            inputs = _pinned(packed, self.device).to(self.device, non_blocking=True)
             result = self._step(StepInputs.split(inputs, shape), shape)
         else:
-            inputs = self._packed[: len(packed)]
-            _write(inputs, packed)
             result = graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
         self.stats.forwards += 1
         self.stats.rows += exact.rows
@@ -125,6 +133,21 @@ class ModelRunner:
             BlockResult(left, token_ids[: sequence.block_end - sequence.block_start], bool(broken))
             for sequence, (broken, left, *token_ids) in zip(sequences, result.tolist(), strict=False)
         ]
+
+    def _write_inputs(self, scheduled: list[ScheduledSequence], shape: StepShape) -> torch.Tensor:
+        """Packed StepInputs on the device, of which most stay as they are from step to step of a block."""
+        size = sum(StepInputs.sizes(shape))
+        if size > len(self._packed):
+            packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
+            return _pinned(packed, self.device).to(self.device, non_blocking=True)
+        inputs = self._packed[:size]
+        wanted = layout(scheduled, shape)
+        if wanted == self._layout:
+            _write(inputs[StepInputs.step_columns(shape)], pack_steps(scheduled, shape))
+        else:
+            _write(inputs, pack(scheduled, shape, scrap_slot=self.config.max_num_seqs))
+            self._layout = wanted
+        return inputs
 
     def _write_page_tables(self, sequences: list[Sequence]) -> None:
         """A running sequence's pages are only ever added to, until it is started anew."""
