@@ -29,9 +29,9 @@ from blockinfer.kernels.confidence import Confidence, RowNoise, token_confidence
 from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.models.llada import LLaDA
 
-# Rows that go through the LM head at once, which bounds the memory of what has a column for every token: at 126,464
-# columns about 0.3 GB, in float32 and with noise, for which the PyTorch twin needs ten times as much.
-_LM_HEAD_ROWS, _NOISY_LM_HEAD_ROWS = 256, 32
+# Rows that go through the LM head at once, times the bytes of a number. That bounds the memory of what has a column for
+# every token: at 126,464 columns 0.3 GB in float32, and with noise, for which the PyTorch twin needs ten times as much.
+_COLUMN_BYTES, _NOISY_COLUMN_BYTES = 1024, 128
 # Above so many rows the GPU is busy for longer than the host takes to launch its kernels one by one.
 _MAX_GRAPH_ROWS = 2048
 
@@ -217,7 +217,7 @@ class ModelRunner:
         if "noise" in shape.features:
             noise = _row_noise(inputs, options, rows)
         with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
-        size = _NOISY_LM_HEAD_ROWS if noise and not runs_triton(hidden) else _LM_HEAD_ROWS
+        size = (_NOISY_COLUMN_BYTES if noise and not runs_triton(hidden) else _COLUMN_BYTES) // hidden.itemsize
         vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
         chunks = []
         for start in range(0, len(hidden), size):
