@@ -158,7 +158,8 @@ def choose_tiling(q: torch.Tensor, kv_heads: int, segments: int, max_kv_len: int
     block_n = 32 if q.dtype == torch.float32 else 128 if block_m == 32 else 64
     programs = max(segments, rows // block_m) * kv_heads
     wanted = 2 * num_processors(q.device) // programs if max_kv_len > 256 else 1
-    return Tiling(block_m, block_n, splits=max(1, min(wanted, max_kv_len // block_n, 16)))
+    stages = 2 if block_m == 32 else 3
+    return Tiling(block_m, block_n, splits=max(1, min(wanted, max_kv_len // block_n, 16)), num_stages=stages)
 
 
 @triton.jit
