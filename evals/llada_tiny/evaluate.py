@@ -125,8 +125,9 @@ def _most_likely(model: TinyLLaDA, encoder: Encoder, pairs: list[tuple[list[int]
     for row, (prompt, canvas) in enumerate(pairs):
         tokens[row, width - len(prompt) :] = torch.tensor(prompt + canvas)
         documents[row, : width - len(prompt)] = -1
-    positions = (documents + 1).cumsum(1).sub(1).clamp(min=0).to(device)
-    bias = attention_bias(documents, torch.zeros_like(documents)).to(device)
+    documents = documents.to(device)
+    positions = (documents + 1).cumsum(1).sub(1).clamp(min=0)
+    bias = attention_bias(documents, torch.zeros_like(documents))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = model.hidden(tokens.to(device), positions, bias)[:, width:]
     return model.logits(hidden.float()).argmax(-1).tolist()
