@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.configurations import KERNEL, RESUMED
+from evals.configurations import RESUMED, is_configuration
 from evals.gate.judge import nfe_fault
 from evals.paired import Paired
 from evals.wilson import wilson_interval
@@ -55,11 +55,11 @@ class Comparison:
 
 
 def read(path: str) -> dict[str, Info]:
-    """The extra_info of each benchmark of a result file but for the kernels', by name. Raises NotComparable."""
+    """The extra_info of each benchmark of a result file but for kernels and steps, by name. Raises NotComparable."""
     try:
         benchmarks = json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
         infos = [(benchmark["name"].removesuffix(RESUMED), benchmark["extra_info"]) for benchmark in benchmarks]
-        found = {name: info for name, info in infos if KERNEL not in info}
+        found = {name: info for name, info in infos if is_configuration(info)}
     except (OSError, ValueError) as error:
         raise NotComparable(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """What a configuration is called and compared with. Who reads a run's files needs this, and needs no torch."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 # LLaDA's standard decoding, as a mode of the suite: one block of max_tokens.
 STANDARD = "vanilla_llada"
@@ -10,6 +11,8 @@ REFERENCE_IMPL = "reference_impl"
 RESUMED = " (resumed)"
 # In the extra_info of the benchmarks of evals/test_kernels.py, and of no configuration's: the kernel that was timed.
 KERNEL = "kernel"
+# The same of evals/test_steps.py: the case whose steps were timed.
+STEP = "step"
 
 
 class Schedule(Protocol):
@@ -36,6 +39,11 @@ def total_steps(params: Schedule) -> int | None:
     # of a block's positions at least one is revealed in each step
     steps = min(params.denoising_steps, params.block_length)
     return full * steps + -(-steps * rest // params.block_length)
+
+
+def is_configuration(info: Mapping[str, Any]) -> bool:
+    """Whether a benchmark's extra_info is of no kernel and of no step."""
+    return KERNEL not in info and STEP not in info
 
 
 def is_baseline(vanilla: Named, case: Named) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from blockinfer import LLM
 from evals.compare import differences
-from evals.configurations import KERNEL
+from evals.configurations import KERNEL, STEP, is_configuration
 from evals.graders import require
 from evals.kernels import table as kernel_table
 from evals.machine import device_name, slug
@@ -18,6 +18,7 @@ from evals.paired import against_vanilla, losses
 from evals.record import question, table, write_comparison
 from evals.resume import Generations
 from evals.settings import Case, Settings, read_settings
+from evals.steps import table as step_table
 from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -67,8 +68,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the timed runs first: the accuracy tests read their generations
-    items.sort(key=lambda item: item.path.name == "test_accuracy.py")
+    # the timed runs first: the accuracy tests read their generations; the steps, which have a model of their own, last
+    order = {"test_accuracy.py": 1, "test_steps.py": 2}
+    items.sort(key=lambda item: order.get(item.path.name, 0))
+
+
+def close_suite(config: pytest.Config) -> None:
+    """For who needs the GPU's memory after the last test of the suite."""
+    if SUITE in config.stash:
+        config.stash[SUITE].close()
 
 
 @pytest.fixture
@@ -107,9 +115,13 @@ def suite(session_suite: Suite, capsys: pytest.CaptureFixture[str]) -> Suite:
 
 @pytest.fixture
 def comparable(request: pytest.FixtureRequest, suite: Suite, case: Case) -> None:
+    refuse_others(request, question(case, suite.settings, suite.truncated, suite.environment))
+
+
+def refuse_others(request: pytest.FixtureRequest, asked: dict[str, Any]) -> None:
     """Ends the session where the run of --benchmark-compare is of other rows or settings, for its times are, too."""
     for there in request.config.stash.get(COMPARED, {}).get(request.node.nodeid, []):
-        found = differences(there, question(case, suite.settings, suite.truncated, suite.environment))
+        found = differences(there, asked)
         if found:
             message = f"--benchmark-compare: {request.node.name}: {'; '.join(found)}"
             pytest.exit(message, returncode=pytest.ExitCode.USAGE_ERROR)
@@ -128,11 +140,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
-    timed = [b.extra_info for b in benchmarks if KERNEL in b.extra_info and "fraction" in b.extra_info]
-    if timed:
-        terminalreporter.section("kernels")
-        for line in kernel_table(timed):
-            terminalreporter.write_line(line)
+    for title, marker, figure, lines in (
+        ("kernels", KERNEL, "fraction", kernel_table),
+        ("steps", STEP, "ms_per_step", step_table),
+    ):
+        timed = [b.extra_info for b in benchmarks if marker in b.extra_info and figure in b.extra_info]
+        if timed:
+            terminalreporter.section(title)
+            for line in lines(timed):
+                terminalreporter.write_line(line)
     suite = config.stash.get(SUITE, None)
     if suite is None or not suite.runs:
         return
@@ -170,7 +186,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
         info = benchmark["extra_info"]
         for run in suite.runs.values():
             case = run.case
-            if (case.mode, case.block_length, case.unmasking) == tuple(benchmark["params"].values()):
+            if (case.mode, case.block_length, case.unmasking) == tuple((benchmark["params"] or {}).values()):
                 info["against_vanilla"] = against_vanilla(run, list(suite.runs.values()))
 
 
@@ -193,9 +209,9 @@ def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info
             f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"
         )
     if settings_of(config).device == "cpu":
-        # microseconds of the kernels' twins are no bound
+        # microseconds of the kernels' twins are no bound, nor are a small model's few steps
         others = compared_benchmark["benchmarks"]
-        compared_benchmark["benchmarks"] = [other for other in others if KERNEL not in other["extra_info"]]
+        compared_benchmark["benchmarks"] = [other for other in others if is_configuration(other["extra_info"])]
     compared = config.stash.setdefault(COMPARED, {})
     for other in compared_benchmark["benchmarks"]:
         compared.setdefault(other["fullname"], []).append(other["extra_info"])

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from evals.configurations import KERNEL, RESUMED
+from evals.configurations import RESUMED, is_configuration
 from evals.paired import Paired, stored
 from evals.wilson import wilson_interval
 
@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(path: Path) -> Json:
-    """Without the kernels, which every shard times alike. Raises ValueError for a file that holds no shard."""
+    """Without kernels and steps, which every shard times alike. Raises ValueError for a file that holds no shard."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["benchmarks"] = [b for b in content["benchmarks"] if KERNEL not in b["extra_info"]]
+        content["benchmarks"] = [b for b in content["benchmarks"] if is_configuration(b["extra_info"])]
         shards = [benchmark["extra_info"]["shard"] for benchmark in content["benchmarks"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no file that --benchmark-json wrote: {error!r}") from error

@@ -55,6 +55,11 @@ class Suite:
             self.hashes = {c: settings_hash(names[c], c.params) for c in settings.cases}
             self.found = {c: [kept.take(h, token_ids) for token_ids, _ in encoded] for c, h in self.hashes.items()}
 
+    def close(self) -> None:
+        """Gives the memory of the model back; what was measured stays."""
+        self.llm.close()
+        self.reference = None
+
     def measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
         """Runs a configuration, timed by `benchmark`: again and again until the mean is known or the time is over.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evals import conftest, machine
-from evals.configurations import KERNEL
+from evals.configurations import KERNEL, STEP
 
 pytest_plugins = "pytester"
 
@@ -115,11 +115,12 @@ def test_slower_than_the_baseline_fails(baseline, pytester, monkeypatch):
     assert done.ret == 1 and "Performance has regressed" in done.stderr.str()
 
 
-def test_the_time_of_a_twin_is_no_bound(suite, baseline):
-    """Of kernels on a CPU, where microseconds of their twins are timed."""
+@pytest.mark.parametrize("marker", [KERNEL, STEP])
+def test_the_time_of_a_kernel_or_step_on_a_cpu_is_no_bound(suite, baseline, marker):
+    """Microseconds of the kernels' twins, and a few steps of the small model."""
     path = baseline(times=0.5)
     content = json.loads(path.read_text())
-    content["benchmarks"][0]["extra_info"] = {KERNEL: "attention"}
+    content["benchmarks"][0]["extra_info"] = {marker: "attention"}
     path.write_text(json.dumps(content))
     code, text = suite(f"--benchmark-compare={path}", FAIL, "--device=cpu")
     assert code == 0 and "NOW" not in text

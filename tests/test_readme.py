@@ -8,7 +8,7 @@ from pytest_benchmark import cli
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals import build_sample, compare
+from evals import build_sample, compare, stages
 from evals.gate import __main__ as gate
 from evals.gate import experiment
 from evals.llada_tiny import study
@@ -38,6 +38,6 @@ def test_every_mode_and_rule_is_described():
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
     parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
-    parsers += [cli.make_parser(), study.make_parser()]
+    parsers += [cli.make_parser(), stages.make_parser(), study.make_parser()]
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known

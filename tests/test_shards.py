@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from evals import merge
-from evals.configurations import KERNEL, RESUMED
+from evals.configurations import KERNEL, RESUMED, STEP
 from evals.graders import Grade
 from evals.paired import against_vanilla
 from evals.rows import load_rows, shard_positions
@@ -134,13 +134,14 @@ def test_a_configuration_that_one_shard_lacks_is_named(shards):
         merge.merge([(str(path), merge.read(path)) for path in shards])
 
 
-def test_kernels_are_not_merged(shards):
+@pytest.mark.parametrize("marker", [KERNEL, STEP])
+def test_kernels_and_steps_are_not_merged(shards, marker):
     """Every shard of `pytest evals/` times them."""
     expected = merge.merge([(str(path), merge.read(path)) for path in shards])
     for path in shards:
         content = json.loads(path.read_text())
         titles = {"name": "test_silu_mul[32]", "fullname": "evals/test_kernels.py::test_silu_mul[32]"}
-        content["benchmarks"].insert(0, titles | {"stats": {"median": 1e-5}, "extra_info": {KERNEL: "SiLU x up"}})
+        content["benchmarks"].insert(0, titles | {"stats": {"median": 1e-5}, "extra_info": {marker: "SiLU x up"}})
         path.write_text(json.dumps(content))
     assert merge.merge([(str(path), merge.read(path)) for path in shards]) == expected
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from evals.configurations import is_configuration
 from evals.wilson import wilson_interval
 
 Count = Annotated[int, Field(ge=0)]
@@ -146,7 +147,7 @@ def read_run(path: Path) -> Run:
         raise BadFile(f"{path}: is no JSON of pytest-benchmark: {_what(error)}") from error
     configurations = []
     for benchmark in file.benchmarks:
-        if "mode" not in benchmark.extra_info:
+        if "mode" not in benchmark.extra_info or not is_configuration(benchmark.extra_info):
             continue
         try:
             configurations.append(Configuration.model_validate(_values(benchmark)))

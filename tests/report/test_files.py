@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.configurations import KERNEL
+from evals.configurations import KERNEL, STEP
 from evals.report import page
 from evals.report.__main__ import main
 from tests.report.html_tree import sections, table
@@ -77,8 +77,9 @@ def test_other_benchmarks_are_counted_and_not_shown(report):
     run = results([info("block")])
     run["benchmarks"] += [{"name": "test_kernel", "params": {"mode": "block"}, "extra_info": {}}]
     run["benchmarks"] += [{"name": "test_silu_mul[32]", "params": {"rows": 32}, "extra_info": {KERNEL: "SiLU x up"}}]
+    run["benchmarks"] += [{"name": "test_ragged", "extra_info": {STEP: "ragged", "mode": "block", "model_rows": 3}}]
     root = report(run)
-    assert len(table(root)) == 1 and "2 other benchmarks of the file are not shown." in root.text
+    assert len(table(root)) == 1 and "3 other benchmarks of the file are not shown." in root.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from evals.configurations import KERNEL
+from evals.configurations import KERNEL, STEP
 from evals.machine import device_name
 from evals.report.__main__ import main as report
 from evals.report.results import Configuration
@@ -40,8 +40,10 @@ def test_a_whole_run(tmp_path, folder):
     code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
     assert code == 0, text
     kernels = {name: benchmarks.pop(name) for name in list(benchmarks) if KERNEL in benchmarks[name]["extra_info"]}
+    steps = {name: benchmarks.pop(name) for name in list(benchmarks) if STEP in benchmarks[name]["extra_info"]}
     assert list(benchmarks) == [f"test_throughput[{mode}-8]" for mode in ("vanilla_llada", "vanilla", "block")]
     _check_kernels(kernels, text)
+    _check_steps(steps, text)
     # each of 12 steps is a forward of all four rows
     assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["forwards"] == 12
     info = benchmarks["test_throughput[block-8]"]["extra_info"]
@@ -72,7 +74,7 @@ def test_a_whole_run(tmp_path, folder):
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{info['tokens_per_second']:,.1f} tokens/s" in page
-    assert f"{len(kernels)} other benchmarks of the file are not shown." in page
+    assert f"{len(kernels) + len(steps)} other benchmarks of the file are not shown." in page
 
 
 def _check_kernels(kernels, text):
@@ -94,6 +96,31 @@ def _check_kernels(kernels, text):
     rows = lines[head + 1 : head + 1 + len(infos)]
     assert [row[:20].strip() for row in rows] == [info[KERNEL] for info in infos]
     assert all(len(line) <= 120 for line in lines[: head + 2 + len(infos)])
+
+
+def _check_steps(steps, text):
+    """Each case is there, with figures that fit each other, and as a row of the table; they are timed last."""
+    assert len(steps) == 10 and {"test_step[block-1x16-threshold]", "test_ragged", "test_agreement"} <= steps.keys()
+    assert text.index("evals/test_accuracy.py") < text.index("evals/test_steps.py")
+    for benchmark in steps.values():
+        info = benchmark["extra_info"]
+        assert info["ms_per_step"] == pytest.approx(1000 * info["seconds"] / info["forwards"])
+        assert info["seconds"] == pytest.approx(benchmark["stats"]["median"], rel=0.05)
+        assert info["tokens"] == round(info["requests"] * info["mean_new_tokens"]) and info["first_seconds"] > 0
+        assert info["gpu"] is info["other_gb"] is None and info["weights"] == "checkpoint" and info["triton"]
+        assert "against_vanilla" not in info and benchmark["group"].startswith("steps")
+    # a block of eight takes eight steps at one token each, with the prompt in the first
+    assert steps["test_step[block-1x16]"]["extra_info"]["forwards"] == 16
+    assert steps["test_step[block-1x16]"]["extra_info"]["model_rows"] == 16 + 16 * 8 + 8
+    assert steps["test_step[vanilla-1x16]"]["extra_info"]["model_rows"] == 16 * 32
+    ragged, agreement = steps["test_ragged"]["extra_info"], steps["test_agreement"]["extra_info"]
+    ratio = ragged["tokens_per_second"] / ragged["uniform_tokens_per_second"]
+    assert ragged["times_uniform"] == pytest.approx(ratio)
+    assert 0 <= agreement["share_of_sequences_equal"] <= agreement["share_of_tokens_equal"] <= 1
+    lines = text.split("= steps =")[1].splitlines()
+    rows = lines[3 : 3 + len(steps)]
+    assert [row.split()[0] for row in rows] == [benchmark["extra_info"][STEP] for benchmark in steps.values()]
+    assert all(len(line) <= 120 for line in lines[: 3 + len(steps)])
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):

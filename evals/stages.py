@@ -1,0 +1,172 @@
+"""Where the milliseconds of a denoising step go on a GPU: `python -m evals.stages --mode block --batch 1 --prompt 128`.
+
+A warm run of `LLM.generate` is timed without a profiler, then run again under torch.profiler, whose times of the GPU's
+kernels are summed by stage. idle is the wall time of the first less the time in which the second had a kernel running:
+it is below 0 where the profiler slows kernels down by more than they waited.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from blockinfer import LLM
+from blockinfer.config import DTYPES
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+from blockinfer.models.registry import SHAPES
+from evals.machine import gpu_name
+from evals.record import commit
+from evals.steps import WARM_UPS, Case, Timed, random_prompts, timed_run
+
+PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
+# The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
+# products may end with SiLU x up, norms begin with the sum of a product's parts.
+_STAGES = [
+    ("_skinny_", PRODUCTS),
+    ("_paged_attention_kernel", "attention"),
+    ("_rms_norm_kernel", "norms"),
+    ("_rope_store_kv_kernel", "RoPE + K/V store"),
+    ("_silu_mul_kernel", "SiLU x up"),
+    ("_tile_kernel", CONFIDENCE),
+    (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
+]
+STAGES = [PRODUCTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", CONFIDENCE, OTHERS]
+
+
+class Kernel(NamedTuple):
+    """What ran on the GPU, copies and fills among it. start, end: microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def stage_of(name: str) -> str | None:
+    """None for the kernel that combines what the one before it left: attention and confidence have one of that name."""
+    if name.startswith("_combine_kernel"):
+        return None
+    found = (stage for pattern, stage in _STAGES if re.search(pattern, name, re.IGNORECASE))
+    return next(found, OTHERS)
+
+
+def stages_of(kernels: Sequence[Kernel]) -> list[str]:
+    """Of each kernel, in the order in which they ran. The product right before the confidence is the LM head's."""
+    stages: list[str] = []
+    for kernel in kernels:
+        stage = stage_of(kernel.name)
+        stages.append(stage or (stages[-1] if stages else OTHERS))
+        if stage == CONFIDENCE:
+            at = len(stages) - 2
+            while at >= 0 and stages[at] == PRODUCTS:
+                stages[at] = LM_HEAD
+                at -= 1
+    return stages
+
+
+def own_times(kernels: Iterable[Kernel]) -> list[float]:
+    """Of each kernel, in the order of their starts, the microseconds in which none before it ran.
+
+    A kernel that is launched early (programmatic dependent launch) waits for the one before it, which is not its time.
+    """
+    times, until = [], float("-inf")
+    for _, start, end in kernels:
+        times.append(max(0.0, end - max(start, until)))
+        until = max(until, end)
+    return times
+
+
+def figures(kernels: list[Kernel], run: Timed, profiled: Timed) -> dict[str, Any]:
+    """ms a step by stage, and so many kernels; run was timed without the profiler, profiled with it."""
+    kernels = sorted(kernels, key=lambda kernel: kernel.start)
+    milliseconds, launches = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+    times = own_times(kernels)
+    for microseconds, stage in zip(times, stages_of(kernels), strict=True):
+        milliseconds[stage] += microseconds / 1000 / profiled.forwards
+        launches[stage] += 1 / profiled.forwards
+    return {
+        "ms_by_stage": milliseconds,
+        "kernels_by_stage": launches,
+        "idle_ms": run.ms_per_step - sum(times) / 1000 / profiled.forwards,
+        "ms_per_step": run.ms_per_step,
+        "profiled_ms_per_step": profiled.ms_per_step,
+        "forwards": run.forwards,
+        "tokens_per_second": run.tokens / run.seconds,
+    }
+
+
+def table(info: dict[str, Any]) -> list[str]:
+    lines = [f"{'stage':<24}{'ms/step':>9}{'share':>9}{'kernels/step':>14}"]
+    total = info["ms_per_step"]
+    for stage, milliseconds in info["ms_by_stage"].items():
+        share, number = f"{100 * milliseconds / total:.1f} %", info["kernels_by_stage"][stage]
+        lines.append(f"{stage:<24}{milliseconds:>9.3f}{share:>9}{number:>14.1f}")
+    for title, milliseconds in (("GPU idle", info["idle_ms"]), ("wall time", total)):
+        share = f"{100 * milliseconds / total:.1f} %"
+        lines.append(f"{title:<24}{milliseconds:>9.3f}{share:>9}")
+    return lines
+
+
+def measure(llm: LLM, case: Case) -> dict[str, Any]:
+    prompts, params = random_prompts(llm, case.lengths), case.params
+    for _ in range(WARM_UPS["cuda"]):
+        timed_run(llm, prompts, params)
+    run, _ = timed_run(llm, prompts, params)
+    # the profiler itself starts slowly, and what runs meanwhile can be lost
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True):
+        timed_run(llm, prompts, params)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        profiled, _ = timed_run(llm, prompts, params)
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    times = [(event, event.time_range) for event in events if not event.is_user_annotation]
+    return figures([Kernel(event.name, time.start, time.end) for event, time in times], run, profiled)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m evals.stages", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default="llada-8b", help=f"a checkpoint, or a shape with random weights: {', '.join(SHAPES)}")
+    add("--dtype", default="bfloat16", choices=DTYPES)
+    add("--mode", default="block", choices=MODES)
+    add("--unmasking", default="low_confidence", choices=RULES)
+    add("--batch", type=int, default=1, help="requests at once (1)")
+    add("--prompt", type=int, default=128, help="tokens of each prompt, drawn at random (128)")
+    add("--max-tokens", type=int, default=256, help="new tokens of each (256)")
+    add("--block-length", type=int, default=32, help="(32)")
+    add("--json", type=Path, help="a file for the figures")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        print("stages: this needs a GPU, whose kernels it times; this torch sees none", file=sys.stderr)
+        return 2
+    case = Case(
+        options.mode, [(options.prompt, options.max_tokens)] * options.batch, options.block_length, options.unmasking
+    )
+    load_format = "dummy" if options.model in SHAPES else "auto"
+    about = vars(options) | {"gpu": gpu_name("cuda"), "torch": torch.__version__, "commit": commit()}
+    try:
+        with LLM(options.model, dtype=options.dtype, load_format=load_format, max_num_seqs=options.batch) as llm:
+            info = measure(llm, case)
+    except ValueError as error:
+        print(f"stages: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.model} ({'random' if load_format == 'dummy' else 'its'} weights), {options.dtype}, {about['gpu']}")
+    print("\n".join(table(info)))
+    if options.json:
+        content = {key: value for key, value in about.items() if key != "json"} | info
+        options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

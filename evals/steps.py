@@ -1,0 +1,191 @@
+"""What a denoising step is timed on, and what is stored of it."""
+
+import random
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from blockinfer import LLM, RequestOutput, SamplingParams
+from evals.configurations import STEP
+from evals.record import environment, standard_error
+from evals.settings import Settings
+
+# Whole untimed runs: at a shape's first step its kernels are compiled, at its second one its CUDA graph is captured.
+WARM_UPS = {"cuda": 2, "cpu": 1}
+# Of evals.record.environment: the rest is of the rows, which no step has.
+_ENVIRONMENT = (
+    *("model", "load_format", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "torch", "cuda", "python"),
+    "commit",
+)
+
+
+class Case(NamedTuple):
+    """Requests that arrive at once, and how they are decoded: one token a step where the rule has a schedule.
+
+    lengths: of each request the prompt's tokens and the new ones. No stop token ends one.
+    """
+
+    mode: str
+    lengths: list[tuple[int, int]]
+    block_length: int
+    unmasking: str = "low_confidence"
+
+    @property
+    def params(self) -> list[SamplingParams]:
+        options = dict(mode=self.mode, block_length=self.block_length, unmasking=self.unmasking, ignore_eos=True)
+        return [SamplingParams(max_tokens=new, **options) for _, new in self.lengths]
+
+
+class Timed(NamedTuple):
+    """A run: its wall time, what the engine's counts rose by, the new tokens, and how often pages were taken."""
+
+    seconds: float
+    forwards: int
+    rows: int
+    lm_head_rows: int
+    tokens: int
+    preemptions: int
+
+    @property
+    def ms_per_step(self) -> float:
+        return 1000 * self.seconds / self.forwards
+
+
+def ragged_lengths(number: int, prompts: tuple[int, int], new: tuple[int, int], seed: int = 0) -> list[tuple[int, int]]:
+    """Lengths of `number` requests, each uniform from the first to the second of its range, the same in every run."""
+    # random() is the one method whose numbers no version of Python changes
+    draw = random.Random(seed).random
+
+    def within(low: int, high: int) -> int:
+        return low + int(draw() * (high - low + 1))
+
+    return [(within(*prompts), within(*new)) for _ in range(number)]
+
+
+def random_prompts(llm: LLM, lengths: list[tuple[int, int]], seed: int = 0) -> list[list[int]]:
+    """Token ids, none of them special, the same in every run."""
+    special = {llm.config.mask_token_id, *llm.model_config.eos_token_ids}
+    if llm.tokenizer is not None:
+        special |= set(llm.tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(llm.model_config.vocab_size) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    return [ordinary[torch.randint(len(ordinary), (prompt,), generator=generator)].tolist() for prompt, _ in lengths]
+
+
+def timed_run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> tuple[Timed, list[RequestOutput]]:
+    before = llm.stats
+    start = time.perf_counter()
+    # ends with the token ids on the host, so the device is done
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    after = llm.stats
+    counts = {name: getattr(after, name) - getattr(before, name) for name in ("forwards", "rows", "lm_head_rows")}
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return Timed(seconds, **counts, tokens=tokens, preemptions=sum(o.metrics.preemptions for o in outputs)), outputs
+
+
+def about(name: str, case: Case, llm: LLM, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a case's figures are figures of, as known before the run."""
+    params = case.params[0]
+    prompts, new = zip(*case.lengths, strict=True)
+    return environment | {
+        STEP: name,
+        "mode": case.mode,
+        "unmasking": case.unmasking,
+        "rule_value": params.rule_value,
+        "block_length": case.block_length,
+        "denoising_steps": params.denoising_steps,
+        "requests": len(case.lengths),
+        "max_num_seqs": llm.config.max_num_seqs,
+        "prompt_tokens": [min(prompts), max(prompts)],
+        "mean_prompt_tokens": statistics.fmean(prompts),
+        "new_tokens": [min(new), max(new)],
+        "mean_new_tokens": statistics.fmean(new),
+    }
+
+
+def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
+    """What the figures depend on besides the case; no host name."""
+    known = environment(settings, llm.config.dtype)
+    return {key: known[key] for key in _ENVIRONMENT} | {"triton": triton.__version__}
+
+
+def figures(first_seconds: float, rounds: list[Timed]) -> dict[str, Any]:
+    """What is stored of a case: of its rounds the medians. first_seconds are of its first run, which nothing warmed."""
+    last = rounds[-1]
+    return {
+        "ms_per_step": statistics.median(run.ms_per_step for run in rounds),
+        "tokens_per_second": statistics.median(run.tokens / run.seconds for run in rounds),
+        "seconds": statistics.median(run.seconds for run in rounds),
+        "first_seconds": first_seconds,
+        "rounds": len(rounds),
+        "relative_error": standard_error([run.seconds for run in rounds]),
+        "forwards": last.forwards,
+        "model_rows": last.rows,
+        "lm_head_rows": last.lm_head_rows,
+        "tokens": last.tokens,
+        "preemptions": last.preemptions,
+    }
+
+
+def memory(llm: LLM) -> dict[str, float | None]:
+    """GB of weights, of the KV cache, and of all else at the peak since it was reset, which is known of a GPU alone."""
+    runner = llm.engine.runner
+    weights, pool = sum(weight.nbytes for weight in runner.model.parameters()), runner.kv_pages.nbytes
+    other = torch.cuda.max_memory_allocated() - weights - pool if llm.config.device.type == "cuda" else None
+    sizes = {"weights_gb": weights, "kv_cache_gb": pool, "other_gb": other}
+    return {name: None if size is None else size / 1e9 for name, size in sizes.items()}
+
+
+def beside_uniform(info: dict[str, Any], case: Case, run: Timed) -> dict[str, Any]:
+    """What ragged requests' figures are held against: a run of requests of one length."""
+    (prompt, new), speed = case.lengths[0], run.tokens / run.seconds
+    return {
+        "uniform_requests": len(case.lengths),
+        "uniform_prompt_tokens": prompt,
+        "uniform_new_tokens": new,
+        "uniform_ms_per_step": run.ms_per_step,
+        "uniform_tokens_per_second": speed,
+        "times_uniform": info["tokens_per_second"] / speed,
+    }
+
+
+def agreement(alone: list[RequestOutput], together: list[RequestOutput]) -> dict[str, float]:
+    """Shares of the tokens and of the sequences that are equal; all are as long as their params say."""
+    pairs = [(a.outputs[0].token_ids, b.outputs[0].token_ids) for a, b in zip(alone, together, strict=True)]
+    equal = [one == other for a, b in pairs for one, other in zip(a, b, strict=True)]
+    return {
+        "share_of_tokens_equal": statistics.fmean(equal),
+        "share_of_sequences_equal": statistics.fmean(a == b for a, b in pairs),
+    }
+
+
+def table(infos: list[dict[str, Any]]) -> list[str]:
+    """A row for each case, under what all of them have in common; as lines of text."""
+    first = infos[0]
+    lines = [
+        f"{first['model']} ({first['weights']} weights) in {first['dtype']}, {first['gpu'] or first['cpu']}",
+        f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}{'first s':>9}{'other GB':>10}",
+    ]
+    for info in infos:
+        other = "-" if info["other_gb"] is None else f"{info['other_gb']:.2f}"
+        line = f"{info[STEP]:<28}{info['requests']:>9}{info['forwards']:>10}{info['ms_per_step']:>10.2f}"
+        lines.append(f"{line}{info['tokens_per_second']:>10.1f}{info['first_seconds']:>9.2f}{other:>10}")
+    for info in infos:
+        if "times_uniform" in info:
+            lines.append(
+                f"{info[STEP]}: {info['times_uniform']:.2f} times the tokens/s of requests that are all as long as the "
+                f"middle of its ranges, {info['uniform_tokens_per_second']:.1f}"
+            )
+        if "share_of_tokens_equal" in info:
+            tokens, sequences = info["share_of_tokens_equal"], info["share_of_sequences_equal"]
+            lines.append(
+                f"{info[STEP]}: {100 * tokens:.1f} % of the tokens and {100 * sequences:.1f} % of the sequences are "
+                f"those of requests sent one at a time"
+            )
+    lines.append("ms/step: wall time over forwards, the prompt's included; first s: the case's first run")
+    lines.append("other GB: memory of the GPU at its peak, besides weights and KV cache")
+    return lines

@@ -1,0 +1,208 @@
+"""What a denoising step costs, all of it: forward, confidence, unmasking, and the host's share.
+
+A case sends requests of random token ids to `LLM.generate`, all at once, and no stop token ends one. ms a step is the
+wall time over the forwards of the model, the prompt's among them. Two whole runs go before on a GPU: in the first one,
+whose time is stored as first_seconds, kernels are compiled, in the second one CUDA graphs are captured. What an earlier
+case has compiled or captured, a later one finds.
+
+Where --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the small
+one of the repository, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
+serves all cases, those of a single request too. Random weights have flat confidences: the rule `threshold` then reveals
+one token a step, as the others do, and a token tips more easily than a trained model's (test_agreement).
+
+other_gb is the GPU's memory at the peak of a case besides weights and KV cache: intermediate tensors, and what CUDA
+graphs keep, those of earlier cases too. Only the first case's is that of its requests alone.
+"""
+
+import dataclasses
+import gc
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from blockinfer import LLM
+from evals.conftest import close_suite, refuse_others, settings_of
+from evals.settings import Settings
+from evals.steps import (
+    WARM_UPS,
+    Case,
+    about,
+    agreement,
+    beside_uniform,
+    environment_of,
+    figures,
+    memory,
+    ragged_lengths,
+    random_prompts,
+    timed_run,
+)
+
+# What the weights of LLaDA-8B's shape and a KV cache of some requests need.
+FREE_GB = 24
+ROUNDS = {"cuda": 3, "cpu": 1}
+
+
+class Sizes(NamedTuple):
+    """Prompts and new tokens in tokens; `few` and `many` requests at once; the last three are the ragged requests'."""
+
+    short: int
+    long: int
+    new: int
+    block_length: int
+    few: int
+    many: int
+    number: int
+    prompt_range: tuple[int, int]
+    new_range: tuple[int, int]
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """Named by mode, requests and prompt, and by the rule where it is not low_confidence."""
+        short, long, few, many = self.short, self.long, self.few, self.many
+        cases = [self.case("block", 1, short), self.case("block", 1, long), self.case("block", 1, short, "threshold")]
+        cases += [self.case("dual_cache", 1, short), self.case("vanilla", 1, short)]
+        cases += [self.case("block", few, short), self.case("block", few, long), self.case("block", many, short)]
+        rules = [f"-{case.unmasking}" * (case.unmasking != "low_confidence") for case in cases]
+        names = [f"{case.mode}-{len(case.lengths)}x{case.lengths[0][0]}" for case in cases]
+        return {name + rule: case for name, rule, case in zip(names, rules, cases, strict=True)}
+
+    def case(self, mode: str, number: int, prompt: int, unmasking: str = "low_confidence") -> Case:
+        return Case(mode, [(prompt, self.new)] * number, self.block_length, unmasking)
+
+    @property
+    def ragged(self) -> Case:
+        lengths = ragged_lengths(self.number, self.prompt_range, self.new_range)
+        return Case("block", lengths, self.block_length)
+
+    @property
+    def uniform(self) -> Case:
+        """Requests as long as the middle of both ranges, as many as run at once."""
+        middle = sum(self.prompt_range) // 2, sum(self.new_range) // 2
+        return Case("block", [middle] * self.many, self.block_length)
+
+
+SIZES = {
+    "cuda": Sizes(128, 3072, 256, 32, 8, 32, 200, (32, 2048), (64, 512)),
+    "cpu": Sizes(16, 64, 16, 8, 2, 4, 8, (8, 64), (8, 24)),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", SIZES[settings_of(metafunc.config).device].cases)
+
+
+def measured_model(settings: Settings, named: str | None) -> Settings:
+    """The session's settings; where --model names none and there is a GPU, of LLaDA-8B's shape with random weights."""
+    if named is not None or settings.device == "cpu":
+        return settings
+    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+    return dataclasses.replace(settings, model="llada-8b", load_format="dummy", tokenizer=None, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def settings(request):
+    return measured_model(settings_of(request.config), request.config.getoption("--model"))
+
+
+@pytest.fixture(scope="module")
+def sizes(settings):
+    return SIZES[settings.device]
+
+
+@pytest.fixture(scope="module")
+def llm(request, settings, sizes):
+    # whose tests are through: see pytest_collection_modifyitems
+    close_suite(request.config)
+    gc.collect()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        if settings.model == "llada-8b" and free < FREE_GB:
+            pytest.skip(
+                f"LLaDA-8B's shape needs {FREE_GB} GB of GPU memory, {free:.1f} are free; --model names another"
+            )
+    options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    try:
+        llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=sizes.many, **options)
+    except ValueError as error:
+        # every test would fail alike
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    with llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def environment(settings, llm):
+    return environment_of(settings, llm)
+
+
+@pytest.fixture
+def measure(benchmark, llm, environment, settings):
+    """measure(name, case, rounds): times it; its figures go to extra_info. -> the last round's outputs."""
+
+    def measure(name, case, rounds):
+        benchmark.extra_info.update(about(name, case, llm, environment))
+        prompts, params = random_prompts(llm, case.lengths), case.params
+        if settings.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first, *_ = [timed_run(llm, prompts, params)[0] for _ in range(WARM_UPS[settings.device])]
+        runs = []
+        benchmark.pedantic(lambda: runs.append(timed_run(llm, prompts, params)), rounds=rounds)
+        benchmark.extra_info.update(figures(first.seconds, [timed for timed, _ in runs]) | memory(llm))
+        return runs[-1][1]
+
+    return measure
+
+
+@pytest.fixture
+def check(request, llm, environment):
+    """check(name, case) -> the case. Skips the test where the model takes no requests so long."""
+
+    def check(name, case):
+        longest = max(map(sum, case.lengths))
+        if longest > llm.config.max_model_len:
+            pytest.skip(f"{llm.config.model} takes {llm.config.max_model_len} tokens in all, this case has {longest}")
+        refuse_others(request, about(name, case, llm, environment))
+        return case
+
+    return check
+
+
+# A fixture each: they come before `benchmark`, which a test that has it must use.
+@pytest.fixture
+def requests(check, sizes, name):
+    return check(name, sizes.cases[name])
+
+
+@pytest.fixture
+def ragged_requests(check, sizes):
+    return check("ragged", sizes.ragged)
+
+
+@pytest.fixture
+def short_requests(check, sizes):
+    return check("agreement", sizes.case("block", sizes.many, sizes.short))
+
+
+@pytest.mark.benchmark(group="steps")
+def test_step(requests, measure, settings, name):
+    measure(name, requests, ROUNDS[settings.device])
+
+
+@pytest.mark.benchmark(group="steps: ragged")
+def test_ragged(ragged_requests, measure, benchmark, llm, sizes, settings):
+    """Requests of many lengths, more than run at once: tokens/s beside those of `uniform`, prefill and tail in both."""
+    prompts, params = random_prompts(llm, sizes.uniform.lengths), sizes.uniform.params
+    *_, uniform = [timed_run(llm, prompts, params)[0] for _ in range(WARM_UPS[settings.device] + 1)]
+    measure("ragged", ragged_requests, 1)
+    benchmark.extra_info.update(beside_uniform(benchmark.extra_info, sizes.uniform, uniform))
+
+
+@pytest.mark.benchmark(group="steps: agreement")
+def test_agreement(short_requests, measure, benchmark, llm):
+    """Whether requests at once get the tokens that they get alone: in low precision rounding can tip some."""
+    prompts, params = random_prompts(llm, short_requests.lengths), short_requests.params
+    alone = [timed_run(llm, [prompt], [one])[1][0] for prompt, one in zip(prompts, params, strict=True)]
+    benchmark.extra_info.update(agreement(alone, measure("agreement", short_requests, 1)))
