@@ -7,11 +7,12 @@ python -m evals.llada_tiny.train --out /tmp/tiny --smoke         # the whole pat
 Beside the weights, training.jsonl gets a line every some hundred steps: seconds, loss, share of masked content
 predicted right by source, shares of two-hop questions whose first and second fact are found (evaluate.lookups), and of
 four-choice questions whose letter is (evaluate.letters).
+
+Every minute the weights so far are exported, and all that it takes to go on is written to state.pt: after a kill the
+same command goes on from there, the minutes before counted. At the end that file is removed.
 """
 
 import argparse
-import json
-import math
 import multiprocessing
 import os
 import time
@@ -23,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
-from evals.llada_tiny.evaluate import QUICK, heldout_rows, letters, lookups, report
+from evals.llada_tiny.evaluate import QUICK, heldout_rows, report
 from evals.llada_tiny.init import initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export
 from evals.llada_tiny.muon import Muon
-from evals.llada_tiny.problems import SOURCES
+from evals.llada_tiny.progress import Log, State
 from evals.llada_tiny.tokenizer import BOS, save_tokenizer, train_tokenizer
 
 # a slow warm-up: a fast one overwrites what init.py lays down before it is of use
@@ -64,19 +65,19 @@ def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queu
         queue.put(make_batch(encoder, number, options["rows"], level, options["seed"]))
 
 
-def batches(tokenizer: str, options: dict, workers: int) -> Iterator[Batch]:
-    """The run's batches in order; worker w makes every `workers`-th one."""
+def batches(tokenizer: str, options: dict, workers: int, first: int = 0) -> Iterator[Batch]:
+    """The run's batches in order from number `first` on; worker w makes every `workers`-th one."""
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=4) for _ in range(workers)]
     processes = [
-        context.Process(target=_worker, args=(w, workers, tokenizer, queues[w], options), daemon=True)
+        context.Process(target=_worker, args=(first + w, workers, tokenizer, queues[w], options), daemon=True)
         for w in range(workers)
     ]
     for process in processes:
         process.start()
     try:
-        for number in range(options["steps"]):
-            yield queues[number % workers].get()
+        for number in range(first, options["steps"]):
+            yield queues[(number - first) % workers].get()
     finally:
         for process in processes:
             process.terminate()
@@ -118,50 +119,13 @@ def optimizers(model: TinyLLaDA) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=0.0), adam]
 
 
-class Log:
-    """Sums over the steps since the last line, and the lines of training.jsonl."""
-
-    def __init__(self, encoder: Encoder, out: Path, device: str, started: float, options: dict) -> None:
-        self.encoder, self.every, self.started = encoder, options["log_every"], started
-        self.rows: dict[str, list[dict]] = {source: [] for source in SOURCES}
-        for row in heldout_rows(options["eval_rows"], "validation"):
-            self.rows[row["source"]].append(row)
-        self.hits = torch.zeros(2, len(SOURCES) + 1, device=device)
-        self.loss = torch.zeros((), device=device)
-        self.path = out / "training.jsonl"
-        self.path.write_text(json.dumps(options) + "\n")
-
-    def add(self, loss: Tensor, right: Tensor, source: Tensor) -> None:
-        """One step's loss, and of each place whether it was right and whose it is (-1: nobody's)."""
-        place = source % (len(SOURCES) + 1)
-        self.hits.index_add_(1, place, torch.stack([right.float(), torch.ones_like(place).float()]))
-        self.loss += loss
-
-    def write(self, step: int, model: TinyLLaDA) -> None:
-        rates = (self.hits[0] / self.hits[1].clamp(min=1)).tolist()
-        line = {
-            "step": step,
-            "seconds": round(time.time() - self.started, 1),
-            "loss": round(self.loss.item() / self.every, 4),
-            "content": {source: round(rate, 4) for source, rate in zip(SOURCES, rates, strict=False)},
-            "lookups": [round(rate, 3) for rate in lookups(model, self.encoder, self.rows["longbench_hotpotqa"])],
-            "letters": round(letters(model, self.encoder, self.rows["mmlu"]), 3),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        content = "  ".join(f"{source} {rate:.3f}" for source, rate in line["content"].items())
-        print(
-            f"step {step}  {line['seconds']:.0f} s  loss {line['loss']:.4f}  masked content right: {content}"
-            f"  facts found: {line['lookups']}  letters: {line['letters']}",
-            flush=True,
-        )
-        self.hits.zero_(), self.loss.zero_()
-
-
 def train(
-    model: TinyLLaDA, encoder: Encoder, path: str, options: dict, out: Path, started: float, save_every: float
+    model: TinyLLaDA, encoder: Encoder, path: str, options: dict, kept: State, state: dict | None, started: float
 ) -> None:
-    """Run all steps, or as many as fit into options["minutes"]. The model ends with the average of its weights."""
+    """Run all steps, or as many as fit into options["minutes"], from where a training before was cut off in `state`.
+
+    The model ends with the average of its weights.
+    """
     torch.manual_seed(options["seed"])
     weights = list(model.parameters())
     device = weights[0].device.type
@@ -172,9 +136,19 @@ def train(
         objective = torch.compile(objective)
     average = [w.detach().clone() for w in weights]
     steppers = optimizers(model)
+    done, out = 0, kept.path.parent
+    if state is not None:
+        done, started = state["done"], started - state["seconds"]
+        model.load_state_dict(state["weights"])
+        average = state["average"]
+        for stepper, its_state in zip(steppers, state["optimizers"], strict=True):
+            stepper.load_state_dict(its_state)
+        print(f"going on after {done} steps and {state['seconds']:.0f} s", flush=True)
     log = Log(encoder, out, device, started, options)
-    saved, done = time.time(), 0
-    for step, batch in enumerate(batches(path, options, options["workers"])):
+    if state is not None:
+        log.go_on(state["sums"], state["lines"])
+    saved = time.time()
+    for step, batch in enumerate(batches(path, options, options["workers"], done), done):
         share = step / options["steps"]
         if options["minutes"]:
             share = max(share, (time.time() - started) / 60 / options["minutes"])
@@ -197,8 +171,9 @@ def train(
         done = step + 1
         if done % options["log_every"] == 0:
             log.write(done, model)
-        if time.time() - saved > save_every:
+        if time.time() - saved > kept.every:
             saved = time.time()
+            kept.write(done, saved - started, model, average, steppers, log)
             _export_average(model, average, out)
     with torch.no_grad():
         for w, mean in zip(weights, average, strict=True):
@@ -241,6 +216,11 @@ def main() -> None:
     options |= {name: value for name in ("steps", "rows") if (value := getattr(args, name))}
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
+    kept = State(args.out, options, every=0 if args.smoke else 60)
+    try:
+        state = kept.read(device)
+    except ValueError as error:
+        parser.error(str(error))
     save_tokenizer(train_tokenizer(2_000 if args.smoke else 60_000, args.seed), args.out)
     path = str(args.out / "tokenizer.json")
     encoder = Encoder(path)
@@ -250,8 +230,9 @@ def main() -> None:
     model.to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f}M parameters on {device}; {options['rows'] * ROW} tokens a step; {options}", flush=True)
-    train(model, encoder, path, options, args.out, started, save_every=math.inf if args.smoke else 60)
+    train(model, encoder, path, options, kept, state, started)
     export(model, args.out)
+    kept.remove()
     model.load_state_dict({name: w.bfloat16().float() for name, w in model.state_dict().items()})  # what was exported
     report(model, encoder, heldout_rows(options["eval_rows"], "validation"), QUICK)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
+from evals.llada_tiny import train
 from evals.llada_tiny.data import ROW, Encoder, make_batch
 from evals.llada_tiny.evaluate import letters, lookups
 from evals.llada_tiny.init import OFFSETS, initialise
@@ -17,6 +18,7 @@ from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, load, rotat
 from evals.llada_tiny.muon import orthogonal
 from evals.llada_tiny.problems import SOURCES, drill, problem
 from evals.llada_tiny.problems.hotpotqa import hotpotqa, recital
+from evals.llada_tiny.progress import Log
 from evals.llada_tiny.tokenizer import BOS, HEADER_END
 from evals.llada_tiny.train import rate_at
 from evals.settings import TINY_MODEL
@@ -99,6 +101,36 @@ def test_muon_s_update_is_nearly_orthogonal():
 def test_the_learning_rate_ends_at_zero():
     assert rate_at(0, 0.0, 200) < 0.01 and rate_at(1_000, 0.3, 200) == 1.0
     assert 0.45 < rate_at(1_000, 0.675, 200) < 0.55 and rate_at(1_000, 1.0, 200) == 0.0
+
+
+def smoke(monkeypatch, out, *options):
+    """The command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train", "--smoke", "--out", str(out), *options])
+    train.main()
+    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    return (out / "model.safetensors").read_bytes(), [(line.get("step"), line.get("loss")) for line in lines]
+
+
+def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    """Cut off while it writes the log of its fourth step, after which only the third one's state is there."""
+    whole = smoke(monkeypatch, tmp_path / "whole")
+    write = Log.write
+
+    def interrupted(log, step, model):
+        write(log, step, model)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Log, "write", interrupted)
+        smoke(monkeypatch, tmp_path / "cut")
+    assert (tmp_path / "cut" / "state.pt").exists()
+    with pytest.raises(SystemExit):
+        smoke(monkeypatch, tmp_path / "cut", "--seed", "1")
+    assert "state.pt is of a training with another seed; remove it" in capsys.readouterr().err
+    assert smoke(monkeypatch, tmp_path / "cut") == whole
+    assert "going on after 3 steps" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*/state*")] == []
 
 
 def test_training_runs_from_nothing(tmp_path):

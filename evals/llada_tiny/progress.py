@@ -1,0 +1,109 @@
+"""What a training keeps while it runs: its log, and all that it takes to go on after it was cut off."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evals.llada_tiny.data import Encoder
+from evals.llada_tiny.evaluate import heldout_rows, letters, lookups
+from evals.llada_tiny.model import TinyLLaDA
+from evals.llada_tiny.problems import SOURCES
+
+# Of the options, what may be another where a training goes on: it changes no step.
+_FREE = {"workers"}
+
+
+class Log:
+    """Sums over the steps since the last line, and the lines of training.jsonl, of which the first has the options."""
+
+    def __init__(self, encoder: Encoder, out: Path, device: str, started: float, options: dict) -> None:
+        self.encoder, self.every, self.started = encoder, options["log_every"], started
+        self.rows: dict[str, list[dict]] = {source: [] for source in SOURCES}
+        for row in heldout_rows(options["eval_rows"], "validation"):
+            self.rows[row["source"]].append(row)
+        self.hits = torch.zeros(2, len(SOURCES) + 1, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.path = out / "training.jsonl"
+        self.path.write_text(json.dumps(options) + "\n")
+
+    def go_on(self, sums: list[Tensor], lines: list[str]) -> None:
+        """From where a training stood, with the lines that its log had then."""
+        self.path.write_text("".join(lines))
+        self.hits, self.loss = sums
+
+    def add(self, loss: Tensor, right: Tensor, source: Tensor) -> None:
+        """One step's loss, and of each place whether it was right and whose it is (-1: nobody's)."""
+        place = source % (len(SOURCES) + 1)
+        self.hits.index_add_(1, place, torch.stack([right.float(), torch.ones_like(place).float()]))
+        self.loss += loss
+
+    def write(self, step: int, model: TinyLLaDA) -> None:
+        rates = (self.hits[0] / self.hits[1].clamp(min=1)).tolist()
+        line = {
+            "step": step,
+            "seconds": round(time.time() - self.started, 1),
+            "loss": round(self.loss.item() / self.every, 4),
+            "content": {source: round(rate, 4) for source, rate in zip(SOURCES, rates, strict=False)},
+            "lookups": [round(rate, 3) for rate in lookups(model, self.encoder, self.rows["longbench_hotpotqa"])],
+            "letters": round(letters(model, self.encoder, self.rows["mmlu"]), 3),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        content = "  ".join(f"{source} {rate:.3f}" for source, rate in line["content"].items())
+        print(
+            f"step {step}  {line['seconds']:.0f} s  loss {line['loss']:.4f}  masked content right: {content}"
+            f"  facts found: {line['lookups']}  letters: {line['letters']}",
+            flush=True,
+        )
+        self.hits.zero_(), self.loss.zero_()
+
+
+class State:
+    """The file beside the weights from which a training goes on. It is to be written every so many seconds."""
+
+    def __init__(self, out: Path, options: dict, every: float) -> None:
+        self.path, self.every = out / "state.pt", every
+        self.options = {name: value for name, value in options.items() if name not in _FREE}
+
+    def read(self, device: str) -> dict | None:
+        """What `write` kept; None where there is nothing. Raises ValueError where it is of other options."""
+        if not self.path.exists():
+            return None
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        if state["options"] != self.options:
+            other = [name for name in self.options if self.options[name] != state["options"].get(name)]
+            raise ValueError(
+                f"{self.path} is of a training with another {', '.join(other)}; remove it to begin anew, or give "
+                "another --out"
+            )
+        return state
+
+    def write(
+        self,
+        done: int,
+        seconds: float,
+        model: TinyLLaDA,
+        average: list[Tensor],
+        steppers: list[torch.optim.Optimizer],
+        log: Log,
+    ) -> None:
+        """done steps took so many seconds, start included."""
+        state = {
+            "options": self.options,
+            "done": done,
+            "seconds": seconds,
+            "weights": model.state_dict(),
+            "average": average,
+            "optimizers": [stepper.state_dict() for stepper in steppers],
+            "sums": [log.hits, log.loss],
+            "lines": log.path.read_text().splitlines(keepends=True),
+        }
+        # a kill while it is written leaves the one before
+        torch.save(state, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
