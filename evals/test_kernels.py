@@ -3,7 +3,7 @@
 A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, or to
 scaled_dot_product_attention. Then a round times the kernel over many sets of buffers, so that on a GPU they come from
 its memory and not from its L2 cache. Right before each round the same is done with what the kernel is held against: for
-attention scaled_dot_product_attention on contiguous K and V, for the others a plain copy of as many bytes.
+attention scaled_dot_product_attention on contiguous K and V, for products torch's, for others a copy of as many bytes.
 evals/kernels.py says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the kernel.
 """
 
@@ -21,6 +21,7 @@ from blockinfer.kernels.activation import silu_mul, silu_mul_torch
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import RowNoise, token_confidence, token_confidence_torch
 from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope_tables
+from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
 from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
 from evals.conftest import settings_of
@@ -56,6 +57,7 @@ class Sizes(NamedTuple):
     attention: list[tuple[int, int, int]]
     kv_heads: list[int]
     confidence_rows: list[int]
+    product_rows: list[int]
     rows: list[int]
 
 
@@ -63,8 +65,8 @@ class Sizes(NamedTuple):
 ATTENTION = [(1, 32, 160), (1, 32, 1024), (1, 32, 3200), (1, 32, 4096), (8, 32, 384), (8, 32, 3200), (32, 32, 400)]
 ATTENTION += [(1, 384, 384), (8, 384, 384), (1, 1024, 1024), (1, 1024, 4096)]
 SIZES = {
-    "cuda": Sizes(torch.bfloat16, 32, 128, 12288, 126464, ATTENTION, [32, 8], [32, 256], [32, 256, 1024]),
-    "cpu": Sizes(torch.float32, 4, 16, 192, 1000, [(1, 8, 40), (3, 8, 25)], [4, 2], [4], [32]),
+    "cuda": Sizes(torch.bfloat16, 32, 128, 12288, 126464, ATTENTION, [32, 8], [32, 256], [32, 64], [32, 256, 1024]),
+    "cpu": Sizes(torch.float32, 4, 16, 192, 1000, [(1, 8, 40), (3, 8, 25)], [4, 2], [4], [32], [32]),
 }
 
 
@@ -74,6 +76,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         named = [f"{segments}x{rows}-{keys}" for segments, rows, keys in sizes.attention]
         metafunc.parametrize(("segments", "rows", "keys"), sizes.attention, ids=named)
         metafunc.parametrize("kv_heads", sizes.kv_heads)
+    elif "product" in metafunc.fixturenames:
+        metafunc.parametrize("product", PRODUCTS)
+        metafunc.parametrize("rows", sizes.product_rows)
     elif "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", ["greedy", "entropy", "noise"])
         metafunc.parametrize("rows", sizes.confidence_rows)
@@ -179,6 +184,38 @@ def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads
     shape = dict(segments=segments, rows=rows, keys=keys, kv_heads=kv_heads)
     flops = 4 * segments * rows * keys * heads * dim
     measure(Work("attention", shape, calls, "SDPA", beside, moved, flops))
+
+
+def _gated(x, weight):
+    return silu_mul(F.linear(x, weight))
+
+
+# Of a layer's products and the LM head's: what the model calls, torch's of the same, and the weight's shape, of d, the
+# MLP's width m and the vocabulary V.
+PRODUCTS = {
+    "qkv": (linear, F.linear, lambda d, m, V: (3 * d, d)),
+    "attn_out": (linear_parts, F.linear, lambda d, m, V: (d, d)),
+    "gate_up": (gated_linear, _gated, lambda d, m, V: (2 * m, d)),
+    "ff_out": (linear_parts, F.linear, lambda d, m, V: (d, m)),
+    "lm_head": (linear, F.linear, lambda d, m, V: (V, d)),
+}
+
+
+@pytest.mark.benchmark(group="kernels: products")
+def test_product(measure, randn, device, sizes, product, rows):
+    """Bytes: the weights, x and the product, once each, whatever parts it is left in."""
+    ours, torch_s, shape_of = PRODUCTS[product]
+    columns, depth = shape_of(sizes.heads * sizes.head_dim, sizes.mlp_width, sizes.vocabulary)
+    moved = (columns * depth + rows * (columns + depth)) * sizes.dtype.itemsize
+    x = randn(num_sets(moved, device), rows, depth)
+    weights = [randn(columns, depth) / depth**0.5 for _ in x]
+    calls, beside = ([partial(f, *pair) for pair in zip(x, weights, strict=True)] for f in (ours, torch_s))
+    for call, *pair in zip(calls, x, weights, strict=True):
+        made, expected = call(), F.linear(*(tensor.double() for tensor in pair))
+        made = made.sum(0).to(sizes.dtype) if made.ndim == 3 else made
+        assert_close(made, silu_mul_torch(expected) if torch_s is _gated else expected)
+    shape = dict(product=product, rows=rows, columns=columns, depth=depth)
+    measure(Work("product", shape, calls, "torch", beside, moved, 2 * rows * columns * depth))
 
 
 @pytest.mark.benchmark(group="kernels: confidence")
