@@ -1,5 +1,8 @@
 """Muon, the optimizer of the blocks' matrices."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +34,17 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(grads)
         momentum = state["momentum"]
         momentum.lerp_(grads, 1 - group["momentum"])
-        iterate = torch.compile(orthogonal) if grads.is_cuda else orthogonal
+        iterate = _compiled() if grads.is_cuda else orthogonal
         update = iterate(grads.lerp(momentum, group["momentum"]))
         scale = 0.2 * max(update.shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+
+@cache
+def _compiled() -> Callable[[Tensor], Tensor]:
+    """Kept: to wrap it anew takes the host a millisecond."""
+    return torch.compile(orthogonal)
 
 
 def orthogonal(g: Tensor) -> Tensor:
