@@ -145,6 +145,7 @@ class ModelRunner:
         if wanted == self._layout:
             _write(inputs[StepInputs.step_columns(shape)], pack_steps(scheduled, shape))
         else:
+            self._layout = None  # should Ctrl-C come before the next line but one
             _write(inputs, pack(scheduled, shape, scrap_slot=self.config.max_num_seqs))
             self._layout = wanted
         return inputs
