@@ -18,6 +18,14 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it on one of a GPU's processors, which the programs there share; of the CPU as many as are asked for."""
+    if device.type != "cuda":
+        return 2**31
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Of a kernel that begins with `begin`: on GPUs that can (compute capability 9), it is launched while the kernel
     before it still runs, and waits for that one's end itself (programmatic dependent launch)."""
@@ -26,7 +34,9 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 @cache
 def _launches_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

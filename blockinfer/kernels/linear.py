@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.activation import silu_mul
-from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
+from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton, shared_memory
 
 SKINNY_ROWS = 64
+# what the largest of the tiles below takes at so many rows, and its launch
+_SHARED_MEMORY = 160 * 1024
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -27,7 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N] float32, of which it is the sum."""
+    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N], of which it is the sum: float32 if S > 1."""
     return skinny_linear_triton(x, weight, choose_tiling(x, weight)) if _is_skinny(x) else F.linear(x, weight)
 
 
@@ -40,7 +42,12 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _is_skinny(x: torch.Tensor) -> bool:
     """float32 stays with cuBLAS: its products there are as exact as the tests ask for, and no faster here."""
-    return runs_triton(x) and x.dtype != torch.float32 and 0 < x.shape[0] <= SKINNY_ROWS
+    return (
+        runs_triton(x)
+        and x.dtype != torch.float32
+        and 0 < x.shape[0] <= SKINNY_ROWS
+        and shared_memory(x.device) >= _SHARED_MEMORY
+    )
 
 
 class Tiling(NamedTuple):
@@ -126,7 +133,7 @@ def _skinny_linear_kernel(
     row_inside = row < rows
     column_inside = column < columns
     weights = weight_ptr + column.to(tl.int64)[:, None] * depth + k[None, :]  # [BLOCK_N, BLOCK_K]
-    up_weights = weights + columns.to(tl.int64) * depth
+    up_weights = weights + tl.cast(columns, tl.int64) * depth  # columns == 1 is a constant, without .to
     xs = x_ptr + row[:, None] * depth + k[None, :]  # [BLOCK_T, BLOCK_K]
 
     first = split * part

@@ -12,8 +12,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [T, d], weight [d] -> (rms_norm(x + residual), x + residual); residual is overwritten with the sum.
 
-    x may also be parts [S, T, d], of float32 or wider, whose sum is meant: kernels.linear.linear_parts leaves them. The
-    mean square is taken in float32 (float64 for float64).
+    x may also be parts [S, T, d], of residual's dtype or wider, whose sum is meant: kernels.linear.linear_parts leaves
+    them. The mean square is taken in float32 (float64 for float64).
     """
     implementation = add_rms_norm_triton if runs_triton(residual) else add_rms_norm_torch
     return implementation(x, residual, weight, eps), residual

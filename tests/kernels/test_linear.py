@@ -73,6 +73,34 @@ def test_what_the_model_calls(device, monkeypatch, skinny):
     assert_near(gated_linear(x, weight), exact(x, weight, True), torch.float32)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tiles_that_are_chosen(device, monkeypatch, rows, dtype):
+    """With as many columns as two tiles and a part of one, and as much depth as parts need; as on a GPU of 132."""
+    monkeypatch.setattr(module, "runs_triton", lambda x: True)
+    monkeypatch.setattr(module, "num_processors", lambda device: 6)
+    called = []
+    kernel = skinny_linear_triton
+    monkeypatch.setattr(module, "skinny_linear_triton", lambda *a, **o: called.append(a[2]) or kernel(*a, **o))
+    x, weight = draw(3, rows, 192, 2048, dtype, device)
+    out = linear_parts(x, weight)
+    assert_near(out.double() if out.ndim == 2 else out.double().sum(0), exact(x, weight, False), dtype)
+    assert_near(linear(x, weight), exact(x, weight, False), dtype)
+    if rows <= 64:
+        assert_near(gated_linear(x, weight), exact(x, weight, True), dtype)
+        assert [tiling.splits for tiling in called] == [2, 1, 1] and out.dtype == torch.float32
+    else:
+        assert not called
+
+
+def test_float32_and_small_gpus_keep_to_torch_s_products(monkeypatch):
+    monkeypatch.setattr(module, "runs_triton", lambda x: True)
+    x = torch.zeros(4, 8)
+    assert module._is_skinny(x.half()) and not module._is_skinny(x) and not module._is_skinny(x[:0].half())
+    monkeypatch.setattr(module, "shared_memory", lambda device: 100 * 1024)
+    assert not module._is_skinny(x.half())
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
