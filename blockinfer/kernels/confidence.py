@@ -215,7 +215,7 @@ def _tile_kernel(
         noisy = x
         best = largest
     if tl.abs(largest) < 1e30:
-        below = tl.maximum(x, largest - 128.0) - largest  # the float32 exponential of -128 is 0
+        below = tl.maximum(x - largest, -128.0)  # of which the float32 exponential is 0
         weight = tl.exp(below)
         token = tl.min(tl.where(noisy == best, token_id, _NO_TOKEN), axis=0)
     else:

@@ -172,6 +172,20 @@ def test_a_row_without_any_preference(device, value, mask_token_id, token, candi
         torch.testing.assert_close(entropy.cpu(), torch.tensor([math.log(candidates)]))
 
 
+@pytest.mark.parametrize("scale", [1e3, 3e9, 2e15, 3e29, 2e30])
+def test_logits_of_any_size(device, scale):
+    """Four of thirty are the largest; of the others, one is next to them and one the mask token."""
+    matrix = torch.full((1, 38), -scale)
+    matrix[0, [5, 9, 20, 31]] = scale
+    matrix[0, [12, 3 + 17]] = torch.tensor([0.9999, 1.5]) * scale
+    matrix[0, 20 + 1] = scale
+    for token_ids, confidence, entropy, _ in implementations(Case(matrix, 30, 17, 0, 16), device):
+        assert token_ids.tolist() == [2]
+        expected = 1 / (4 + math.exp(-0.1)) if scale == 1e3 else 0.25
+        torch.testing.assert_close(confidence.cpu(), torch.tensor([expected]), rtol=1e-4, atol=0)
+        assert scale == 1e3 or entropy.item() == pytest.approx(math.log(4))
+
+
 @pytest.mark.parametrize("mask_token_id", [0, 15, 16, 31, 32])
 def test_the_mask_token_is_no_candidate_wherever_in_a_tile(device, mask_token_id):
     """Its logit is the largest; of the others the last one is."""
