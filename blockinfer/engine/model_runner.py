@@ -218,7 +218,9 @@ class ModelRunner:
         if "noise" in shape.features:
             noise = _row_noise(inputs, options, rows)
         with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
-        size = (_NOISY_COLUMN_BYTES if noise and not runs_triton(hidden) else _COLUMN_BYTES) // hidden.itemsize
+        twin = not runs_triton(hidden)  # which computes in float32 at least
+        column_bytes = _NOISY_COLUMN_BYTES if noise and twin else _COLUMN_BYTES
+        size = column_bytes // (max(hidden.itemsize, 4) if twin else hidden.itemsize)
         vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
         chunks = []
         for start in range(0, len(hidden), size):

@@ -7,6 +7,8 @@ import torch
 
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine import model_runner
+from blockinfer.engine.scheduler import ScheduledSequence
 from tests.checkpoints import write_checkpoint
 
 SCHEDULED = [name for name, rule in RULES.items() if rule.scheduled]
@@ -46,6 +48,29 @@ def test_a_schedule_of_fewer_steps_is_read_once_a_block(llm, reads):
 def test_a_rule_without_a_schedule_is_read_every_step(llm, reads, rule):
     outputs = llm.generate([[1], [2, 3]], params(rule), use_tqdm=False)
     assert reads == list(range(1, max(output.metrics.nfe for output in outputs) + 1))
+
+
+def test_ctrl_c_while_inputs_are_written_leaves_no_other_step_s(llm, monkeypatch):
+    """A step of one request is cut off once its inputs are there; the next step of both is not taken to have them."""
+    prompts, options = [[1, 2], [3, 4, 5]], params("low_confidence")
+    expected = llm.generate(prompts, options, use_tqdm=False)
+    engine = llm.engine
+    first, _ = (engine._sequences[engine.add_request(prompt, options)] for prompt in prompts)
+    for _ in range(2):
+        engine.step()
+    write = model_runner._write
+
+    def interrupted(target, values):
+        write(target, values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model_runner, "_write", interrupted)
+        engine.runner.run([ScheduledSequence(first, first.segments())])
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
 
 
 def test_every_request_s_block_ends_with_a_read(llm, reads):
