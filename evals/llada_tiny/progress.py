@@ -106,4 +106,5 @@ class State:
         self.path.with_suffix(".new").replace(self.path)
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".new")):
+            path.unlink(missing_ok=True)

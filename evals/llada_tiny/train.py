@@ -23,7 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
+from evals.llada_tiny.data import (
+    DRILL_SHARES,
+    FORM_SHARES,
+    MIXTURES,
+    ROW,
+    WHOLLY_MASKED,
+    Batch,
+    Encoder,
+    make_batch,
+)
 from evals.llada_tiny.evaluate import QUICK, heldout_rows, report
 from evals.llada_tiny.init import initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export
@@ -43,6 +52,15 @@ SMOKE = {
 }
 LEARNING_RATES = (3e-3, 1e-3)  # of Muon and of Adam
 CURRICULUM = (0.05, 0.35)  # shares of the training at which problems begin to widen and are at their full width
+# what else decides on the weights: written to the log, and the same where a training goes on
+RECIPE = {
+    "learning_rates": LEARNING_RATES,
+    "curriculum": CURRICULUM,
+    "mixtures": MIXTURES,
+    "drill_shares": DRILL_SHARES,
+    "form_shares": FORM_SHARES,
+    "wholly_masked": WHOLLY_MASKED,
+}
 
 
 def level_at(share: float) -> float:
@@ -212,7 +230,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.time()
     options = dict(SMOKE if args.smoke else FULL)
-    options |= {"seed": args.seed, "minutes": args.minutes, "workers": max(1, multiprocessing.cpu_count() - 1)}
+    options |= {"recipe": RECIPE, "seed": args.seed, "minutes": args.minutes}
+    options["workers"] = max(1, multiprocessing.cpu_count() - 1)
     options |= {name: value for name in ("steps", "rows") if (value := getattr(args, name))}
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
 from evals.llada_tiny import train
-from evals.llada_tiny.data import ROW, Encoder, make_batch
+from evals.llada_tiny.data import ROW, WHOLLY_MASKED, Encoder, make_batch
 from evals.llada_tiny.evaluate import letters, lookups
 from evals.llada_tiny.init import OFFSETS, initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, load, rotate
@@ -69,6 +70,20 @@ def test_a_packed_row_shows_every_masked_place_its_whole_prompt():
         prompt = inside[: (batch.tokens[row, inside] == end).nonzero()[0][-1] + 1]
         assert batch.tokens[row, prompt[0]] == bos and seen[row, place, prompt].all()
         assert not seen[row, place, [i for i in range(ROW) if i not in set(inside)]].any()
+
+
+def test_some_documents_are_wholly_masked():
+    """Beside those whose t comes near 1: their weight is 1, and that of one of t = 0.5 is 2."""
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    whole, documents = 0, 0
+    for number in range(3):
+        batch = make_batch(encoder, number, 16, 1.0, 0)
+        weights = batch.loss_weight[(batch.loss_weight > 0) & (batch.loss_source >= 0)]
+        at = batch.loss_at[(batch.loss_weight > 0) & (batch.loss_source >= 0)]
+        smallest = weights.min()
+        documents += len(np.unique(batch.documents[batch.documents >= 0]))
+        whole += len(np.unique(batch.documents.flat[at[weights == smallest]]))
+    assert 0.5 * WHOLLY_MASKED < whole / documents < 1.7 * WHOLLY_MASKED
 
 
 def test_the_first_weights_look_up_what_follows_an_equal_token():
