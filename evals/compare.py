@@ -28,6 +28,8 @@ QUESTION = (
     *("batch_size", "dataset", "n", "rows_sha256", "prompts_version", "prompts_truncated", "grader_versions"),
     *("model", "weights", "dtype"),
 )
+# The same of the steps, beside those that they have in common with configurations.
+STEP_QUESTION = ("requests", "prompt_tokens", "new_tokens", "max_num_seqs")
 # Where one of these differs, speed and memory say nothing of the code. Those of SOFTWARE are merely told.
 MACHINE = ("device", "gpu", "cpu", "cpu_threads", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
@@ -122,7 +124,7 @@ def _match(old: dict[str, Info], new: dict[str, Info], result: Comparison, allow
 
 def differences(before: Info, after: Info) -> list[str]:
     """Settings that differ. One that either side lacks, as a file of an older commit may, is passed over."""
-    both = [key for key in QUESTION if key in before and key in after]
+    both = [key for key in QUESTION + STEP_QUESTION if key in before and key in after]
     found = [f"{key} was {before[key]}, is {after[key]}" for key in both if before[key] != after[key]]
     if _ids(before) != _ids(after) and _ids(before) and _ids(after):
         found.append("the rows have other ids")

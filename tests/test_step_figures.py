@@ -177,6 +177,13 @@ def test_time_by_stage_and_idle():
     assert lines[-1].split()[:3] == ["wall", "time", "0.100"] and len(lines) == 3 + len(stages.STAGES)
 
 
+@pytest.mark.parametrize("key, other", [("requests", 20), ("prompt_tokens", [32, 1024]), ("new_tokens", [8, 8])])
+def test_steps_of_other_requests_are_not_compared(key, other):
+    info = {"mode": "block", "requests": 200, "prompt_tokens": [32, 2048], "new_tokens": [64, 512]}
+    assert compare.differences(info, dict(info)) == []
+    assert compare.differences(info, info | {key: other}) == [f"{key} was {info[key]}, is {other}"]
+
+
 def test_time_of_two_kernels_at_once_is_counted_once():
     """It is the time of the one that began first: what is launched early waits."""
     assert own_times([Kernel("a", 0, 4), Kernel("b", 1, 2), Kernel("c", 3, 6), Kernel("d", 8, 9)]) == [4, 0, 2, 1]

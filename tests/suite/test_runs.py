@@ -80,7 +80,7 @@ def test_a_whole_run(tmp_path, folder):
 def _check_kernels(kernels, text):
     """Each kernel is there, as the twin that it is, with figures that fit each other, and as a row of the table."""
     infos = [benchmark["extra_info"] for benchmark in kernels.values()]
-    names = {"attention", "confidence", "RoPE + K/V store", "residual + RMSNorm", "SiLU x up"}
+    names = {"attention", "confidence", "RoPE + K/V store", "residual + RMSNorm", "SiLU x up", "product"}
     assert {info[KERNEL] for info in infos} == names
     for benchmark, info in zip(kernels.values(), infos, strict=True):
         assert info["implementation"] == "PyTorch twin" and info["device"] == device_name("cpu")
@@ -116,7 +116,8 @@ def _check_steps(steps, text):
     ragged, agreement = steps["test_ragged"]["extra_info"], steps["test_agreement"]["extra_info"]
     ratio = ragged["tokens_per_second"] / ragged["uniform_tokens_per_second"]
     assert ragged["times_uniform"] == pytest.approx(ratio)
-    assert 0 <= agreement["share_of_sequences_equal"] <= agreement["share_of_tokens_equal"] <= 1
+    # in float32 next to nothing tips
+    assert 0.5 <= agreement["share_of_sequences_equal"] and 0.9 <= agreement["share_of_tokens_equal"] <= 1
     lines = text.split("= steps =")[1].splitlines()
     rows = lines[3 : 3 + len(steps)]
     assert [row.split()[0] for row in rows] == [benchmark["extra_info"][STEP] for benchmark in steps.values()]
