@@ -76,10 +76,10 @@ class StepInputs(NamedTuple):
         segments, blocks = _power_of_two(rows), _power_of_two(blocks)
         return 2 * rows + 3 * segments + 1 + 8 * blocks
 
-    @staticmethod
-    def step_columns(shape: StepShape) -> slice:
+    @classmethod
+    def step_columns(cls, shape: StepShape) -> slice:
         """Where in a packed tensor steps, counts and last_steps are, all that changes from step to step of a block."""
-        start = 2 * shape.rows + 3 * shape.segments + 1 + 4 * shape.blocks
+        start = sum(cls.sizes(shape)[: cls._fields.index("steps")])
         return slice(start, start + 3 * shape.blocks)
 
     @classmethod
