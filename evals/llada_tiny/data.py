@@ -25,6 +25,14 @@ LOWEST_T = 0.02
 # rule reveals most. A uniform t hardly ever comes near.
 WHOLLY_MASKED = 0.15
 PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
+RECIPE = {
+    "mixtures": MIXTURES,
+    "drill_shares": DRILL_SHARES,
+    "form_shares": FORM_SHARES,
+    "lowest_t": LOWEST_T,
+    "wholly_masked": WHOLLY_MASKED,
+    "padding_weight": PADDING_WEIGHT,
+}
 
 
 @dataclass

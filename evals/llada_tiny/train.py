@@ -23,16 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.llada_tiny.data import (
-    DRILL_SHARES,
-    FORM_SHARES,
-    MIXTURES,
-    ROW,
-    WHOLLY_MASKED,
-    Batch,
-    Encoder,
-    make_batch,
-)
+from evals.llada_tiny import data
+from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
 from evals.llada_tiny.evaluate import QUICK, heldout_rows, report
 from evals.llada_tiny.init import initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, export
@@ -53,14 +45,7 @@ SMOKE = {
 LEARNING_RATES = (3e-3, 1e-3)  # of Muon and of Adam
 CURRICULUM = (0.05, 0.35)  # shares of the training at which problems begin to widen and are at their full width
 # what else decides on the weights: written to the log, and the same where a training goes on
-RECIPE = {
-    "learning_rates": LEARNING_RATES,
-    "curriculum": CURRICULUM,
-    "mixtures": MIXTURES,
-    "drill_shares": DRILL_SHARES,
-    "form_shares": FORM_SHARES,
-    "wholly_masked": WHOLLY_MASKED,
-}
+RECIPE = data.RECIPE | {"learning_rates": LEARNING_RATES, "curriculum": CURRICULUM}
 
 
 def level_at(share: float) -> float:
@@ -155,16 +140,15 @@ def train(
     average = [w.detach().clone() for w in weights]
     steppers = optimizers(model)
     done, out = 0, kept.path.parent
+    log = Log(encoder, out, device, started, options)
     if state is not None:
-        done, started = state["done"], started - state["seconds"]
+        done = state["done"]
         model.load_state_dict(state["weights"])
         average = state["average"]
         for stepper, its_state in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(its_state)
-        print(f"going on after {done} steps and {state['seconds']:.0f} s", flush=True)
-    log = Log(encoder, out, device, started, options)
-    if state is not None:
         log.go_on(state["sums"], state["lines"])
+        print(f"going on after {done} steps and {state['seconds']:.0f} s", flush=True)
     saved = time.time()
     for step, batch in enumerate(batches(path, options, options["workers"], done), done):
         share = step / options["steps"]
@@ -240,7 +224,10 @@ def main() -> None:
         state = kept.read(device)
     except ValueError as error:
         parser.error(str(error))
-    save_tokenizer(train_tokenizer(2_000 if args.smoke else 60_000, args.seed), args.out)
+    if state is None:
+        save_tokenizer(train_tokenizer(2_000 if args.smoke else 60_000, args.seed), args.out)
+    else:
+        started -= state["seconds"]
     path = str(args.out / "tokenizer.json")
     encoder = Encoder(path)
     torch.manual_seed(args.seed)

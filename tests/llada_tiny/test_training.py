@@ -143,7 +143,12 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(tmp_path, monkey
     with pytest.raises(SystemExit):
         smoke(monkeypatch, tmp_path / "cut", "--seed", "1")
     assert "state.pt is of a training with another seed; remove it" in capsys.readouterr().err
+    # as if it had been slow: its time counts
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    torch.save(state | {"seconds": state["seconds"] + 1000}, tmp_path / "cut" / "state.pt")
     assert smoke(monkeypatch, tmp_path / "cut") == whole
+    last = json.loads((tmp_path / "cut" / "training.jsonl").read_text().splitlines()[-1])
+    assert last["seconds"] > 1000
     assert "going on after 3 steps" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*/state*")] == []
 
