@@ -206,7 +206,8 @@ def test_product(measure, randn, device, sizes, product, rows):
     """Bytes: the weights, x and the product, once each, whatever parts it is left in."""
     ours, torch_s, shape_of = PRODUCTS[product]
     columns, depth = shape_of(sizes.heads * sizes.head_dim, sizes.mlp_width, sizes.vocabulary)
-    moved = (columns * depth + rows * (columns + depth)) * sizes.dtype.itemsize
+    made_columns = columns // 2 if torch_s is _gated else columns
+    moved = (columns * depth + rows * (depth + made_columns)) * sizes.dtype.itemsize
     x = randn(num_sets(moved, device), rows, depth)
     weights = [randn(columns, depth) / depth**0.5 for _ in x]
     calls, beside = ([partial(f, *pair) for pair in zip(x, weights, strict=True)] for f in (ours, torch_s))
