@@ -134,7 +134,7 @@ TINY = (
 
 def test_a_real_run(repository, temporary, tmp_path_factory, monkeypatch, capsys):
     """head's engine is given a third more work, and its threshold another default, which takes more forwards."""
-    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=12))
+    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=24))
     monkeypatch.setenv(SLOWDOWN, "0.35")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     head = tmp_path_factory.mktemp("head") / "clone"
@@ -145,7 +145,7 @@ def test_a_real_run(repository, temporary, tmp_path_factory, monkeypatch, capsys
     rules.write_text(text.replace("default=0.9)", "default=1.0)"))
     assert main(["--base", "HEAD", "--profile", "quick"], root=head) == REGRESSION
     printed = capsys.readouterr().out
-    base, worked_on = re.match(r"base (\w+), head (\w+\+); 12 pairs a case, margin 5 %", printed).groups()
+    base, worked_on = re.match(r"base (\w+), head (\w+\+); 24 pairs a case, margin 5 %", printed).groups()
     assert worked_on == base + "+" and "head is slowed down by 35 %" in printed
     for case in TINY:
         (ratio,) = re.findall(rf"REGRESSION {case.id}: CPU time is (\S+) times", printed)
