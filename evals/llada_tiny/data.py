@@ -24,6 +24,9 @@ LOWEST_T = 0.02
 # Of the documents, beside t uniform in (0, 1): with everything masked, where every block begins, and where a confidence
 # rule reveals most. A uniform t hardly ever comes near.
 WHOLLY_MASKED = 0.15
+# Of the documents: only digits are masked, the words between them given, as a confidence rule leaves a worked answer.
+# With t uniform over all places that hardly ever comes, and results are then stated before their operands are there.
+DIGITS_MASKED = 0.15
 PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
 RECIPE = {
     "mixtures": MIXTURES,
@@ -31,6 +34,7 @@ RECIPE = {
     "form_shares": FORM_SHARES,
     "lowest_t": LOWEST_T,
     "wholly_masked": WHOLLY_MASKED,
+    "digits_masked": DIGITS_MASKED,
     "padding_weight": PADDING_WEIGHT,
 }
 
@@ -69,6 +73,7 @@ class Encoder:
     def __init__(self, path: str) -> None:
         self.tokenizer = Tokenizer.from_file(path)
         self.eos, self.eot, self.mask = (self.tokenizer.token_to_id(token) for token in (EOS, EOT, MASK))
+        self.digits = [self.tokenizer.token_to_id(digit) for digit in "0123456789"]
 
     def __call__(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, answer ids ending with the stop token) of each row."""
@@ -82,6 +87,7 @@ def document(
 ) -> Document:
     """Lay out prompt and canvas in a form drawn by `rng`, mask the maskable places with probability t."""
     form = rng.choices(FORMS, FORM_SHARES)[0]
+    only_digits = rng.random() < DIGITS_MASKED
     n = len(answer)
     start, stop = 0, 0  # the maskable part of the canvas
     if form in ("whole", "cut"):
@@ -100,6 +106,8 @@ def document(
     targets = np.array(prompt + canvas, dtype=np.int64)
     where = np.arange(p + size) - p
     maskable = (where >= start) & (where < stop)
+    if only_digits and (digits := maskable & np.isin(targets, encoder.digits)).any():
+        maskable = digits
     drawn = np.random.default_rng(rng.getrandbits(64)).random(p + size)
     masked = maskable & (drawn < t)
     tokens = np.where(masked | (where >= stop), encoder.mask, targets)

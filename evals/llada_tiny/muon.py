@@ -10,11 +10,12 @@ from torch import Tensor, nn
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by a quintic Newton-Schulz iteration (K. Jordan, 2024).
 
-    Matrices of one shape are stacked, so that a step is a few batched products. Scaled to Adam's update size.
+    Matrices of one shape are stacked, so that a step is a few batched products. Scaled to Adam's update size. The rate
+    `lr` is a tensor of no dimensions, so that a CUDA graph of the step can be given another.
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self, params: list[nn.Parameter], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.01
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         update = iterate(grads.lerp(momentum, group["momentum"]))
         scale = 0.2 * max(update.shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_sub_(params, list((update.to(params[0].dtype) * (group["lr"] * scale)).unbind()))
 
 
 @cache

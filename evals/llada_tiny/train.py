@@ -87,16 +87,6 @@ def batches(tokenizer: str, options: dict, workers: int, first: int = 0) -> Iter
             process.join()
 
 
-def to_device(batch: Batch, device: str) -> dict[str, Tensor]:
-    """Without waiting for what the device still has to do."""
-    tensors = {}
-    for name, array in vars(batch).items():
-        tensor = torch.from_numpy(array)
-        tensor = tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
-        tensors[name] = tensor.long() if array.dtype.kind == "i" else tensor
-    return tensors
-
-
 class Objective(nn.Module):
     """LLaDA's loss: cross-entropy of the masked places, each weighted 1/t."""
 
@@ -115,11 +105,71 @@ class Objective(nn.Module):
 
 
 def optimizers(model: TinyLLaDA) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, Adam for embeddings and norms."""
+    """Muon for the blocks' matrices, Adam for embeddings and norms; their rates are tensors, to be filled."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "wte" in name]
-    adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=others[0].is_cuda)
-    return [Muon(matrices, lr=0.0), adam]
+    device = others[0].device
+    on_gpu = {"fused": True, "capturable": True} if device.type == "cuda" else {}
+    rates = [torch.zeros((), device=device) for _ in range(2)]
+    return [Muon(matrices, rates[0]), torch.optim.AdamW(others, rates[1], (0.9, 0.98), weight_decay=0.0, **on_gpu)]
+
+
+class Step:
+    """One step of the training, as a CUDA graph from the fourth on where there is a GPU.
+
+    The host takes longer to launch a step's kernels one by one than an H100 to run them. All on the current stream,
+    which is not to be the default one.
+    """
+
+    def __init__(
+        self, model: TinyLLaDA, average: list[Tensor], steppers: list[torch.optim.Optimizer], log: Log
+    ) -> None:
+        self.weights, self.average, self.steppers, self.log = list(model.parameters()), average, steppers, log
+        self.device = self.weights[0].device
+        self.objective: nn.Module = Objective(model)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            self.objective = torch.compile(self.objective)
+        self.arrays: dict[str, Tensor] = {}
+        self.following = torch.zeros((), device=self.device)  # how far the average moves to the weights
+        self.eager, self.graph = 3, None
+
+    def __call__(self, batch: Batch, rates: tuple[float, ...], following: float) -> None:
+        for name, array in vars(batch).items():
+            tensor = torch.from_numpy(array)
+            if name not in self.arrays:
+                self.arrays[name] = torch.empty_like(tensor, device=self.device)
+            tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+            self.arrays[name].copy_(tensor, non_blocking=True)
+        for stepper, rate in zip(self.steppers, rates, strict=True):
+            for group in stepper.param_groups:
+                group["lr"].fill_(rate)
+        self.following.fill_(following)
+        if self.device.type == "cuda" and self.eager == 0:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                    self._run()
+            self.graph.replay()
+        else:
+            self.eager -= 1
+            self._run()
+            for stepper in self.steppers:
+                stepper.zero_grad(set_to_none=True)
+
+    def _run(self) -> None:
+        arrays = {name: x if x.is_floating_point() else x.long() for name, x in self.arrays.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss, right = self.objective(arrays)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for stepper in self.steppers:
+            stepper.step()
+        with torch.no_grad():
+            apart = torch._foreach_sub(self.weights, self.average)
+            torch._foreach_mul_(apart, self.following)
+            torch._foreach_add_(self.average, apart)
+        self.log.add(loss.detach(), right, arrays["loss_source"])
 
 
 def train(
@@ -132,11 +182,6 @@ def train(
     torch.manual_seed(options["seed"])
     weights = list(model.parameters())
     device = weights[0].device.type
-    objective: nn.Module = Objective(model)
-    if device == "cuda":
-        torch.set_num_threads(1)  # more would wait for each other beside as many workers as there are cores
-        torch.backends.cuda.matmul.allow_tf32 = True
-        objective = torch.compile(objective)
     average = [w.detach().clone() for w in weights]
     steppers = optimizers(model)
     done, out = 0, kept.path.parent
@@ -149,6 +194,7 @@ def train(
             stepper.load_state_dict(its_state)
         log.go_on(state["sums"], state["lines"])
         print(f"going on after {done} steps and {state['seconds']:.0f} s", flush=True)
+    run = Step(model, average, steppers, log)
     saved = time.time()
     for step, batch in enumerate(batches(path, options, options["workers"], done), done):
         share = step / options["steps"]
@@ -156,20 +202,8 @@ def train(
             share = max(share, (time.time() - started) / 60 / options["minutes"])
         if share >= 1:
             break
-        for stepper, rate in zip(steppers, LEARNING_RATES, strict=True):
-            for group in stepper.param_groups:
-                group["lr"] = rate * rate_at(step, share, options["warm_up"])
-        arrays = to_device(batch, device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss, right = objective(arrays)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        decay = min(0.999, step / (step + 10))
-        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
-        log.add(loss.detach(), right, arrays["loss_source"])
+        factor = rate_at(step, share, options["warm_up"])
+        run(batch, tuple(rate * factor for rate in LEARNING_RATES), 1 - min(0.999, step / (step + 10)))
         done = step + 1
         if done % options["log_every"] == 0:
             log.write(done, model)
@@ -236,6 +270,10 @@ def main() -> None:
     model.to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f}M parameters on {device}; {options['rows'] * ROW} tokens a step; {options}", flush=True)
+    if device == "cuda":
+        torch.set_num_threads(1)  # more would wait for each other beside as many workers as there are cores
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default one
     train(model, encoder, path, options, kept, state, started)
     export(model, args.out)
     kept.remove()

@@ -12,7 +12,7 @@ import torch
 
 from blockinfer import LLM, SamplingParams
 from evals.llada_tiny import train
-from evals.llada_tiny.data import ROW, WHOLLY_MASKED, Encoder, make_batch
+from evals.llada_tiny.data import DIGITS_MASKED, ROW, WHOLLY_MASKED, Encoder, document, make_batch
 from evals.llada_tiny.evaluate import letters, lookups
 from evals.llada_tiny.init import OFFSETS, initialise
 from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, load, rotate
@@ -84,6 +84,19 @@ def test_some_documents_are_wholly_masked():
         documents += len(np.unique(batch.documents[batch.documents >= 0]))
         whole += len(np.unique(batch.documents.flat[at[weights == smallest]]))
     assert 0.5 * WHOLLY_MASKED < whole / documents < 1.7 * WHOLLY_MASKED
+
+
+def test_of_some_documents_only_digits_are_masked():
+    encoder = Encoder(str(TINY_MODEL / "tokenizer.json"))
+    rng = random.Random(11)
+    (pair,) = encoder([{"source": "gsm8k", "question": "Add 3 and 4.", "solution": "It is 3 + 4 = 7, so 7."}])
+    found = []
+    for _ in range(400):
+        doc = document(encoder, *pair, 0, 1.0, rng)
+        if doc.content.any() and np.isin(doc.targets, encoder.digits)[len(pair[0]) :].any():
+            found.append(set(doc.targets[doc.masked]) <= set(encoder.digits))
+            assert (doc.masked == (doc.weight > 0)).all()
+    assert len(found) > 200 and 0.6 * DIGITS_MASKED < np.mean(found) < 1.5 * DIGITS_MASKED
 
 
 def test_the_first_weights_look_up_what_follows_an_equal_token():
