@@ -2,8 +2,8 @@
 
 A case sends requests of random token ids to `LLM.generate`, all at once, and no stop token ends one. ms a step is the
 wall time over the forwards of the model, the prompt's among them. Two whole runs go before on a GPU: in the first one,
-whose time is stored as first_seconds, kernels are compiled, in the second one CUDA graphs are captured. What an earlier
-case has compiled or captured, a later one finds.
+whose time is stored as first_seconds, kernels are compiled, in the second one CUDA graphs are captured. Before the
+ragged requests it is one, in which most shapes come often. What an earlier case compiled or captured, a later one has.
 
 Where --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the small
 one of the repository, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
@@ -140,14 +140,14 @@ def environment(settings, llm):
 
 @pytest.fixture
 def measure(benchmark, llm, environment, settings):
-    """measure(name, case, rounds): times it; its figures go to extra_info. -> the last round's outputs."""
+    """measure(name, case, rounds, warm_ups): times it; its figures go to extra_info. -> the last round's outputs."""
 
-    def measure(name, case, rounds):
+    def measure(name, case, rounds, warm_ups=WARM_UPS[settings.device]):
         benchmark.extra_info.update(about(name, case, llm, environment))
         prompts, params = random_prompts(llm, case.lengths), case.params
         if settings.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        first, *_ = [timed_run(llm, prompts, params)[0] for _ in range(WARM_UPS[settings.device])]
+        first, *_ = [timed_run(llm, prompts, params)[0] for _ in range(warm_ups)]
         runs = []
         benchmark.pedantic(lambda: runs.append(timed_run(llm, prompts, params)), rounds=rounds)
         benchmark.extra_info.update(figures(first.seconds, [timed for timed, _ in runs]) | memory(llm))
@@ -196,7 +196,7 @@ def test_ragged(ragged_requests, measure, benchmark, llm, sizes, settings):
     """Requests of many lengths, more than run at once: tokens/s beside those of `uniform`, prefill and tail in both."""
     prompts, params = random_prompts(llm, sizes.uniform.lengths), sizes.uniform.params
     *_, uniform = [timed_run(llm, prompts, params)[0] for _ in range(WARM_UPS[settings.device] + 1)]
-    measure("ragged", ragged_requests, 1)
+    measure("ragged", ragged_requests, 1, warm_ups=1)
     benchmark.extra_info.update(beside_uniform(benchmark.extra_info, sizes.uniform, uniform))
 
 

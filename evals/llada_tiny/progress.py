@@ -1,8 +1,12 @@
 """What a training keeps while it runs: its log, and all that it takes to go on after it was cut off."""
 
 import json
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -62,10 +66,11 @@ class Log:
 
 
 class State:
-    """The file beside the weights from which a training goes on. It is to be written every so many seconds."""
+    """The file beside the weights from which a training goes on. It is to be written every so many seconds, and once
+    more where `ends` has become true."""
 
     def __init__(self, out: Path, options: dict, every: float) -> None:
-        self.path, self.every = out / "state.pt", every
+        self.path, self.every, self.ends = out / "state.pt", every, False
         self.options = {name: value for name, value in options.items() if name not in _FREE}
 
     def read(self, device: str) -> dict | None:
@@ -104,6 +109,19 @@ class State:
         # a kill while it is written leaves the one before
         torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
+
+    @contextmanager
+    def sigterm(self) -> Iterator[None]:
+        """Within it the signal ends nothing: it sets `ends`."""
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            self.ends = True
+
+        before = signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def remove(self) -> None:
         for path in (self.path, self.path.with_suffix(".new")):

@@ -1,15 +1,18 @@
 """Accuracy against tokens per forward, of every mode with every rule, by the engine: two tables and one drawing.
 
 python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study          # writes study.md and study.svg
+python -m evals.llada_tiny.study evals/llada_tiny --mode vanilla --out /tmp/one        # a part, on another GPU, say,
+python -m evals.llada_tiny.study evals/llada_tiny --mode block --add /tmp/one/study.json --out /tmp/both # is added
 
 The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token. The model
 computes in float32, on a GPU where there is one.
 """
 
 import argparse
+import json
 import statistics
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass
+from itertools import chain, product
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -20,6 +23,7 @@ from evals.llada_tiny.problems import SOURCES
 from evals.paired import Paired
 from evals.prompts import messages
 from evals.report.scales import Scale, around
+from evals.resume import fingerprint
 
 RULES: tuple[dict, ...] = (
     *({"unmasking": "low_confidence", "denoising_steps": steps} for steps in (32, 16, 8, 4)),
@@ -151,6 +155,18 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'
 
 
+def read(path: Path, about: dict) -> list[Result]:
+    """What another study left. Raises ValueError where it is none, or of another model, machine or other problems."""
+    try:
+        kept = json.loads(path.read_text())
+        results = [Result(**result) for result in kept["results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the study.json of a study ({error!r})") from error
+    if other := [name for name in about if about[name] != kept["about"].get(name)]:
+        raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
+    return results
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the checkpoint")
@@ -158,21 +174,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for study.md and study.svg")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="study.json of other modes, to stand before")
+    parser.add_argument("--out", type=Path, required=True, help="folder for study.md, study.svg and study.json")
     return parser
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    modes = args.mode.split(",")
+    if unknown := set(modes) - set(MODES):
+        parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
     rows = heldout_rows(args.rows, "heldout", args.seed)
-    results = []
-    with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
-        for mode in args.mode.split(","):
-            for rule in RULES:
-                results.append(measure(llm, rows, mode, rule))
-                r = results[-1]
-                print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
+        about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed}
+        try:
+            results = [result for path in args.add for result in read(path, about)]
+        except (OSError, ValueError) as error:
+            parser.error(f"--add: {error}")
+        for mode, rule in product(modes, RULES):
+            results.append(measure(llm, rows, mode, rule))
+            r = results[-1]
+            print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
+            kept = {"about": about, "results": [asdict(result) for result in results]}
+            (args.out / "study.json").write_text(json.dumps(kept))
     (args.out / "study.md").write_text(f"{summary(results)}\n{markdown(results, args.rows)}")
     (args.out / "study.svg").write_text(svg(results))
 

@@ -8,13 +8,15 @@ Beside the weights, training.jsonl gets a line every some hundred steps: seconds
 predicted right by source, shares of two-hop questions whose first and second fact are found (evaluate.lookups), and of
 four-choice questions whose letter is (evaluate.letters).
 
-Every minute the weights so far are exported, and all that it takes to go on is written to state.pt: after a kill the
-same command goes on from there, the minutes before counted. At the end that file is removed.
+Every minute, and where SIGTERM ends it, the weights so far are exported, and all that it takes to go on is written to
+state.pt: the same command goes on from there, the minutes before counted. At the end that file is removed.
 """
 
 import argparse
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +35,7 @@ from evals.llada_tiny.progress import Log, State
 from evals.llada_tiny.tokenizer import BOS, save_tokenizer, train_tokenizer
 
 # a slow warm-up: a fast one overwrites what init.py lays down before it is of use
-FULL = {"steps": 36_000, "rows": 128, "warm_up": 1_000, "log_every": 250, "eval_rows": 100, "shape": {}}
+FULL = {"steps": 32_000, "rows": 128, "warm_up": 1_000, "log_every": 250, "eval_rows": 100, "shape": {}}
 SMOKE = {
     "steps": 6,
     "rows": 4,
@@ -60,6 +62,7 @@ def rate_at(step: int, share: float, warm_up: int) -> float:
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_num_threads(1)
     encoder = Encoder(tokenizer)
@@ -207,10 +210,12 @@ def train(
         done = step + 1
         if done % options["log_every"] == 0:
             log.write(done, model)
-        if time.time() - saved > kept.every:
+        if kept.ends or time.time() - saved > kept.every:
             saved = time.time()
             kept.write(done, saved - started, model, average, steppers, log)
             _export_average(model, average, out)
+        if kept.ends:
+            sys.exit(f"ended after {done} steps by SIGTERM; the same command goes on from there")
     with torch.no_grad():
         for w, mean in zip(weights, average, strict=True):
             w.copy_(mean)
@@ -274,7 +279,8 @@ def main() -> None:
         torch.set_num_threads(1)  # more would wait for each other beside as many workers as there are cores
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default one
-    train(model, encoder, path, options, kept, state, started)
+    with kept.sigterm():
+        train(model, encoder, path, options, kept, state, started)
     export(model, args.out)
     kept.remove()
     model.load_state_dict({name: w.bfloat16().float() for name, w in model.state_dict().items()})  # what was exported

@@ -43,6 +43,9 @@ def test_equals_its_definition(device, guarded_empty, seed, rows, columns, depth
     x, weight = draw(seed, rows, columns * (1 + gated), depth, dtype, device)
     before = x.clone(), weight.clone()
     tiling = tiling._replace(splits=1 if gated else tiling.splits)
+    if device == "cuda" and dtype == torch.float32:
+        # no matrix unit computes it exactly, and without one a larger tile takes minutes to compile
+        tiling = tiling._replace(block_n=16, block_k=16)
     out = skinny_linear_triton(x, weight, tiling, gated)
     assert out.shape == (tiling.splits, rows, columns)
     assert out.dtype == (dtype if tiling.splits == 1 else torch.float32)

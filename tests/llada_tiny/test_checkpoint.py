@@ -2,12 +2,15 @@
 
 import json
 import random
+import sys
 from xml.etree import ElementTree
 
+import pytest
 from safetensors import safe_open
 
 from blockinfer import LLM, SamplingParams
 from evals.graders import grade
+from evals.llada_tiny import study
 from evals.llada_tiny.problems import SOURCES, problem
 from evals.llada_tiny.study import Result, markdown, summary, svg
 from evals.llada_tiny.tokenizer import MASK, chat_text
@@ -70,3 +73,25 @@ def test_the_study_s_table_and_drawing():
     marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
     (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
     assert faster > x and lower > y
+
+
+def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "RULES", study.RULES[3:4])
+
+    def run(out, *options):
+        command = ["study", str(TINY_MODEL), "--rows", "2", "--out", str(tmp_path / out), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        study.main()
+        return (tmp_path / out / "study.md").read_text()
+
+    whole = run("whole", "--mode", "vanilla,block")
+    run("one", "--mode", "vanilla")
+    assert run("both", "--mode", "block", "--add", str(tmp_path / "one" / "study.json")) == whole
+    for options, message in (
+        (["--rows", "1", "--add", str(tmp_path / "one" / "study.json")], "is of another rows than this study"),
+        (["--add", str(tmp_path / "one" / "study.md")], "study.md is not the study.json of a study"),
+        (["--mode", "block,black"], "black is none of vanilla"),
+    ):
+        with pytest.raises(SystemExit):
+            run("other", *options)
+        assert message in capsys.readouterr().err

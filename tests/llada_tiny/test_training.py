@@ -1,8 +1,10 @@
 """The small model's training: its first weights, its batches, its optimizer, and the whole path."""
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 
@@ -19,7 +21,7 @@ from evals.llada_tiny.model import Shape, TinyLLaDA, attention_bias, load, rotat
 from evals.llada_tiny.muon import orthogonal
 from evals.llada_tiny.problems import SOURCES, drill, problem
 from evals.llada_tiny.problems.hotpotqa import hotpotqa, recital
-from evals.llada_tiny.progress import Log
+from evals.llada_tiny.progress import Log, State
 from evals.llada_tiny.tokenizer import BOS, HEADER_END
 from evals.llada_tiny.train import rate_at
 from evals.settings import TINY_MODEL
@@ -164,6 +166,28 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(tmp_path, monkey
     assert last["seconds"] > 1000
     assert "going on after 3 steps" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*/state*")] == []
+
+
+def test_a_training_that_is_terminated_keeps_its_last_step(tmp_path, monkeypatch):
+    whole = smoke(monkeypatch, tmp_path / "whole")
+    log, keep = Log.write, State.write
+
+    def terminated(self, step, model):
+        log(self, step, model)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def late(self, done, *rest):
+        if done >= 4:
+            keep(self, done, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="ended after 4 steps by SIGTERM"):
+        patch.setattr(Log, "write", terminated)
+        patch.setattr(
+            State, "write", lambda state, done, *rest, write=State.write: done < 4 or write(state, done, *rest)
+        )
+        smoke(monkeypatch, tmp_path / "cut")
+    assert smoke(monkeypatch, tmp_path / "cut") == whole
 
 
 def test_training_runs_from_nothing(tmp_path):
