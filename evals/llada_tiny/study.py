@@ -160,9 +160,10 @@ def read(path: Path, about: dict) -> list[Result]:
     try:
         kept = json.loads(path.read_text())
         results = [Result(**result) for result in kept["results"]]
+        other = [name for name in about if about[name] != kept["about"][name]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the study.json of a study ({error!r})") from error
-    if other := [name for name in about if about[name] != kept["about"].get(name)]:
+    if other:
         raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
     return results
 
@@ -191,6 +192,8 @@ def main() -> None:
         about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed}
         try:
             results = [result for path in args.add for result in read(path, about)]
+            if again := {result.mode for result in results} & set(modes):
+                raise ValueError(f"{', '.join(sorted(again))} is there already; leave it out of --mode")
         except (OSError, ValueError) as error:
             parser.error(f"--add: {error}")
         for mode, rule in product(modes, RULES):

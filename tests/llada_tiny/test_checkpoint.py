@@ -90,6 +90,7 @@ def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
     for options, message in (
         (["--rows", "1", "--add", str(tmp_path / "one" / "study.json")], "is of another rows than this study"),
         (["--add", str(tmp_path / "one" / "study.md")], "study.md is not the study.json of a study"),
+        (["--mode", "block,vanilla", "--add", str(tmp_path / "one" / "study.json")], "vanilla is there already"),
         (["--mode", "block,black"], "black is none of vanilla"),
     ):
         with pytest.raises(SystemExit):
