@@ -3,8 +3,9 @@
 A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, or to
 scaled_dot_product_attention. Then a round times the kernel over many sets of buffers, so that on a GPU they come from
 its memory and not from its L2 cache. Right before each round the same is done with what the kernel is held against: for
-attention scaled_dot_product_attention on contiguous K and V, for products torch's, for others a copy of as many bytes.
-evals/kernels.py says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the kernel.
+attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole layer what torch.compile
+makes of it around the same attention, for others a copy of as many bytes. evals/kernels.py says how. On a CPU what runs
+is the twin, at shapes so small that its times say nothing of the kernel, and nothing is compiled.
 """
 
 import inspect
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from blockinfer import LLM
+from blockinfer.config import ModelConfig
 from blockinfer.kernels.activation import silu_mul, silu_mul_torch
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import RowNoise, token_confidence, token_confidence_torch
@@ -24,6 +26,8 @@ from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
 from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.models.llada import LLaDALayer
+from blockinfer.models.registry import SHAPES
 from evals.conftest import settings_of
 from evals.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
 from evals.machine import device_name
@@ -293,3 +297,56 @@ def test_silu_mul(measure, randn, device, sizes, rows):
     assert_close(torch.stack([call() for call in calls]), silu_mul_torch(gate_up.double()))
     shape = dict(rows=rows, columns=sizes.mlp_width)
     measure(Work("SiLU x up", shape, calls, "copy", copies(moved, device), moved))
+
+
+def _before_attention(x, residual, cos_sin, layer, pages, slots):
+    """The first half of LLaDALayer.forward in plain PyTorch -> q, and the new residual."""
+    residual = residual.clone()
+    normed = add_rms_norm_torch(x, residual, layer.attn_norm, layer.eps)
+    qkv = F.linear(normed, layer.qkv_proj).unflatten(-1, (-1, layer.head_dim))
+    return rope_store_kv_torch(qkv, cos_sin, *pages, slots), residual
+
+
+def _after_attention(attention, residual, layer):
+    """The second half -> the layer's output, and the new residual."""
+    residual = residual.clone()
+    normed = add_rms_norm_torch(F.linear(attention.flatten(1), layer.attn_out), residual, layer.ff_norm, layer.eps)
+    return F.linear(silu_mul_torch(F.linear(normed, layer.gate_up_proj)), layer.ff_out), residual
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile's own parts use what is deprecated
+@pytest.mark.benchmark(group="kernels: layer")
+def test_layer(measure, randn, device, sizes, rows):
+    """A whole layer, on segments of 32 rows that see themselves. Bytes: the weights, and what comes in and goes out.
+
+    The sum replaces the residual, so it grows from call to call; only the first call's values are checked.
+    """
+    width, dtype = sizes.heads * sizes.head_dim, sizes.dtype
+    shape = dict(d_model=width, n_heads=sizes.heads, n_kv_heads=sizes.heads, mlp_hidden_size=sizes.mlp_width)
+    config = ModelConfig.from_dict(SHAPES["llada-8b"] | shape, "llada-8b")
+    matrices = (4 * width + 3 * sizes.mlp_width) * width
+    moved = (matrices + 4 * rows * width) * dtype.itemsize
+    layers = [LLaDALayer(config, dtype, torch.device(device)) for _ in range(num_sets(moved, device))]
+    for weight in (weight for layer in layers for weight in layer.parameters()):
+        weight.copy_(randn(weight.shape) / weight.shape[-1] ** 0.5)
+    slots = torch.arange(rows, device=device)
+    starts = torch.arange(0, rows + 1, 32, device=device)
+    page_table = slots[: rows // PAGE_SIZE].view(rows // 32, -1)
+    table = SegmentTable(starts, torch.full_like(starts[1:], 32), page_table, slots)
+    pages = torch.zeros(2, rows // PAGE_SIZE, PAGE_SIZE, sizes.heads, sizes.head_dim, dtype=dtype, device=device)
+    cos_sin = rope_tables(sizes.head_dim, rows, 500_000.0, dtype, torch.device(device))
+    x, residual = randn(2, rows, width)
+    compiled = [torch.compile(half) if device == "cuda" else half for half in (_before_attention, _after_attention)]
+
+    def beside(layer):
+        q, total = compiled[0](x, residual, cos_sin, layer, pages, slots)
+        return compiled[1](paged_attention(q, *pages, table), total, layer)
+
+    calls = [partial(layer, x, residual.clone(), cos_sin, pages, table) for layer in layers]
+    others = [partial(beside, layer) for layer in layers]
+    for call, other in zip(calls, others, strict=True):
+        (made, total), (expected, expected_total) = call(), other()
+        assert_close((made.sum(0) if made.ndim == 3 else made).to(dtype), expected)
+        assert_close(total, expected_total)
+    held_against = "torch.compile" if device == "cuda" else "PyTorch"
+    measure(Work("layer", dict(rows=rows), calls, held_against, others, moved, 2 * rows * matrices))
