@@ -348,5 +348,5 @@ def test_layer(measure, randn, device, sizes, rows):
         (made, total), (expected, expected_total) = call(), other()
         assert_close((made.sum(0) if made.ndim == 3 else made).to(dtype), expected)
         assert_close(total, expected_total)
-    held_against = "torch.compile" if device == "cuda" else "PyTorch"
+    held_against = "compile" if device == "cuda" else "torch"
     measure(Work("layer", dict(rows=rows), calls, held_against, others, moved, 2 * rows * matrices))

@@ -80,7 +80,7 @@ def test_a_whole_run(tmp_path, folder):
 def _check_kernels(kernels, text):
     """Each kernel is there, as the twin that it is, with figures that fit each other, and as a row of the table."""
     infos = [benchmark["extra_info"] for benchmark in kernels.values()]
-    names = {"attention", "confidence", "RoPE + K/V store", "residual + RMSNorm", "SiLU x up", "product"}
+    names = {"attention", "confidence", "RoPE + K/V store", "residual + RMSNorm", "SiLU x up", "product", "layer"}
     assert {info[KERNEL] for info in infos} == names
     for benchmark, info in zip(kernels.values(), infos, strict=True):
         assert info["implementation"] == "PyTorch twin" and info["device"] == device_name("cpu")
