@@ -119,7 +119,11 @@ def _row(cells: list[str]) -> str:
 
 
 def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
-    """Accuracy over tokens per forward, the latter logarithmic; one colour a mode, the rule beside its mark."""
+    """Accuracy over tokens per forward, the latter logarithmic; one colour a mode.
+
+    The rule stands beside the first mode's mark, higher where another one is there, and the steps alone for
+    low_confidence.
+    """
     speeds = [r.tokens_per_forward for r in results]
     shares = [r.accuracy for r in results]
     x = Scale(*around(speeds, True, room=0.1), 60, width - 130, True)
@@ -136,6 +140,7 @@ def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
     ]
     parts += [_text(x(v), height - 34, f"{v:g}", "middle") for v in x.ticks(6)]
     parts += [_text(54, y(v) + 4, f"{100 * v:.4g}", "end") for v in y.ticks(7)]
+    labels: list[tuple[float, float, str]] = []
     for r in results:
         at = x(r.tokens_per_forward), y(r.accuracy)
         about = escape(f"{r.mode}, {r.rule}: {100 * r.accuracy:.1f} %, {r.tokens_per_forward:.2f} tokens per forward")
@@ -144,10 +149,17 @@ def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
             f"<title>{about}</title></circle>"
         )
         if r.mode == modes[0]:
-            parts.append(_text(at[0] + 6, at[1] - 5, r.rule, "start"))
+            labels.append((at[0] + 6, at[1] - 5, r.rule.removeprefix("low_confidence ")))
+    lines: list[tuple[float, float]] = []
+    for left, baseline, text in labels:
+        while any(abs(left - other) < 90 and abs(baseline - line) < 12 for other, line in lines):
+            baseline -= 1
+        lines.append((left, baseline))
+        parts.append(_text(left, baseline, text, "start"))
     for i, mode in enumerate(modes):
-        parts.append(f'<circle cx="{width - 116}" cy="{30 + 18 * i}" r="4" fill="{colours[mode]}"/>')
-        parts.append(_text(width - 106, 34 + 18 * i, mode, "start"))
+        line = height - 60 - 18 * (len(modes) - 1 - i)
+        parts.append(f'<circle cx="76" cy="{line}" r="4" fill="{colours[mode]}"/>')
+        parts.append(_text(86, line + 4, mode, "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -75,6 +75,13 @@ def test_the_study_s_table_and_drawing():
     assert faster > x and lower > y
 
 
+def test_the_labels_of_two_rules_at_one_place_are_apart():
+    right = dict.fromkeys(SOURCES, [True, False])
+    results = [Result("block", rule, right, 17.0, 17.0) for rule in ("factor 1", "threshold 0.95")]
+    lines = {t.text: float(t.get("y")) for t in ElementTree.fromstring(svg(results)).iterfind(".//{*}text")}
+    assert abs(lines["factor 1"] - lines["threshold 0.95"]) >= 12
+
+
 def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "RULES", study.RULES[3:4])
 
