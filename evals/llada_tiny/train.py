@@ -1,6 +1,6 @@
 """Train the tiny LLaDA and write it in the published checkpoint format.
 
-python -m evals.llada_tiny.train --out evals/llada_tiny          # one H200; README.md says how long
+python -m evals.llada_tiny.train --out evals/llada_tiny          # one H100; README.md says how long
 python -m evals.llada_tiny.train --out /tmp/tiny --minutes 8     # the schedule shortened where the steps take longer
 python -m evals.llada_tiny.train --out /tmp/tiny --smoke         # the whole path on a CPU within a minute
 
@@ -19,7 +19,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from queue import Empty
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,8 @@ def rate_at(step: int, share: float, warm_up: int) -> float:
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends it
+    # sent to the whole group it would leave half a batch in the pipe, on which the main process would wait for good
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     torch.set_num_threads(1)
     encoder = Encoder(tokenizer)
@@ -72,7 +75,10 @@ def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queu
 
 
 def batches(tokenizer: str, options: dict, workers: int, first: int = 0) -> Iterator[Batch]:
-    """The run's batches in order from number `first` on; worker w makes every `workers`-th one."""
+    """The run's batches in order from number `first` on; worker w makes every `workers`-th one. To be closed.
+
+    Raises RuntimeError where a worker has died.
+    """
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=4) for _ in range(workers)]
     processes = [
@@ -83,11 +89,24 @@ def batches(tokenizer: str, options: dict, workers: int, first: int = 0) -> Iter
         process.start()
     try:
         for number in range(first, options["steps"]):
-            yield queues[(number - first) % workers].get()
+            worker = (number - first) % workers
+            yield _get(queues[worker], processes[worker], number)
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()
             process.join()
+
+
+def _get(queue: multiprocessing.Queue, process: multiprocessing.Process, number: int) -> Batch:
+    while True:
+        try:
+            return queue.get(timeout=1)
+        except Empty:
+            if not process.is_alive():
+                raise RuntimeError(
+                    f"the process that makes batch {number} died with exit code {process.exitcode}; the same command "
+                    "goes on from state.pt"
+                ) from None
 
 
 class Objective(nn.Module):
@@ -199,23 +218,24 @@ def train(
         print(f"going on after {done} steps and {state['seconds']:.0f} s", flush=True)
     run = Step(model, average, steppers, log)
     saved = time.time()
-    for step, batch in enumerate(batches(path, options, options["workers"], done), done):
-        share = step / options["steps"]
-        if options["minutes"]:
-            share = max(share, (time.time() - started) / 60 / options["minutes"])
-        if share >= 1:
-            break
-        factor = rate_at(step, share, options["warm_up"])
-        run(batch, tuple(rate * factor for rate in LEARNING_RATES), 1 - min(0.999, step / (step + 10)))
-        done = step + 1
-        if done % options["log_every"] == 0:
-            log.write(done, model)
-        if kept.ends or time.time() - saved > kept.every:
-            saved = time.time()
-            kept.write(done, saved - started, model, average, steppers, log)
-            _export_average(model, average, out)
-        if kept.ends:
-            sys.exit(f"ended after {done} steps by SIGTERM; the same command goes on from there")
+    with closing(batches(path, options, options["workers"], done)) as made:
+        for step, batch in enumerate(made, done):
+            share = step / options["steps"]
+            if options["minutes"]:
+                share = max(share, (time.time() - started) / 60 / options["minutes"])
+            if share >= 1:
+                break
+            factor = rate_at(step, share, options["warm_up"])
+            run(batch, tuple(rate * factor for rate in LEARNING_RATES), 1 - min(0.999, step / (step + 10)))
+            done = step + 1
+            if done % options["log_every"] == 0:
+                log.write(done, model)
+            if kept.ends or time.time() - saved > kept.every:
+                saved = time.time()
+                kept.write(done, saved - started, model, average, steppers, log)
+                _export_average(model, average, out)
+            if kept.ends:
+                sys.exit(f"ended after {done} steps by SIGTERM; the same command goes on from there")
     with torch.no_grad():
         for w, mean in zip(weights, average, strict=True):
             w.copy_(mean)

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,23 +171,50 @@ def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(tmp_path, monkey
 
 
 def test_a_training_that_is_terminated_keeps_its_last_step(tmp_path, monkeypatch):
+    """Which no other rule writes: the next time to would be in an hour."""
     whole = smoke(monkeypatch, tmp_path / "whole")
-    log, keep = Log.write, State.write
+    write = Log.write
 
     def terminated(self, step, model):
-        log(self, step, model)
+        write(self, step, model)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def late(self, done, *rest):
-        if done >= 4:
-            keep(self, done, *rest)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="ended after 4 steps by SIGTERM"):
         patch.setattr(Log, "write", terminated)
-        patch.setattr(State, "write", late)
+        patch.setattr(train, "State", lambda out, options, every: State(out, options, every=3600))
         smoke(monkeypatch, tmp_path / "cut")
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["done"] == 4
     assert smoke(monkeypatch, tmp_path / "cut") == whole
+
+
+COMMAND = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--steps", "100000", "--rows", "32", "--out"]
+
+
+def started(tmp_path):
+    """A training in a group of its own, as soon as its worker is there."""
+    process = subprocess.Popen(
+        [*COMMAND, str(tmp_path)], cwd=TINY_MODEL.parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not (found := children.read_text().split()):
+        time.sleep(0.01)
+    return process, int(found[0])
+
+
+def test_sigterm_to_the_whole_group_ends_it(tmp_path):
+    """While it waits for the first batch, which the worker makes on."""
+    process, _ = started(tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "steps by SIGTERM; the same command goes on from there" in errors, errors
+
+
+def test_a_worker_that_dies_ends_it_and_is_named(tmp_path):
+    process, worker = started(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "died with exit code -9; the same command goes on from state.pt" in errors
 
 
 def test_training_runs_from_nothing(tmp_path):
