@@ -1,11 +1,12 @@
 """Speed of the kernels at the shapes of LLaDA-8B: what they reach of the ceilings that the same run measures.
 
-A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, or to
-scaled_dot_product_attention. Then a round times the kernel over many sets of buffers, so that on a GPU they come from
-its memory and not from its L2 cache. Right before each round the same is done with what the kernel is held against: for
-attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole layer what torch.compile
-makes of it around the same attention, for others a copy of as many bytes. evals/kernels.py says how. On a CPU what runs
-is the twin, at shapes so small that its times say nothing of the kernel, and nothing is compiled.
+A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, attention
+and a whole layer to what they are timed beside. Then a round times the kernel over many sets of buffers, so that on a
+GPU they come from its memory and not from its L2 cache. Right before each round the same is done with what the kernel
+is held against: for attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole
+layer what torch.compile makes of it around the same attention, for others a copy of as many bytes. evals/kernels.py
+says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the kernel, and nothing is
+compiled.
 """
 
 import inspect
@@ -319,7 +320,8 @@ def _after_attention(attention, residual, layer):
 def test_layer(measure, randn, device, sizes, rows):
     """A whole layer, on segments of 32 rows that see themselves. Bytes: the weights, and what comes in and goes out.
 
-    The sum replaces the residual, so it grows from call to call; only the first call's values are checked.
+    Its output may be left in parts, which the next layer's norm adds up. It is held to what it is timed beside, in the
+    same dtype. The sum replaces the residual, so it grows from call to call; only the first call's values are checked.
     """
     width, dtype = sizes.heads * sizes.head_dim, sizes.dtype
     shape = dict(d_model=width, n_heads=sizes.heads, n_kv_heads=sizes.heads, mlp_hidden_size=sizes.mlp_width)

@@ -1,6 +1,6 @@
 """Accuracy against tokens per forward, of every mode with every rule, by the engine: two tables and one drawing.
 
-python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study          # writes study.md and study.svg
+python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study # writes study.md, .svg and .json
 python -m evals.llada_tiny.study evals/llada_tiny --mode vanilla --out /tmp/one        # a part, on another GPU, say,
 python -m evals.llada_tiny.study evals/llada_tiny --mode block --add /tmp/one/study.json --out /tmp/both # is added
 
@@ -60,6 +60,12 @@ class Result:
         return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
 
 
+def label(rule: dict) -> str:
+    name, *values = rule.values()
+    unit = " steps" if "denoising_steps" in rule else ""
+    return " ".join([name, *(f"{value:g}{unit}" for value in values)])
+
+
 def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
     outputs = llm.chat([messages(row) for row in rows], SamplingParams(mode=mode, **rule), use_tqdm=False)
     right: dict[str, list[bool]] = {}
@@ -67,10 +73,7 @@ def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
         found = final_answer(row["source"], output.outputs[0].text or "")
         right.setdefault(row["source"], []).append(found == row["answer"])
     long = [output for row, output in zip(rows, outputs, strict=True) if row["source"] in ("gsm8k", "math500")]
-    name, *values = rule.values()
-    unit = " steps" if "denoising_steps" in rule else ""
-    label = " ".join([name, *(f"{value:g}{unit}" for value in values)])
-    return Result(mode, label, right, _tokens_per_forward(outputs), _tokens_per_forward(long))
+    return Result(mode, label(rule), right, _tokens_per_forward(outputs), _tokens_per_forward(long))
 
 
 def _tokens_per_forward(outputs: list[RequestOutput]) -> float:
@@ -78,7 +81,7 @@ def _tokens_per_forward(outputs: list[RequestOutput]) -> float:
 
 
 def summary(results: list[Result]) -> str:
-    """The table of rules by modes: right answers in per cent, and tokens per forward."""
+    """The table of rules by modes: right answers in per cent, and tokens per forward of all answers."""
     modes = list(dict.fromkeys(r.mode for r in results))
     found = {(r.mode, r.rule): f"{100 * r.accuracy:.1f}, {r.tokens_per_forward:.2f}" for r in results}
     lines = [_row(["rule", *(f"`{mode}`" for mode in modes)]), _row(["---"] * (len(modes) + 1))]
@@ -87,14 +90,20 @@ def summary(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def document(results: list[Result], rows: int) -> str:
+    """study.md: what each table says, and both."""
+    head = f"Right answers in per cent, and tokens per forward, {rows} held-out problems of each source."
+    return f"{head}\n\n{summary(results)}\n{markdown(results, rows)}"
+
+
 def markdown(results: list[Result], rows: int) -> str:
     """The table by sources, in per cent, and what each mode and rule loses against the first of each, in points."""
     first = results[0]
     head = ["mode", "rule", *(f"`{source}`" for source in SOURCES), "all", "tokens per forward", "of the first two"]
     head += [f"against `{first.mode}`, same rule", f"against {first.rule}, same mode"]
     lines = [
-        f"Right answers in per cent, {rows} held-out problems a source. Against another on the same rows: points lost, "
-        "and how many answers were lost and won.",
+        f"By source, {rows} problems each. Against another on the same rows: points lost, and how many answers were "
+        "lost and won.",
         "",
         _row(head),
         _row(["---"] * len(head)),
@@ -168,7 +177,10 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def read(path: Path, about: dict) -> list[Result]:
-    """What another study left. Raises ValueError where it is none, or of another model, machine or other problems."""
+    """What another study left.
+
+    Raises ValueError where it is none or not whole, or of another model, machine or engine, of other rules or problems.
+    """
     try:
         kept = json.loads(path.read_text())
         results = [Result(**result) for result in kept["results"]]
@@ -177,6 +189,8 @@ def read(path: Path, about: dict) -> list[Result]:
         raise ValueError(f"{path} is not the study.json of a study ({error!r})") from error
     if other:
         raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
+    if [(r.mode, r.rule) for r in results] != list(product(dict.fromkeys(r.mode for r in results), about["rules"])):
+        raise ValueError(f"{path} is of a study that was cut off, or lacks rules of a mode; make it anew")
     return results
 
 
@@ -201,20 +215,22 @@ def main() -> None:
     rows = heldout_rows(args.rows, "heldout", args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
-        about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed}
+        about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": [label(r) for r in RULES]}
         try:
-            results = [result for path in args.add for result in read(path, about)]
-            if again := {result.mode for result in results} & set(modes):
-                raise ValueError(f"{', '.join(sorted(again))} is there already; leave it out of --mode")
+            parts = [read(path, about) for path in args.add]
+            named = [*modes, *(mode for part in parts for mode in dict.fromkeys(r.mode for r in part))]
+            if again := {mode for mode in named if named.count(mode) > 1}:
+                raise ValueError(f"{', '.join(sorted(again))} would be there twice, of --mode and the files together")
         except (OSError, ValueError) as error:
             parser.error(f"--add: {error}")
+        results = list(chain(*parts))
         for mode, rule in product(modes, RULES):
             results.append(measure(llm, rows, mode, rule))
             r = results[-1]
             print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
             kept = {"about": about, "results": [asdict(result) for result in results]}
             (args.out / "study.json").write_text(json.dumps(kept))
-    (args.out / "study.md").write_text(f"{summary(results)}\n{markdown(results, args.rows)}")
+    (args.out / "study.md").write_text(document(results, args.rows))
     (args.out / "study.svg").write_text(svg(results))
 
 

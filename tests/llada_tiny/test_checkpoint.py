@@ -83,7 +83,7 @@ def test_the_labels_of_two_rules_at_one_place_are_apart():
 
 
 def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study, "RULES", study.RULES[3:4])
+    monkeypatch.setattr(study, "RULES", study.RULES[3:5])
 
     def run(out, *options):
         command = ["study", str(TINY_MODEL), "--rows", "2", "--out", str(tmp_path / out), *options]
@@ -93,11 +93,16 @@ def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
 
     whole = run("whole", "--mode", "vanilla,block")
     run("one", "--mode", "vanilla")
-    assert run("both", "--mode", "block", "--add", str(tmp_path / "one" / "study.json")) == whole
+    one = tmp_path / "one" / "study.json"
+    assert run("both", "--mode", "block", "--add", str(one)) == whole
+    kept = json.loads(one.read_text())
+    (tmp_path / "cut.json").write_text(json.dumps(kept | {"results": kept["results"][:1]}))
     for options, message in (
-        (["--rows", "1", "--add", str(tmp_path / "one" / "study.json")], "is of another rows than this study"),
+        (["--rows", "1", "--add", str(one)], "is of another rows than this study"),
         (["--add", str(tmp_path / "one" / "study.md")], "study.md is not the study.json of a study"),
-        (["--mode", "block,vanilla", "--add", str(tmp_path / "one" / "study.json")], "vanilla is there already"),
+        (["--mode", "block", "--add", str(tmp_path / "cut.json")], "cut.json is of a study that was cut off"),
+        (["--mode", "block,vanilla", "--add", str(one)], "vanilla would be there twice"),
+        (["--mode", "block", "--add", str(one), str(one)], "vanilla would be there twice"),
         (["--mode", "block,black"], "black is none of vanilla"),
     ):
         with pytest.raises(SystemExit):
