@@ -80,9 +80,14 @@ def _tokens_per_forward(outputs: list[RequestOutput]) -> float:
     return sum(len(o.outputs[0].token_ids) for o in outputs) / sum(o.metrics.nfe for o in outputs)
 
 
+def modes_of(results: list[Result]) -> list[str]:
+    """In the order in which they come first."""
+    return list(dict.fromkeys(r.mode for r in results))
+
+
 def summary(results: list[Result]) -> str:
     """The table of rules by modes: right answers in per cent, and tokens per forward of all answers."""
-    modes = list(dict.fromkeys(r.mode for r in results))
+    modes = modes_of(results)
     found = {(r.mode, r.rule): f"{100 * r.accuracy:.1f}, {r.tokens_per_forward:.2f}" for r in results}
     lines = [_row(["rule", *(f"`{mode}`" for mode in modes)]), _row(["---"] * (len(modes) + 1))]
     for rule in dict.fromkeys(r.rule for r in results):
@@ -137,7 +142,7 @@ def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
     shares = [r.accuracy for r in results]
     x = Scale(*around(speeds, True, room=0.1), 60, width - 130, True)
     y = Scale(*around(shares, False, room=0.02, most=1.0), height - 50, 20)
-    modes = list(dict.fromkeys(r.mode for r in results))
+    modes = modes_of(results)
     colours = {mode: COLOURS[i % len(COLOURS)] for i, mode in enumerate(modes)}
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
@@ -189,7 +194,7 @@ def read(path: Path, about: dict) -> list[Result]:
         raise ValueError(f"{path} is not the study.json of a study ({error!r})") from error
     if other:
         raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
-    if [(r.mode, r.rule) for r in results] != list(product(dict.fromkeys(r.mode for r in results), about["rules"])):
+    if [(r.mode, r.rule) for r in results] != list(product(modes_of(results), about["rules"])):
         raise ValueError(f"{path} is of a study that was cut off, or lacks rules of a mode; make it anew")
     return results
 
@@ -218,7 +223,7 @@ def main() -> None:
         about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": [label(r) for r in RULES]}
         try:
             parts = [read(path, about) for path in args.add]
-            named = [*modes, *(mode for part in parts for mode in dict.fromkeys(r.mode for r in part))]
+            named = [*modes, *chain(*map(modes_of, parts))]
             if again := {mode for mode in named if named.count(mode) > 1}:
                 raise ValueError(f"{', '.join(sorted(again))} would be there twice, of --mode and the files together")
         except (OSError, ValueError) as error:

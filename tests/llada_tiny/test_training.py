@@ -192,10 +192,10 @@ COMMAND = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--steps",
 
 
 def started(tmp_path):
-    """A training in a group of its own, as soon as its worker is there."""
-    process = subprocess.Popen(
-        [*COMMAND, str(tmp_path)], cwd=TINY_MODEL.parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    """A training in a group of its own, as soon as it has begun and its worker is there."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(tmp_path)], cwd=TINY_MODEL.parents[1], start_new_session=True, **pipes)
+    assert "parameters on cpu" in process.stdout.readline()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and not (found := children.read_text().split()):
         time.sleep(0.01)
