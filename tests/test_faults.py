@@ -109,7 +109,7 @@ def test_a_broken_request_stands_still(llm, break_once):
     for _ in range(4):
         assert engine.step() == []
     (sequence,) = engine.scheduler.running
-    assert (engine.runner.tokens[sequence.slot, 3:7] == mask).sum() == 3
+    assert (engine.runner.state.tokens[sequence.slot, 3:7] == mask).sum() == 3
     for _ in range(3):  # nothing hangs, and nothing runs
         with pytest.raises(FloatingPointError, match=f"for request {bad}:"):
             engine.step()
@@ -159,7 +159,7 @@ def test_a_slot_is_whole_again_for_its_next_request(llm, break_once):
         engine.step()
     (sequence,) = engine.scheduler.running
     slot = sequence.slot
-    assert engine.runner.broken[slot] and not sequence.broken
+    assert engine.runner.state.broken[slot] and not sequence.broken
     engine.abort(bad)
     engine.add_request([4, 5], PARAMS)
     engine.step()

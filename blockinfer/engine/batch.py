@@ -10,6 +10,7 @@ import torch
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
+from blockinfer.kernels.unmasking import Blocks
 
 
 class StepShape(NamedTuple):
@@ -44,9 +45,7 @@ class StepInputs(NamedTuple):
     """A step's indices, int64, on the model's device. Slots are rows of the device's state, one a running sequence.
 
     slots, positions [T]: each row's. query_starts [S + 1], segment_slots, kv_lens [S]: segment i has the rows from
-    query_starts[i] to query_starts[i + 1]. For each sequence, [B]: its slot; its block's first position and length, and
-    the row of that position (a block's rows follow each other); the denoising step in the block, how many positions the
-    schedule reveals in it, and whether it must reveal all (0 or 1); how many output tokens come before the block.
+    query_starts[i] to query_starts[i + 1]. blocks: what is known of each sequence's block.
 
     What pads a tensor belongs to the scrap slot, and to no segment.
     """
@@ -56,36 +55,46 @@ class StepInputs(NamedTuple):
     query_starts: torch.Tensor
     segment_slots: torch.Tensor
     kv_lens: torch.Tensor
-    block_slots: torch.Tensor
-    block_starts: torch.Tensor
-    block_lengths: torch.Tensor
-    block_rows: torch.Tensor
-    steps: torch.Tensor
-    counts: torch.Tensor
-    last_steps: torch.Tensor
-    output_starts: torch.Tensor
+    blocks: Blocks
 
     @staticmethod
     def sizes(shape: StepShape) -> list[int]:
         """The lengths of the tensors, in their order."""
-        return [shape.rows] * 2 + [shape.segments + 1] + [shape.segments] * 2 + [shape.blocks] * 8
+        blocks = [shape.blocks] * len(Blocks._fields)
+        return [shape.rows] * 2 + [shape.segments + 1] + [shape.segments] * 2 + blocks
 
     @staticmethod
     def largest(rows: int, blocks: int) -> int:
         """The most numbers that a padded step of at most so many rows and blocks packs: each row may be a segment."""
         segments, blocks = _power_of_two(rows), _power_of_two(blocks)
-        return 2 * rows + 3 * segments + 1 + 8 * blocks
+        return 2 * rows + 3 * segments + 1 + len(Blocks._fields) * blocks
 
     @classmethod
     def step_columns(cls, shape: StepShape) -> slice:
-        """Where in a packed tensor steps, counts and last_steps are, all that changes from step to step of a block."""
-        start = sum(cls.sizes(shape)[: cls._fields.index("steps")])
-        return slice(start, start + 3 * shape.blocks)
+        """Where in a packed tensor the columns of `_StepColumns` are, all that changes from step to step of a block."""
+        first = len(cls._fields) - 1 + Blocks._fields.index(_StepColumns._fields[0])
+        start = sum(cls.sizes(shape)[:first])
+        return slice(start, start + len(_StepColumns._fields) * shape.blocks)
 
     @classmethod
     def split(cls, packed: torch.Tensor, shape: StepShape) -> "StepInputs":
         """The views of what `pack` made."""
-        return cls(*packed.split(cls.sizes(shape)))
+        tensors = packed.split(cls.sizes(shape))
+        first = len(cls._fields) - 1
+        return cls(*tensors[:first], blocks=Blocks(*tensors[first:]))
+
+
+class _StepColumns(NamedTuple):
+    """What of Blocks changes from step to step, in its order, one after the other there."""
+
+    steps: int
+    counts: int
+    last_steps: bool
+    masked_counts: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> "_StepColumns":
+        return cls(sequence.step, sequence.reveal_count(), sequence.is_last_step(), sequence.num_masked)
 
 
 def step_shape(scheduled: Items[ScheduledSequence]) -> StepShape:
@@ -119,12 +128,9 @@ def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int)
         start = sequence.block_start
         # the last segment holds the block
         first_row = rows - (segments[-1].stop - start)
-        blocks.append(
-            (
-                *(sequence.slot, start, sequence.block_end - start, first_row),
-                *(*_step_of(sequence), start - sequence.prompt_len),
-            )
-        )
+        fixed = dict(slots=sequence.slot, starts=start, lengths=sequence.block_end - start, first_rows=first_row)
+        steps = _StepColumns.of(sequence)._asdict()
+        blocks.append(Blocks(**fixed, **steps, output_starts=start - sequence.prompt_len))
     segment_slots, lengths, shifts, kv_lens = np.array(spans).T
     columns = [
         (segment_slots.repeat(lengths), scrap_slot),
@@ -132,7 +138,7 @@ def pack(scheduled: Items[ScheduledSequence], shape: StepShape, scrap_slot: int)
         (np.append(0, lengths.cumsum()), rows),
         (segment_slots, scrap_slot),
         (kv_lens, 1),
-        *zip(np.array(blocks).T, (scrap_slot, 0, 0, 0, 0, 0, 0, 0), strict=True),
+        *zip(np.array(blocks).T, (scrap_slot, *[0] * (len(Blocks._fields) - 1)), strict=True),
     ]
     sizes = StepInputs.sizes(shape)
     packed = np.empty(sum(sizes), dtype=np.int64)
@@ -152,13 +158,9 @@ def layout(scheduled: Items[ScheduledSequence], shape: StepShape) -> tuple:
 
 def pack_steps(scheduled: Items[ScheduledSequence], shape: StepShape) -> torch.Tensor:
     """`StepInputs.step_columns` of what `pack` makes."""
-    steps = [_step_of(sequence) for sequence, _ in scheduled]
-    steps += [(0, 0, False)] * (shape.blocks - len(steps))
+    steps = [_StepColumns.of(sequence) for sequence, _ in scheduled]
+    steps += [_StepColumns(0, 0, False, 0)] * (shape.blocks - len(steps))
     return torch.tensor([*zip(*steps, strict=True)], dtype=torch.int64).flatten()
-
-
-def _step_of(sequence: Sequence) -> tuple[int, int, bool]:
-    return sequence.step, sequence.reveal_count(), sequence.is_last_step()
 
 
 class SlotOptions(NamedTuple):
@@ -191,33 +193,6 @@ def _float_bits(value: float) -> int:
 def as_float(bits: torch.Tensor) -> torch.Tensor:
     """What `SlotOptions` keeps of a float -> float64."""
     return bits.contiguous().view(torch.float64)
-
-
-class MaskedRows(NamedTuple):
-    """The masked positions of blocks [B, L] as a list of N, padded with the first position of the first block.
-
-    place [N]: where in the flattened blocks, and one past them for padding; block, offset [N]: the same, taken apart.
-    """
-
-    place: torch.Tensor
-    block: torch.Tensor
-    offset: torch.Tensor
-
-    @classmethod
-    def of(cls, masked: torch.Tensor, count: int) -> "MaskedRows":
-        """count: at least as many as are masked."""
-        flat = masked.flatten()
-        order = flat.cumsum(0).sub_(1).masked_fill_(~flat, count)
-        place = torch.full((count + 1,), len(flat), device=masked.device)
-        place.scatter_(0, order, torch.arange(len(flat), device=masked.device))
-        place = place[:count]
-        real = place.where(place < len(flat), 0)
-        return cls(place, real // masked.shape[1], real % masked.shape[1])
-
-    def grid(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """values [N] -> [B, L], 0 where masked is not."""
-        grid = values.new_zeros(masked.numel() + 1)
-        return grid.scatter_(0, self.place, values)[:-1].view(masked.shape)
 
 
 def _power_of_two(n: int) -> int:

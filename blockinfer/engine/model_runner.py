@@ -9,17 +9,7 @@ import torch
 
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.batch import (
-    MaskedRows,
-    SlotOptions,
-    StepInputs,
-    StepShape,
-    as_float,
-    layout,
-    pack,
-    pack_steps,
-    step_shape,
-)
+from blockinfer.engine.batch import SlotOptions, StepInputs, StepShape, as_float, layout, pack, pack_steps, step_shape
 from blockinfer.engine.graphs import GraphCache
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
@@ -27,6 +17,7 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowNoise, token_confidence
 from blockinfer.kernels.paged_attention import SegmentTable
+from blockinfer.kernels.unmasking import Blocks, MaskedRows, SlotState, masked_rows, unmask
 from blockinfer.models.llada import LLaDA
 
 # Rows that go through the LM head at once, times the bytes of a number. That bounds the memory of what has a column for
@@ -59,12 +50,11 @@ class BlockResult(NamedTuple):
 class ModelRunner:
     """Owns the token state and the KV pages.
 
-    tokens [slots + 1, max_model_len] int64: prompt, revealed tokens, and the mask token where nothing is revealed yet.
-    masked, of that shape, bool: what is still to be revealed, from a sequence's current block on; before it, anything.
-    It is state of its own, since a prompt may contain the mask token. broken [slots + 1] bool: whether logits of a
-    sequence were NaN or infinite since it was started; from then on it reveals nothing. page_tables [slots + 1, pages
-    of max_model_len] int64: each sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the
-    last page are scrap: they take what pads a step, and hold anything.
+    state: of max_num_seqs + 1 slots and max_model_len positions; its tokens are the prompt, the revealed ones, and the
+    mask token where nothing is revealed yet; what is masked is meant from a sequence's current block on. It is state of
+    its own, since a prompt may contain the mask token. page_tables [slots, pages of max_model_len] int64: each
+    sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the last page are scrap: they take
+    what pads a step, and hold anything.
     """
 
     def __init__(
@@ -75,9 +65,15 @@ class ModelRunner:
         self.device = config.device
         self.stats = EngineStats()
         slots, length = config.max_num_seqs + 1, config.max_model_len
-        self.tokens = torch.full((slots, length), config.mask_token_id, device=self.device)
-        self.masked = torch.zeros((slots, length), dtype=torch.bool, device=self.device)
-        self.broken = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
+        options = SlotOptions(*self._options.unbind(1))
+        self.state = SlotState(
+            tokens=torch.full((slots, length), config.mask_token_id, device=self.device),
+            masked=torch.zeros((slots, length), dtype=torch.bool, device=self.device),
+            broken=torch.zeros(slots, dtype=torch.bool, device=self.device),
+            rules=options.rule,
+            values=options.value,
+        )
         self.num_pages = num_pages
         self.kv_pages = _allocate_pages(model, config, num_pages + 1)
         self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
@@ -85,7 +81,6 @@ class ModelRunner:
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
-        self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
         self._graphs = GraphCache() if self.device.type == "cuda" else None
         # where every graph finds its step's indices, and what those that are there depend on
         largest = StepInputs.largest(_MAX_GRAPH_ROWS, config.max_num_seqs)
@@ -95,10 +90,10 @@ class ModelRunner:
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
         row = slice(sequence.block_start, sequence.canvas_end)
-        _write(self.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
-        self.tokens[sequence.slot, row] = self.config.mask_token_id
-        self.masked[sequence.slot, row] = True
-        self.broken[sequence.slot] = False
+        _write(self.state.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
+        self.state.tokens[sequence.slot, row] = self.config.mask_token_id
+        self.state.masked[sequence.slot, row] = True
+        self.state.broken[sequence.slot] = False
         self._num_pages_known[sequence.slot] = 0
         _write(self._options[sequence.slot], SlotOptions.of(sequence))
 
@@ -159,42 +154,23 @@ class ModelRunner:
                 self._num_pages_known[sequence.slot] = len(sequence.pages)
 
     def _step(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
-        """-> [B, 2 + L] int64: whether the sequence is broken, the block's masked positions left, its tokens.
+        """-> [B, 2 + L] int64: whether the sequence is broken, the masked positions left, the block's tokens.
 
         Launches the same kernels for the same shape and never waits for the device, so that it can be captured.
         """
-        hidden = self.forward(inputs, shape)
-        # Blocks are padded to one width, [B, L], with positions of the scrap slot.
-        offsets = torch.arange(shape.block_length, device=self.device)
-        inside = offsets < inputs.block_lengths[:, None]
-        where = (
-            inputs.block_slots[:, None].where(inside, self.config.max_num_seqs),
-            (inputs.block_starts[:, None] + offsets).where(inside, 0),
-        )
-        broken = self.broken[inputs.block_slots]
-        tokens, masked = self.tokens[where], self.masked[where] & inside & ~broken[:, None]
-
-        rows = MaskedRows.of(masked, shape.masked_rows)
-        options = SlotOptions(*self._options[inputs.block_slots].unbind(1))
-        predicted = self._predict(hidden[inputs.block_rows[rows.block] + rows.offset], inputs, shape, options, rows)
-        broken |= rows.grid(~predicted.finite, masked).any(dim=-1)
-
-        reveal = torch.zeros_like(masked)
-        for number, (name, rule) in enumerate(RULES.items()):
+        blocks = inputs.blocks
+        rows = masked_rows(self.state, blocks, shape.block_length, shape.masked_rows)
+        hidden = self.forward(inputs, shape, rows.row)
+        predicted = self._predict(hidden, blocks, shape, rows)
+        result = torch.empty((shape.blocks, 2 + shape.block_length), dtype=torch.int64, device=self.device)
+        for name, rule in RULES.items():
             if name in shape.rules:
-                scores = rows.grid(self._scores(rule.score, predicted, inputs, shape, options, rows), masked)
-                chosen = rule.select(scores, masked, inputs.counts, as_float(options.value).float())
-                reveal |= chosen & (options.rule == number)[:, None]
-        reveal |= masked & (inputs.last_steps > 0)[:, None]
-        reveal &= ~broken[:, None]
+                scores = self._scores(rule.score, predicted, blocks, shape, rows)
+                unmask(name, scores, predicted.token_ids, predicted.finite, self.state, blocks, result)
+        return result
 
-        tokens = torch.where(reveal, rows.grid(predicted.token_ids, masked), tokens)
-        masked &= ~reveal
-        self.tokens[where], self.masked[where], self.broken[inputs.block_slots] = tokens, masked, broken
-        return torch.cat([broken[:, None].long(), masked.sum(dim=-1, keepdim=True), tokens], dim=1)
-
-    def forward(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
-        """Writes the K and V of all rows -> their final hidden states, [T, d]."""
+    def forward(self, inputs: StepInputs, shape: StepShape, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Writes the K and V of all rows -> their final hidden states, [T, d], or those of the given rows, [N, d]."""
         page_size = self.config.page_size
         pages = self.page_tables[inputs.slots, inputs.positions // page_size]
         table = SegmentTable(
@@ -203,20 +179,14 @@ class ModelRunner:
             page_table=self.page_tables[inputs.segment_slots, : -(-shape.max_kv_len // page_size)],
             kv_slots=pages * page_size + inputs.positions % page_size,
         )
-        return self.model(self.tokens[inputs.slots, inputs.positions], inputs.positions, self.kv_pages, table)
+        token_ids = self.state.tokens[inputs.slots, inputs.positions]
+        return self.model(token_ids, inputs.positions, self.kv_pages, table, rows)
 
-    def _predict(
-        self,
-        hidden: torch.Tensor,
-        inputs: StepInputs,
-        shape: StepShape,
-        options: SlotOptions,
-        rows: MaskedRows,
-    ) -> Confidence:
+    def _predict(self, hidden: torch.Tensor, blocks: Blocks, shape: StepShape, rows: MaskedRows) -> Confidence:
         """hidden [N, d] of the masked rows -> what each predicts."""
         noise = None
         if "noise" in shape.features:
-            noise = _row_noise(inputs, options, rows)
+            noise = self._row_noise(blocks, rows)
         with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
         twin = not runs_triton(hidden)  # which computes in float32 at least
         column_bytes = _NOISY_COLUMN_BYTES if noise and twin else _COLUMN_BYTES
@@ -228,20 +198,16 @@ class ModelRunner:
             logits = self.model.logits(hidden[chunk])
             if "eos_inf" in shape.features:
                 # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-                forbidden = torch.where(options.eos_inf[rows.block[chunk]] > 0, -torch.inf, 0.0)
+                forbidden = torch.where(self._row_options(blocks, rows).eos_inf[chunk] > 0, -torch.inf, 0.0)
                 logits[:, self.eos_ids] += forbidden[:, None]
             chunk_noise = noise and RowNoise(*(tensor[chunk] for tensor in noise))
             chunks.append(token_confidence(logits, vocab_size, mask_token_id, chunk_noise, with_entropy))
+        if len(chunks) == 1:
+            return chunks[0]
         return Confidence(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
     def _scores(
-        self,
-        score: str,
-        predicted: Confidence,
-        inputs: StepInputs,
-        shape: StepShape,
-        options: SlotOptions,
-        rows: MaskedRows,
+        self, score: str, predicted: Confidence, blocks: Blocks, shape: StepShape, rows: MaskedRows
     ) -> torch.Tensor:
         """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
         if score == "position":
@@ -251,12 +217,22 @@ class ModelRunner:
         elif score == "certainty":
             scores = -predicted.entropy
         else:
-            _, seed, position, step = _row_noise(inputs, options, rows)
+            _, seed, position, step = self._row_noise(blocks, rows)
             scores = philox.uniform(seed, philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
         if "eos_eot_last" not in shape.features:
             return scores
         last = (predicted.token_ids[:, None] == self.last_ids).any(dim=-1)
-        return scores.masked_fill(last & (options.eos_eot_last[rows.block] > 0), -torch.inf)
+        return scores.masked_fill(last & (self._row_options(blocks, rows).eos_eot_last > 0), -torch.inf)
+
+    def _row_options(self, blocks: Blocks, rows: MaskedRows) -> SlotOptions:
+        """Those of each masked row, [N]."""
+        return SlotOptions(*self._options[blocks.slots[rows.block]].unbind(1))
+
+    def _row_noise(self, blocks: Blocks, rows: MaskedRows) -> RowNoise:
+        """What the noise of the masked rows [N] is a function of."""
+        options = self._row_options(blocks, rows)
+        position = blocks.output_starts[rows.block] + rows.offset
+        return RowNoise(as_float(options.temperature), options.seed.contiguous(), position, blocks.steps[rows.block])
 
 
 def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -271,13 +247,6 @@ def _write(target: torch.Tensor, values: Items[int] | torch.Tensor) -> None:
     """Copies int64 values of its shape into the target, behind what the device has yet to do, and waits for nothing."""
     values = torch.as_tensor(values, dtype=torch.int64)
     target.copy_(_pinned(values, target.device), non_blocking=True)
-
-
-def _row_noise(inputs: StepInputs, options: SlotOptions, rows: MaskedRows) -> RowNoise:
-    """What the noise of the masked rows [N] is a function of."""
-    position = inputs.output_starts[rows.block] + rows.offset
-    temperature = as_float(options.temperature)[rows.block]
-    return RowNoise(temperature, options.seed[rows.block], position, inputs.steps[rows.block])
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:

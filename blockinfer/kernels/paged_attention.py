@@ -21,7 +21,7 @@ class SegmentTable(NamedTuple):
 
     query_starts [S + 1] int64: segment i owns rows query_starts[i] .. query_starts[i + 1] - 1.
     kv_lens [S] int64. page_table [S, N] int64: the pages of the segment's sequence in order; entries past
-    ceil(kv_len / P) are not read. kv_slots [T] int64: where each row's own K and V go, page * P + offset.
+    ceil(kv_len / P) may hold anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset.
     """
 
     query_starts: torch.Tensor
@@ -67,7 +67,7 @@ class Tiling(NamedTuple):
     block_n: int
     splits: int
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 def paged_attention_triton(
@@ -115,6 +115,7 @@ def paged_attention_triton(
         table.kv_lens,
         table.page_table,
         segments,
+        width,
         table.page_table.stride(0),
         q.stride(0),
         1.4426950408889634 / head_dim**0.5,  # log2(e): the kernel's exponentials are powers of two
@@ -148,18 +149,17 @@ def paged_attention_triton(
 
 
 def choose_tiling(q: torch.Tensor, kv_heads: int, segments: int, max_kv_len: int) -> Tiling:
-    """Tiles as tall as a segment, and so many parts of the keys that every processor has a program or two.
+    """Tiles as tall as the matrix units take, and so many parts of the keys that most processors have a program.
 
-    Up to 256 keys the second launch costs what the parts save (measured on an H100, the tiles on an H200, too).
+    Up to 256 keys the second launch costs what the parts save (measured on an H100, as the tiles were).
     """
     rows, heads, _ = q.shape
     rows *= heads // kv_heads
-    block_m = 32 if rows <= 32 * segments else 64
-    block_n = 32 if q.dtype == torch.float32 else 128 if block_m == 32 else 64
-    programs = max(segments, rows // block_m) * kv_heads
-    wanted = 2 * num_processors(q.device) // programs if max_kv_len > 256 else 1
-    stages = 2 if block_m == 32 else 3
-    return Tiling(block_m, block_n, splits=max(1, min(wanted, max_kv_len // block_n, 16)), num_stages=stages)
+    programs = max(segments, rows // 64) * kv_heads
+    wanted = num_processors(q.device) // programs if max_kv_len > 256 else 1
+    splits = max(1, min(wanted, max_kv_len // 64, 16))
+    one_tile = rows <= 64 * segments and splits == 1
+    return Tiling(64, 32 if one_tile or q.dtype == torch.float32 else 64, splits)
 
 
 @triton.jit
@@ -173,6 +173,7 @@ def _paged_attention_kernel(
     kv_lens_ptr,
     page_table_ptr,
     segments,
+    table_width,
     table_stride,
     q_stride,
     scale,
@@ -225,14 +226,21 @@ def _paged_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # only the last tile may hold keys that are not the part's
     whole = first_key + tl.maximum(last_key - first_key, 0) // BLOCK_N * BLOCK_N
+    # A tile's pages are looked up while the tile before is computed: were they looked up right before K and V, the
+    # compiler would load these only one tile ahead, whatever num_stages says.
+    n = tl.arange(0, BLOCK_N)
+    last_page = table_width - 1
+    page = tl.load(table_row + tl.minimum((first_key + n) // PAGE_SIZE, last_page))
     for tile_start in tl.range(first_key, whole, BLOCK_N):
+        next_page = tl.load(table_row + tl.minimum((tile_start + BLOCK_N + n) // PAGE_SIZE, last_page))
         acc, total, largest = _attend(
-            *(acc, total, largest, q, k_ptr, v_ptr, table_row, kv_head, tile_start, last_key, scale, True),
+            *(acc, total, largest, q, k_ptr, v_ptr, page, kv_head, tile_start, last_key, scale, True),
             *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D),
         )
+        page = next_page
     if whole < last_key:
         acc, total, largest = _attend(
-            *(acc, total, largest, q, k_ptr, v_ptr, table_row, kv_head, whole, last_key, scale, False),
+            *(acc, total, largest, q, k_ptr, v_ptr, page, kv_head, whole, last_key, scale, False),
             *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D),
         )
 
@@ -257,7 +265,7 @@ def _attend(
     q,
     k_ptr,
     v_ptr,
-    table_row,
+    page,
     kv_head,
     tile_start,
     last_key,
@@ -269,13 +277,10 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The running softmax after BLOCK_N more keys; unless WHOLE, those from last_key on are left out."""
+    """The running softmax after BLOCK_N more keys, whose pages are given; those from last_key on are left out, unless
+    WHOLE says that there are none."""
     key = tile_start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    if WHOLE:
-        page = tl.load(table_row + key // PAGE_SIZE)
-    else:
-        page = tl.load(table_row + key // PAGE_SIZE, mask=key < last_key, other=0)
     slot = page * PAGE_SIZE + key % PAGE_SIZE  # [BLOCK_N] int64
     at = (slot * KV_HEADS + kv_head)[:, None] * HEAD_DIM + d[None, :]  # [BLOCK_N, BLOCK_D]
     if WHOLE and HEAD_DIM == BLOCK_D:

@@ -35,16 +35,20 @@ class LLaDALayer(nn.Module):
         cos_sin: torch.Tensor,
         kv_pages: torch.Tensor,
         table: SegmentTable,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, d], or parts of it [S, T, d]: the previous layer's output, not yet added to residual [T, d] -> the same
-        two for this layer.
+        two for this layer, of the given rows [N] only, where they are given.
 
         kv_pages [2, pages, P, HK, D]: this layer's cache. All K and V are written before any attention reads them.
         """
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots)
-        x = linear_parts(paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1), self.attn_out)
+        x = paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1)
+        if rows is not None:
+            x, residual = x[rows], residual[rows]
+        x = linear_parts(x, self.attn_out)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps)
         return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out), residual
 
@@ -63,14 +67,23 @@ class LLaDA(nn.Module):
         self.cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pages: torch.Tensor,
+        table: SegmentTable,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written -> hidden states [T, d]."""
+        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written -> hidden states [T, d].
+
+        rows [N] int64: whose hidden states are asked for, [N, d]. Of the others the last layer writes K and V alone.
+        """
         x = F.embedding(token_ids, self.wte)
         residual = torch.zeros_like(x)
         cos_sin = self.cos_sin[positions]
         for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
-            x, residual = layer(x, residual, cos_sin, layer_pages, table)
+            wanted = rows if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, cos_sin, layer_pages, table, wanted)
         return add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
-from blockinfer.kernels import activation, confidence, kv_store, linear, norm, paged_attention
+from blockinfer.kernels import activation, confidence, kv_store, linear, norm, paged_attention, unmasking
 from tests.checkpoints import write_checkpoint
 from tests.comparison import NEAR_TIE, assert_equivalent
 from tests.reference import Reference
@@ -13,12 +13,13 @@ MODES = ["vanilla", "prefix_cache", "dual_cache", "block", "block_refresh"]
 RULES = ["threshold", "entropy", "low_confidence", "factor", "random"]
 VALUE = {"threshold": {"threshold": 0.3}, "factor": {"factor": 2.0}, "entropy": {"entropy_bound": 0.5}}
 KERNELS = {
-    activation: "silu_mul_triton",
-    confidence: "token_confidence_triton",
-    kv_store: "rope_store_kv_triton",
-    linear: "skinny_linear_triton",
-    norm: "add_rms_norm_triton",
-    paged_attention: "paged_attention_triton",
+    activation: ["silu_mul_triton"],
+    confidence: ["token_confidence_triton"],
+    kv_store: ["rope_store_kv_triton"],
+    linear: ["skinny_linear_triton"],
+    norm: ["add_rms_norm_triton"],
+    paged_attention: ["paged_attention_triton"],
+    unmasking: ["masked_rows_triton", "unmask_triton"],
 }
 
 
@@ -33,8 +34,8 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
     unused = activation if skinny else linear
     monkeypatch.setattr(linear, "_is_skinny", lambda x: skinny)
     monkeypatch.setattr(linear, "choose_tiling", lambda *args, **options: linear.Tiling(16, 16, 1 if options else 2))
-    kernels = {module: name for module, name in KERNELS.items() if module is not unused}
-    for module, name in kernels.items():
+    kernels = [(module, name) for module, names in KERNELS.items() for name in names if module is not unused]
+    for module, name in kernels:
         kernel = getattr(module, name)
         monkeypatch.setattr(module, "runs_triton", lambda x: x.dtype != torch.float64)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, n=name, **options: called.add(n) or k(*a, **options))
@@ -50,4 +51,4 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
     reference = Reference(folder)
     expected = [reference.generate(p, **s) for p, s in zip(prompts, settings, strict=True)]
     assert_equivalent([(r, o.outputs[0]) for r, o in zip(expected, outputs, strict=True)], margin=NEAR_TIE)
-    assert called == set(kernels.values())
+    assert called == {name for _, name in kernels}
