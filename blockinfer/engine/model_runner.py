@@ -93,7 +93,7 @@ class ModelRunner:
         _write(self.state.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
         self.state.tokens[sequence.slot, row] = self.config.mask_token_id
         self.state.masked[sequence.slot, row] = True
-        self.state.broken[sequence.slot] = False
+        self.state.broken[sequence.slot].fill_(False)
         self._num_pages_known[sequence.slot] = 0
         _write(self._options[sequence.slot], SlotOptions.of(sequence))
 
