@@ -27,11 +27,19 @@ class RemoteCodeModel(nn.Module):
         self.config = config
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pages: torch.Tensor,
+        table: SegmentTable,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """token_ids [T] of whole canvases, one after the other -> logits [T, embedding_size]. kv_pages are not used."""
+        """token_ids [T] of whole canvases, one after the other, rows [N] -> their logits [N, embedding_size].
+
+        kv_pages are not used.
+        """
         canvases = token_ids.split(table.query_starts.diff().tolist())
-        return torch.cat([self.model(input_ids=canvas[None]).logits[0] for canvas in canvases])
+        return torch.cat([self.model(input_ids=canvas[None]).logits[0] for canvas in canvases])[rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
