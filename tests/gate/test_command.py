@@ -98,6 +98,15 @@ def is_running(process):
         return False
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    """Of a job in a shell's background SIGINT is ignored, and in what it starts as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_gate_that_is_cancelled_leaves_nothing(repository, temporary, sent):
     gate = subprocess.Popen(
