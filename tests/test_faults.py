@@ -192,6 +192,57 @@ def test_a_request_that_could_not_be_started_is_started_later(llm, monkeypatch):
     assert [output.outputs for output in finished] == expected
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_a_step_that_was_cut_short_before_its_results_were_noted(llm, monkeypatch, at):
+    """The device has revealed what the host takes to be masked still; nobody gets another's tokens for it."""
+    prompts = [[1, 2, 3], [7, 8], [9, 10, 11]]
+    expected = [output.outputs for output in llm.generate(prompts, PARAMS, use_tqdm=False)]
+    engine, run = llm.engine, llm.engine.runner.run
+    for prompt in prompts:
+        engine.add_request(prompt, PARAMS)
+    calls = iter(range(1000))
+
+    def interrupted(scheduled):
+        results = run(scheduled)
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return results
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    outputs, interrupts = [], 0
+    while engine.has_unfinished():
+        try:
+            outputs += engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 1 and [output.outputs for output in outputs] == expected
+
+
+def test_without_memory_for_one_rule_s_scores_no_rule_has_revealed_anything(llm, monkeypatch):
+    prompts, rules = [[1, 2, 3], [7, 8]], ["low_confidence", "random"]
+    params = [dataclasses.replace(PARAMS, unmasking=rule, seed=1) for rule in rules]
+    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+    engine, scores, calls = llm.engine, llm.engine.runner._scores, iter(range(1000))
+    for prompt, p in zip(prompts, params, strict=True):
+        engine.add_request(prompt, p)
+
+    def failing(score, *args):
+        if score == "random" and next(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return scores(score, *args)
+
+    monkeypatch.setattr(engine.runner, "_scores", failing)
+    engine.step()
+    before = [tensor.clone() for tensor in engine.runner.state]
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    assert all(torch.equal(*pair) for pair in zip(before, engine.runner.state, strict=True))
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [output.outputs for output in outputs] == expected
+
+
 def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
     """The interrupt comes at the n-th line that the engine executes, for n all over a run but its clean-up."""
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]

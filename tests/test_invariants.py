@@ -102,7 +102,7 @@ def test_a_merged_commit_equals_a_separate_one(llm):
         forward([segment])
     separate = forward([block])
     torch.testing.assert_close(merged, separate, rtol=1e-12, atol=1e-12)
-    # of some rows alone the last layer computes no others, but it caches all
+    # where some rows alone are asked for, the last layer still caches all
     runner.kv_pages.fill_(torch.nan)
     some = forward([prompt_segment, commit, block], torch.tensor([10, 12, 10]))
     torch.testing.assert_close(some, separate[[1, 3, 1]], rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a step: one launch for some four hundred, which at few rows take longer than the GPU's work."""
+"""CUDA graphs of a step: one launch for some three hundred, which at few rows take longer than the GPU's work."""
 
 from collections.abc import Callable, Hashable
 from typing import NamedTuple

@@ -163,10 +163,11 @@ class ModelRunner:
         hidden = self.forward(inputs, shape, rows.row)
         predicted = self._predict(hidden, blocks, shape, rows)
         result = torch.empty((shape.blocks, 2 + shape.block_length), dtype=torch.int64, device=self.device)
-        for name, rule in RULES.items():
-            if name in shape.rules:
-                scores = self._scores(rule.score, predicted, blocks, shape, rows)
-                unmask(name, scores, predicted.token_ids, predicted.finite, self.state, blocks, result)
+        # all scores first: if the memory of one is not there, nothing is revealed yet
+        names = [name for name in RULES if name in shape.rules]
+        scores = [self._scores(RULES[name].score, predicted, blocks, shape, rows) for name in names]
+        for name, score in zip(names, scores, strict=True):
+            unmask(name, score, predicted.token_ids, predicted.finite, self.state, blocks, result)
         return result
 
     def forward(self, inputs: StepInputs, shape: StepShape, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -192,14 +193,15 @@ class ModelRunner:
         column_bytes = _NOISY_COLUMN_BYTES if noise and twin else _COLUMN_BYTES
         size = column_bytes // (max(hidden.itemsize, 4) if twin else hidden.itemsize)
         vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
+        if "eos_inf" in shape.features:
+            forbidden = torch.where(self._row_options(blocks, rows).eos_inf > 0, -torch.inf, 0.0)
         chunks = []
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             logits = self.model.logits(hidden[chunk])
             if "eos_inf" in shape.features:
                 # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-                forbidden = torch.where(self._row_options(blocks, rows).eos_inf[chunk] > 0, -torch.inf, 0.0)
-                logits[:, self.eos_ids] += forbidden[:, None]
+                logits[:, self.eos_ids] += forbidden[chunk, None]
             chunk_noise = noise and RowNoise(*(tensor[chunk] for tensor in noise))
             chunks.append(token_confidence(logits, vocab_size, mask_token_id, chunk_noise, with_entropy))
         if len(chunks) == 1:

@@ -34,7 +34,8 @@ class Blocks(NamedTuple):
     slots; starts and lengths: the block's first position and how many it has; first_rows: the row of that position in
     the forward, where a block's rows follow each other. steps: the denoising step in the block; counts: how many
     positions the schedule reveals in it; last_steps: whether it must reveal all, 0 or 1; masked_counts: how many
-    positions are masked, which a broken sequence may have more of; output_starts: output tokens before the block.
+    positions are masked as far as the host knows: a broken sequence has more, and one whose last step revealed and was
+    then cut short, as by Ctrl-C, has fewer; output_starts: output tokens before the block.
     """
 
     slots: torch.Tensor
@@ -49,8 +50,8 @@ class Blocks(NamedTuple):
 
 
 class MaskedRows(NamedTuple):
-    """The first masked_counts masked positions of each block, block after block, each [N] int64, padded with block 0's
-    first row: the index of the block, the place in it, the row in the forward."""
+    """Of each block masked_counts masked positions, the first ones, block after block, each [N] int64: the index of the
+    block, the place in it, the row in the forward. Where fewer are masked, and at the end, block 0's first row."""
 
     block: torch.Tensor
     offset: torch.Tensor
@@ -85,9 +86,9 @@ def unmask(
 
 def masked_rows_torch(state: SlotState, blocks: Blocks, width: int, size: int) -> MaskedRows:
     """The twin."""
-    block, offset = _places(state, blocks, width).listed.nonzero(as_tuple=True)
-    padding = torch.zeros(size - len(block), dtype=torch.int64, device=block.device)
-    block, offset = torch.cat([block, padding]), torch.cat([offset, padding])
+    places = _places(state, blocks, width)
+    block, offset = torch.zeros((2, size), dtype=torch.int64, device=places.row.device)
+    block[places.row[places.listed]], offset[places.row[places.listed]] = places.listed.nonzero(as_tuple=True)
     return MaskedRows(block, offset, blocks.first_rows[block] + offset)
 
 
@@ -180,17 +181,13 @@ def unmask_triton(
         *(state.rules, state.rules.stride(0), state.values, state.values.stride(0)),
         *(blocks.slots, blocks.starts, blocks.lengths, blocks.counts, blocks.last_steps, blocks.masked_counts),
         number,
-        SELECT=_SELECTS.get(rule, "top"),
+        SELECT="top" if RULES[rule].scheduled else rule,
         RULE=list(RULES).index(rule),
         BLOCK_B=triton.next_power_of_2(number),
         BLOCK_L=block_l,
         BLOCK_N=max(1, min(64, 8192 // block_l)),
         **launch_options(state.tokens.device),
     )
-
-
-# those that do not reveal the `count` best
-_SELECTS = {name: name for name in ("threshold", "factor", "entropy")}
 
 
 def _check(state: SlotState, blocks: Blocks) -> None:
@@ -203,7 +200,7 @@ def _listed_of(
     masked_ptr, stride, slots_ptr, starts_ptr, lengths_ptr, counts_ptr, number, B: tl.constexpr, L: tl.constexpr
 ):
     """Of this program's block: which of its places are masked, which of these are listed and as which row, all [L];
-    how many are listed, and as which row the first is."""
+    how many are listed, as which row the first is, and how many rows there are for them."""
     block = tl.program_id(0)
     index = tl.arange(0, B)
     counts = tl.load(counts_ptr + index, mask=index < number, other=0)
@@ -213,7 +210,8 @@ def _listed_of(
     at = masked_ptr + tl.load(slots_ptr + block) * stride + tl.load(starts_ptr + block) + offset
     masked = tl.load(at, mask=offset < tl.load(lengths_ptr + block), other=0) != 0
     rank = tl.cumsum(masked.to(tl.int32), axis=0)
-    return masked, masked & (rank <= count), first + rank - 1, count, first
+    listed = masked & (rank <= count)
+    return masked, listed, first + rank - 1, tl.sum(listed.to(tl.int32), axis=0), first, count
 
 
 @triton.jit
@@ -236,20 +234,21 @@ def _masked_rows_kernel(
 ):
     begin(PDL)
     block = tl.program_id(0)  # grid (B,)
-    _, listed, place, count, first = _listed_of(
+    _, listed, place, number_listed, first, count = _listed_of(
         *(masked_ptr, stride, slots_ptr, starts_ptr, lengths_ptr, masked_counts_ptr, number, BLOCK_B, BLOCK_L)
     )
     offset = tl.arange(0, BLOCK_L)
     tl.store(block_ptr + place, block.to(tl.int64), mask=listed)
     tl.store(offset_ptr + place, offset.to(tl.int64), mask=listed)
     tl.store(row_ptr + place, tl.load(first_rows_ptr + block) + offset, mask=listed)
-    if block == number - 1:
-        zero = tl.zeros([BLOCK_L], tl.int64)
-        for start in tl.range(first + count, size, BLOCK_L):
-            place = start + offset
-            tl.store(block_ptr + place, zero, mask=place < size)
-            tl.store(offset_ptr + place, zero, mask=place < size)
-            tl.store(row_ptr + place, zero + tl.load(first_rows_ptr), mask=place < size)
+    # the rows that are left over; the last block has all to the end
+    zero = tl.zeros([BLOCK_L], tl.int64)
+    end = tl.where(block == number - 1, size, first + count)
+    for start in tl.range(first + number_listed, end, BLOCK_L):
+        place = start + offset
+        tl.store(block_ptr + place, zero, mask=place < end)
+        tl.store(offset_ptr + place, zero, mask=place < end)
+        tl.store(row_ptr + place, zero + tl.load(first_rows_ptr), mask=place < end)
 
 
 @triton.jit
@@ -286,7 +285,7 @@ def _unmask_kernel(
     slot = tl.load(slots_ptr + block)
     if tl.load(rules_ptr + slot * rules_stride) != RULE:
         return
-    masked, listed, place, masked_count, first = _listed_of(
+    masked, listed, place, number_listed, first, _ = _listed_of(
         *(masked_ptr, stride, slots_ptr, starts_ptr, lengths_ptr, masked_counts_ptr, number, BLOCK_B, BLOCK_L)
     )
     finite = tl.load(finite_ptr + place, mask=listed, other=1) != 0
@@ -296,12 +295,12 @@ def _unmask_kernel(
     score = tl.load(scores_ptr + place, mask=listed, other=0.0)
     ahead = tl.zeros([BLOCK_L], tl.int32)  # how many listed positions go first
     entropy = tl.zeros([BLOCK_L], tl.float64)  # their sum of entropies
-    for start in tl.range(0, masked_count, BLOCK_N):
+    for start in tl.range(0, number_listed, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        other = tl.load(scores_ptr + first + n, mask=n < masked_count, other=0.0)
+        other = tl.load(scores_ptr + first + n, mask=n < number_listed, other=0.0)
         before = (first + n)[None, :] < place[:, None]
         goes_first = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & before)
-        goes_first &= (n < masked_count)[None, :]
+        goes_first &= (n < number_listed)[None, :]
         ahead += tl.sum(goes_first.to(tl.int32), axis=1)
         if SELECT == "entropy":
             entropy -= tl.sum(tl.where(goes_first, other.to(tl.float64)[None, :], 0.0), axis=1)
@@ -313,6 +312,7 @@ def _unmask_kernel(
         chosen = (ahead == 0) | (score >= value)
     else:
         # the longest run of the best of which each is enough
+        tl.static_assert(SELECT == "factor" or SELECT == "entropy")
         if SELECT == "factor":
             enough = score >= 1 - tl.div_rn(value, (ahead + 2).to(tl.float32))
         else:

@@ -76,7 +76,7 @@ class LLaDA(nn.Module):
     ) -> torch.Tensor:
         """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written -> hidden states [T, d].
 
-        rows [N] int64: whose hidden states are asked for, [N, d]. Of the others the last layer writes K and V alone.
+        rows [N] int64: whose hidden states are asked for, [N, d]. The others end with the last attention.
         """
         x = F.embedding(token_ids, self.wte)
         residual = torch.zeros_like(x)

@@ -104,6 +104,15 @@ def test_kernel_with_its_own_tiling(device, dtype, heads, kv_heads, dim):
     assert_close(paged_attention_triton(q, k_pages, v_pages, table), dense_attention(q, table, dense), dtype)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_kernel_with_the_splits_that_it_chooses(device, dtype, monkeypatch):
+    """On a GPU of few processors: a block of two rows over 330 keys, and a segment with fewer keys than parts."""
+    monkeypatch.setattr("blockinfer.kernels.paged_attention.num_processors", lambda _: 12)
+    q, k_pages, v_pages, table, dense = ragged(3, [(2, 330), (1, 3)], 2, 2, 16, 16, dtype, device)
+    assert choose_tiling(q, 2, 2, table.page_table.shape[1] * 16).splits == 3
+    assert_close(paged_attention_triton(q, k_pages, v_pages, table), dense_attention(q, table, dense), dtype)
+
+
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("implementation", ["kernel", "twin"])
 def test_permuting_physical_pages_changes_nothing(device, implementation, tiling):

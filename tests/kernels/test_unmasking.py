@@ -33,7 +33,7 @@ def steps(draw):
     """A state, blocks in some of its slots, the last perhaps padding, and what is predicted for the masked rows.
 
     Few different scores, so that ties are common. masked_counts is what is masked, but for broken sequences, of which
-    the host counts less.
+    the host counts less, and for those whose last step was cut short, of which it counts more.
     """
     number = draw(st.integers(1, 4))
     slots = draw(st.permutations(range(SLOTS - 1)))[:number]
@@ -46,7 +46,7 @@ def steps(draw):
     counts = []
     for slot, start, length in zip(slots, starts, lengths, strict=True):
         left = int(masked[slot, start : start + length].sum())
-        counts.append(draw(st.integers(0, left)) if broken[slot] else left)
+        counts.append(draw(st.integers(0, left) if broken[slot] else st.sampled_from([left, length])))
     rules = [draw(st.sampled_from([*RULES])) for _ in range(SLOTS)]
     values = [draw(st.sampled_from([0.0, 0.1, 0.5, 0.92, 1.0, 2.0])) for _ in range(SLOTS)]
     # as the engine keeps them, two of the columns of a larger tensor
@@ -58,7 +58,7 @@ def steps(draw):
         rules=options[:, 0],
         values=options[:, 1],
     )
-    columns = [slots, starts, lengths, [7 * i for i in range(number)], [0] * number]
+    columns = [slots, starts, lengths, [3 + 7 * i for i in range(number)], [0] * number]
     columns += [[draw(st.integers(1, 4)) for _ in slots], [draw(st.integers(0, 3)) // 3 for _ in slots]]
     columns += [counts, [0] * number]
     padding = draw(st.integers(0, 2))
@@ -73,12 +73,13 @@ def steps(draw):
 
 def listed(state, blocks):
     """Block, place and row of what `masked_rows` lists, by its definition."""
-    rows = []
+    rows, first_row = [], int(blocks.first_rows[0])
     for i, (slot, start, length, first, count) in enumerate(
         zip(blocks.slots, blocks.starts, blocks.lengths, blocks.first_rows, blocks.masked_counts, strict=True)
     ):
         places = state.masked[slot, start : start + length].nonzero()[:, 0].tolist()[:count]
         rows += [(i, place, int(first) + place) for place in places]
+        rows += [(0, 0, first_row)] * (int(count) - len(places))
     return rows
 
 
@@ -116,13 +117,13 @@ def expected_of(step, scores):
         if slot == SLOTS - 1:
             continue
         places = state.masked[slot, start : start + length].nonzero()[:, 0][:count]
-        mine = slice(first, first + count)
+        mine = slice(first, first + len(places))
         first += count
         broken[slot] |= bool((~finite[mine]).any())
         rule = RULES[rules[slot]]
         value = state.values[slot : slot + 1].view(torch.float64).float()
-        all_masked = torch.ones(1, count, dtype=torch.bool)
-        if count and not broken[slot]:
+        all_masked = torch.ones(1, len(places), dtype=torch.bool)
+        if len(places) and not broken[slot]:
             chosen = rule.select(scores[rules[slot]][None, mine], all_masked, blocks.counts[i : i + 1], value)[0]
             chosen |= bool(blocks.last_steps[i])
             tokens[slot, start + places[chosen]] = predicted[mine][chosen]
