@@ -1,8 +1,8 @@
 """The token each position predicts and how sure the model is of it.
 
 The kernel reads the logits once: each tile of columns leaves its largest logit and the sums that a softmax relative to
-it needs, which a second kernel combines (online softmax, arXiv 1805.02867). The tiles depend on the columns alone, so
-the rows beside a row change no bit of its result.
+it needs, which a second kernel combines (online softmax, arXiv 1805.02867) before it looks for the token in the tile
+with the largest of all. The tiles depend on the columns alone, so the rows beside a row change no bit of its result.
 """
 
 from typing import NamedTuple
@@ -99,7 +99,7 @@ def token_confidence_triton(
     with_entropy: bool = False,
     block: int = 2048,
 ) -> Confidence:
-    """The kernel, in tiles of `block` columns, a power of two.
+    """The kernel, in tiles of `block` columns, a power of two, at least 2.
 
     Raises ValueError where logits are not [N, V] with adjacent columns and a V that vocab_size fits, where there is no
     candidate, or where noise is not four contiguous tensors [N].
@@ -132,32 +132,35 @@ def token_confidence_triton(
         PURPOSE=philox.TOKEN_NOISE,
         WITH_ENTROPY=with_entropy,
         BLOCK=block,
-        num_warps=8,
+        num_warps=4 if noise is None else 8,
         **launch_options(logits.device),
     )
     _combine_kernel[(rows,)](
         logits,
         logits.stride(0),
+        vocab_size,
+        mask_token_id,
         parts,
         tiles,
         token_ids,
         confidence,
         entropy,
         finite,
+        NOISE=noise is not None,
         WITH_ENTROPY=with_entropy,
+        BLOCK=block,
         BLOCK_TILES=triton.next_power_of_2(tiles),
-        num_warps=1,
+        num_warps=4 if noise is None else 1,
         **launch_options(logits.device),
     )
     return Confidence(token_ids, confidence, entropy, finite)
 
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
-_INFINITE_BITS = tl.constexpr(0x7F800000)  # of a float32; NaN has more, but for its sign
 
-# What a tile leaves: its largest logit m, sum e^(x - m), sum (x - m) e^(x - m), its largest noisy logit, the lowest id
-# of that, and whether a candidate is NaN.
-_LARGEST, _TOTAL, _WEIGHTED, _NOISY, _TOKEN, _HAS_NAN, _PARTS = (tl.constexpr(i) for i in range(7))
+# What a tile leaves: its largest logit m, sum e^(x - m), sum (x - m) e^(x - m), whether a candidate is NaN, and with
+# noise its largest noisy logit and the lowest id of that.
+_LARGEST, _TOTAL, _WEIGHTED, _HAS_NAN, _NOISY, _TOKEN, _PARTS = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -198,55 +201,62 @@ def _tile_kernel(
     if (mask_token_id >= tile * BLOCK) & (mask_token_id < (tile + 1) * BLOCK):
         x = tl.where(token_id == mask_token_id, -float("inf"), x)
 
-    # What is rare is done apart, so that others need not wait for it. x is -inf where there is no candidate.
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    has_nan = (tl.max(magnitude, axis=0) > _INFINITE_BITS).to(tl.int32)
-    if has_nan:
-        x = tl.where(x == x, x, -float("inf"))
-
-    largest = tl.max(x, axis=0)
-    if NOISE:
-        u = philox.uniform_triton(
-            tl.load(seed_ptr + row), PURPOSE, tl.load(position_ptr + row), tl.load(step_ptr + row), token_id
-        )
-        noisy = x.to(tl.float64) - tl.load(temperature_ptr + row) * tl.log(-tl.log(u))
-        best = tl.max(noisy, axis=0)
-    else:
-        noisy = x
-        best = largest
-    if tl.abs(largest) < 1e30:
-        below = tl.maximum(x - largest, -128.0)  # of which the float32 exponential is 0
+    # x is -inf where there is no candidate. What is rare is done apart, so that others need not wait for it: a largest
+    # logit that is infinite or nearly so, and NaN, which shows in the total.
+    known = tl.where(x == x, x, -float("inf"))
+    largest = tl.max(known, axis=0)
+    total, weighted, has_nan = largest, largest, False
+    ordinary = tl.abs(largest) < 1e30
+    if ordinary:
+        below = x - largest
         weight = tl.exp(below)
-        token = tl.min(tl.where(noisy == best, token_id, _NO_TOKEN), axis=0)
-    else:
-        candidate = inside & (token_id != mask_token_id)
-        below = _below(x, largest)
-        weight = tl.where(candidate, tl.exp(below), 0.0)
-        # among candidates alone, since all of them may be at -inf
-        token = tl.min(tl.where(candidate & (noisy == best), token_id, _NO_TOKEN), axis=0)
+        total = tl.sum(weight, axis=0)
+        if WITH_ENTROPY:
+            weighted = tl.sum(tl.maximum(below, -128.0) * weight, axis=0)  # of -128 the float32 exponential is 0
+        ordinary = total == total
+    if not ordinary:
+        has_nan = tl.max((x != x).to(tl.int32), axis=0) > 0
+        below = _below(known, largest)
+        weight = tl.where(inside & (token_id != mask_token_id), tl.exp(below), 0.0)
+        total = tl.sum(weight, axis=0)
+        if WITH_ENTROPY:
+            weighted = tl.sum(below * weight, axis=0)
 
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     part = parts_ptr + row * tl.num_programs(1) + tile
     tl.store(part + _LARGEST * plane, largest.to(tl.float64))
-    tl.store(part + _TOTAL * plane, tl.sum(weight, axis=0).to(tl.float64))
+    tl.store(part + _TOTAL * plane, total.to(tl.float64))
+    tl.store(part + _HAS_NAN * plane, tl.where(has_nan, 1.0, 0.0).to(tl.float64))
     if WITH_ENTROPY:
-        tl.store(part + _WEIGHTED * plane, tl.sum(below * weight, axis=0).to(tl.float64))
-    tl.store(part + _NOISY * plane, best.to(tl.float64))
-    tl.store(part + _TOKEN * plane, token.to(tl.float64))
-    tl.store(part + _HAS_NAN * plane, has_nan.to(tl.float64))
+        tl.store(part + _WEIGHTED * plane, weighted.to(tl.float64))
+    if NOISE:
+        u = philox.uniform_triton(
+            tl.load(seed_ptr + row), PURPOSE, tl.load(position_ptr + row), tl.load(step_ptr + row), token_id
+        )
+        noisy = known.to(tl.float64) - tl.load(temperature_ptr + row) * tl.log(-tl.log(u))
+        best = tl.max(noisy, axis=0)
+        # among candidates alone, since all of them may be at -inf
+        candidate = inside & (token_id != mask_token_id)
+        token = tl.min(tl.where(candidate & (noisy == best), token_id, _NO_TOKEN), axis=0)
+        tl.store(part + _NOISY * plane, best.to(tl.float64))
+        tl.store(part + _TOKEN * plane, token.to(tl.float64))
 
 
 @triton.jit
 def _combine_kernel(
     logits_ptr,
     row_stride,
+    vocab_size,
+    mask_token_id,
     parts_ptr,
     tiles,
     token_id_ptr,
     confidence_ptr,
     entropy_ptr,
     finite_ptr,
+    NOISE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -263,11 +273,21 @@ def _combine_kernel(
     scale = tl.exp(below)
     total = tl.sum(tile_total * scale, axis=0)
 
-    best = tl.load(part + _NOISY * plane, mask=inside, other=-float("inf"))
-    tile_token = tl.load(part + _TOKEN * plane, mask=inside, other=_NO_TOKEN).to(tl.int32)
-    token = tl.min(tl.where(best == tl.max(best, axis=0), tile_token, _NO_TOKEN), axis=0)
-    chosen = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
-    chosen = tl.where(chosen != chosen, -float("inf"), chosen)
+    if NOISE:
+        best = tl.load(part + _NOISY * plane, mask=inside, other=-float("inf"))
+        tile_token = tl.load(part + _TOKEN * plane, mask=inside, other=_NO_TOKEN).to(tl.int32)
+        token = tl.min(tl.where(best == tl.max(best, axis=0), tile_token, _NO_TOKEN), axis=0)
+        chosen = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
+        chosen = tl.where(chosen != chosen, -float("inf"), chosen)
+    else:
+        # in the first tile of those with the largest logit: tile 0 has a candidate even if all are at -inf
+        first = tl.min(tl.where(inside & (tile_largest == largest), tile, BLOCK_TILES), axis=0)
+        token_id = first * BLOCK + tl.arange(0, BLOCK)
+        candidate = (token_id < vocab_size) & (token_id != mask_token_id)
+        x = tl.load(logits_ptr + row * row_stride + token_id, mask=candidate, other=-float("inf")).to(tl.float32)
+        x = tl.where(x != x, -float("inf"), x)
+        token = tl.min(tl.where(candidate & (x == largest), token_id, _NO_TOKEN), axis=0)
+        chosen = largest
     tl.store(token_id_ptr + row, token.to(tl.int64))
     tl.store(confidence_ptr + row, tl.exp(_below(chosen, largest)) / total)
     if WITH_ENTROPY:

@@ -186,6 +186,7 @@ def unmask_triton(
         BLOCK_B=triton.next_power_of_2(number),
         BLOCK_L=block_l,
         BLOCK_N=max(1, min(64, 8192 // block_l)),
+        num_warps=min(16, max(4, block_l // 32)),
         **launch_options(state.tokens.device),
     )
 
