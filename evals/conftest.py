@@ -68,8 +68,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the timed runs first: the accuracy tests read their generations; the steps, which have a model of their own, last
-    order = {"test_accuracy.py": 1, "test_steps.py": 2}
+    # the timed runs first, for what is wrong with model or rows shows there; the accuracy tests read their generations;
+    # the steps have a model of their own, and the kernels none
+    order = {"test_accuracy.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
     items.sort(key=lambda item: order.get(item.path.name, 0))
 
 
@@ -137,7 +138,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"blockinfer: {weights}{small} on {where}, {number}"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After pytest-benchmark's tables, which are long."""
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
     for title, marker, figure, lines in (
@@ -172,10 +175,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(f"written to {suite.settings.output}")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Before pytest-benchmark writes its file: what Ctrl-C left without a round, which it cannot write, or without
+    figures is taken out."""
+    benchmarks = session.config.pluginmanager.getplugin(BENCHMARKS).benchmarks
+    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and benchmark.extra_info]
     suite = session.config.stash.get(SUITE, None)
     if suite is not None and suite.runs:
         write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+    return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,9 @@ import torch
 import triton
 
 from blockinfer import LLM, RequestOutput, SamplingParams
+from blockinfer.config import ModelConfig
 from evals.configurations import STEP
+from evals.kernels import Ceilings
 from evals.record import environment, standard_error
 from evals.settings import Settings
 
@@ -46,6 +48,7 @@ class Timed(NamedTuple):
     forwards: int
     rows: int
     lm_head_rows: int
+    keys: int
     tokens: int
     preemptions: int
 
@@ -82,7 +85,9 @@ def timed_run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     after = llm.stats
-    counts = {name: getattr(after, name) - getattr(before, name) for name in ("forwards", "rows", "lm_head_rows")}
+    counts = {
+        name: getattr(after, name) - getattr(before, name) for name in ("forwards", "rows", "lm_head_rows", "keys")
+    }
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return Timed(seconds, **counts, tokens=tokens, preemptions=sum(o.metrics.preemptions for o in outputs)), outputs
 
@@ -113,6 +118,25 @@ def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
     return {key: known[key] for key in _ENVIRONMENT} | {"triton": triton.__version__}
 
 
+def least_ms(run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings) -> dict[str, float]:
+    """What a step of these counts takes the device at least, by the ceilings that stand beside it: ms to read the
+    weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
+    attention's own left out."""
+    kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
+    qkv, after = width * (width + 2 * kv_width), width * (width + 3 * config.mlp_hidden_size)
+    head = width * config.embedding_size
+    # after its attention the last layer, like the LM head, computes the masked rows alone
+    flops = 2 * config.n_layers * qkv * run.rows + 2 * head * run.lm_head_rows
+    flops += 2 * after * ((config.n_layers - 1) * run.rows + run.lm_head_rows)
+    read = (config.n_layers * (qkv + after) + head) * run.forwards + 2 * config.n_layers * kv_width * run.keys
+    return {
+        "least_read_ms": 1000 * read * itemsize / ceilings.read / run.forwards,
+        "least_products_ms": 1000 * flops / ceilings.sustained_matmul / run.forwards,
+        "read_tb_per_s": ceilings.read / 1e12,
+        "sustained_matmul_tflop_per_s": ceilings.sustained_matmul / 1e12,
+    }
+
+
 def figures(first_seconds: float, rounds: list[Timed]) -> dict[str, Any]:
     """What is stored of a case: of its rounds the medians. first_seconds are of its first run, which nothing warmed."""
     last = rounds[-1]
@@ -126,6 +150,7 @@ def figures(first_seconds: float, rounds: list[Timed]) -> dict[str, Any]:
         "forwards": last.forwards,
         "model_rows": last.rows,
         "lm_head_rows": last.lm_head_rows,
+        "keys": last.keys,
         "tokens": last.tokens,
         "preemptions": last.preemptions,
     }
@@ -168,12 +193,16 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
     first = infos[0]
     lines = [
         f"{first['model']} ({first['weights']} weights) in {first['dtype']}, {first['gpu'] or first['cpu']}",
-        f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}{'first s':>9}{'other GB':>10}",
+        f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}{'of the least':>22}{'first s':>9}"
+        f"{'other GB':>10}",
     ]
     for info in infos:
         other = "-" if info["other_gb"] is None else f"{info['other_gb']:.2f}"
+        least, what = max((info["least_read_ms"], "reading"), (info["least_products_ms"], "products"))
+        reached = f"{100 * least / info['ms_per_step']:.0f} %, {what}"
         line = f"{info[STEP]:<28}{info['requests']:>9}{info['forwards']:>10}{info['ms_per_step']:>10.2f}"
-        lines.append(f"{line}{info['tokens_per_second']:>10.1f}{info['first_seconds']:>9.2f}{other:>10}")
+        line += f"{info['tokens_per_second']:>10.1f}{reached:>22}"
+        lines.append(f"{line}{info['first_seconds']:>9.2f}{other:>10}")
     for info in infos:
         if "times_uniform" in info:
             lines.append(
@@ -187,5 +216,12 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
                 f"those of requests sent one at a time"
             )
     lines.append("ms/step: wall time over forwards, the prompt's included; first s: the case's first run")
+    lines.append(
+        "of the least: the share of ms/step that the device needs to read weights, keys and values at "
+        f"{first['read_tb_per_s']:.3g} TB/s,"
+    )
+    lines.append(
+        f"or for the products at {first['sustained_matmul_tflop_per_s']:.3g} TFLOP/s, what it was measured to sustain"
+    )
     lines.append("other GB: memory of the GPU at its peak, besides weights and KV cache")
     return lines

@@ -9,6 +9,7 @@ says how. On a CPU what runs is the twin, at shapes so small that its times say 
 compiled.
 """
 
+import gc
 import inspect
 import statistics
 from functools import partial
@@ -29,7 +30,7 @@ from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
 from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES
-from evals.conftest import settings_of
+from evals.conftest import close_suite, settings_of
 from evals.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
 from evals.machine import device_name
 
@@ -91,6 +92,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("rows", sizes.rows)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room(request):
+    """The GPU's memory, which the suite's engine has until its last test."""
+    close_suite(request.config)
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return settings_of(request.config).device
@@ -101,14 +109,14 @@ def sizes(device):
     return SIZES[device]
 
 
-@pytest.fixture(scope="session")
-def ceilings(device, sizes):
+@pytest.fixture(scope="module")
+def ceilings(room, device, sizes):
     return measure_ceilings(sizes.dtype, device)
 
 
 @pytest.fixture(autouse=True)
 def memory_is_given_back(device):
-    """The engine, which is made later, takes for its cache what the GPU has left."""
+    """The next test's buffers have other sizes."""
     yield
     if device == "cuda":
         torch.cuda.empty_cache()

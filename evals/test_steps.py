@@ -22,7 +22,9 @@ import pytest
 import torch
 
 from blockinfer import LLM
+from blockinfer.config import DTYPES
 from evals.conftest import close_suite, refuse_others, settings_of
+from evals.kernels import measure_ceilings
 from evals.settings import Settings
 from evals.steps import (
     WARM_UPS,
@@ -32,6 +34,7 @@ from evals.steps import (
     beside_uniform,
     environment_of,
     figures,
+    least_ms,
     memory,
     ragged_lengths,
     random_prompts,
@@ -112,7 +115,14 @@ def sizes(settings):
 
 
 @pytest.fixture(scope="module")
-def llm(request, settings, sizes):
+def ceilings(settings):
+    """What the device reaches, measured before the LLM takes its memory; at the dtype `auto` in what is usual there."""
+    usual = {"cuda": torch.bfloat16, "cpu": torch.float32}[settings.device]
+    return measure_ceilings(DTYPES.get(settings.dtype, usual), settings.device)
+
+
+@pytest.fixture(scope="module")
+def llm(request, settings, sizes, ceilings):
     # whose tests are through: see pytest_collection_modifyitems
     close_suite(request.config)
     gc.collect()
@@ -139,7 +149,7 @@ def environment(settings, llm):
 
 
 @pytest.fixture
-def measure(benchmark, llm, environment, settings):
+def measure(benchmark, llm, environment, settings, ceilings):
     """measure(name, case, rounds, warm_ups): times it; its figures go to extra_info. -> the last round's outputs."""
 
     def measure(name, case, rounds, warm_ups=WARM_UPS[settings.device]):
@@ -150,8 +160,10 @@ def measure(benchmark, llm, environment, settings):
         first, *_ = [timed_run(llm, prompts, params)[0] for _ in range(warm_ups)]
         runs = []
         benchmark.pedantic(lambda: runs.append(timed_run(llm, prompts, params)), rounds=rounds)
+        (last, outputs), itemsize = runs[-1], llm.config.dtype.itemsize
         benchmark.extra_info.update(figures(first.seconds, [timed for timed, _ in runs]) | memory(llm))
-        return runs[-1][1]
+        benchmark.extra_info.update(least_ms(last, llm.model_config, itemsize, ceilings))
+        return outputs
 
     return measure
 

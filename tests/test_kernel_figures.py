@@ -14,7 +14,7 @@ from evals.configurations import KERNEL
 from evals.kernels import Ceilings, Work, copies, figures, make_round, num_sets
 from evals.test_kernels import KNOWN_ON_H200
 
-CEILINGS = Ceilings(copy=4e12, read=5e12, matmul=600e12)
+CEILINGS = Ceilings(copy=4e12, read=5e12, matmul=600e12, sustained_matmul=500e12)
 
 
 def test_fractions_are_of_the_ceiling_that_comes_first():
@@ -62,6 +62,12 @@ def test_a_round_on_a_gpu_is_so_many_replays(gpu):
     # 5 ms at least, each replay of four calls
     assert round.seconds() == pytest.approx(1e-3 / 4)
     assert gpu.replayed == 5 and round.calls == 20 and len(made) == 8
+
+
+def test_a_sustained_rate_is_measured_when_the_device_has_worked_for_long(gpu):
+    assert kernels._median_seconds(lambda: None, "cuda", after=0.1) == pytest.approx(1e-3)
+    # a replay to bring the graph over and one to time it; then 100 ms, and seven rounds of five
+    assert gpu.replayed == 2 + 100 + 7 * 5
 
 
 def test_buffers_come_to_four_times_the_cache(gpu):

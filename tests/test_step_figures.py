@@ -14,6 +14,7 @@ import blockinfer.kernels
 from blockinfer import LLM
 from evals import compare, stages, steps
 from evals.configurations import STEP
+from evals.kernels import Ceilings
 from evals.settings import TINY_MODEL, read_settings
 from evals.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_times, stages_of
 from evals.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
@@ -37,17 +38,40 @@ def test_ms_a_step_are_wall_time_over_forwards(monkeypatch, llm):
     # two blocks of eight steps; at the second block's first one the first block is committed
     assert run.forwards == 16 and run.rows == 5 + 9 + 2 * (16 * 8 + 8)
     assert run.lm_head_rows == 2 * 2 * sum(range(1, 9))
+    # to the end of the block, those that two segments see once
+    assert run.keys == 8 * (5 + 8) + 8 * (5 + 16) + 8 * (9 + 8) + 8 * (9 + 16)
     assert run.seconds == pytest.approx(3.2) and run.ms_per_step == pytest.approx(200)
     assert run.tokens == 32 and all(len(output.outputs[0].token_ids) == 16 for output in outputs)
 
 
 def test_figures_are_medians_of_the_rounds_and_the_first_run_is_beside_them():
-    rounds = [Timed(seconds, 10, 80, 40, tokens=20, preemptions=0) for seconds in (3.0, 1.0, 2.0)]
+    rounds = [Timed(seconds, 10, 80, 40, 700, tokens=20, preemptions=0) for seconds in (3.0, 1.0, 2.0)]
     info = figures(9.0, rounds)
     assert info["ms_per_step"] == pytest.approx(200) and info["tokens_per_second"] == pytest.approx(10)
     assert info["first_seconds"] == 9.0 and info["rounds"] == 3 and info["forwards"] == 10
     assert figures(9.0, rounds[:1])["relative_error"] is None
     json.dumps(info, allow_nan=False)
+
+
+def test_what_a_step_takes_at_least(llm):
+    """By the matrices that the model has; the embedding is the LM head, too."""
+    ceilings = Ceilings(copy=1.0, read=1e9, matmul=1.0, sustained_matmul=1e12)
+    config, parameters = llm.model_config, dict(llm.engine.model.named_parameters())
+    matrices = sum(weight.numel() for weight in parameters.values() if weight.ndim == 2)
+    all_rows = steps.least_ms(Timed(1.0, 2, 60, 60, 0, 1, 0), config, 4, ceilings)
+    assert all_rows["least_products_ms"] == pytest.approx(1000 * 2 * matrices * 60 / 1e12 / 2)
+    assert all_rows["least_read_ms"] == pytest.approx(1000 * 4 * matrices / 1e9)
+
+    # of rows that reveal nothing, the last layer's K and V and attention alone are computed
+    no_head = steps.least_ms(Timed(1.0, 2, 60, 0, 0, 1, 0), config, 4, ceilings)
+    last = f"layers.{config.n_layers - 1}."
+    left_out = sum(parameters[last + name].numel() for name in ("attn_out", "gate_up_proj", "ff_out"))
+    left_out += llm.engine.model.lm_head.numel()
+    assert no_head["least_products_ms"] == pytest.approx(1000 * 2 * (matrices - left_out) * 60 / 1e12 / 2)
+
+    keys = steps.least_ms(Timed(1.0, 2, 60, 60, 700, 1, 0), config, 4, ceilings)
+    row = llm.engine.runner.kv_pages[:, :, 0, 0].numel() * 4
+    assert keys["least_read_ms"] - all_rows["least_read_ms"] == pytest.approx(1000 * row * 700 / 1e9 / 2)
 
 
 @pytest.mark.parametrize("device", SIZES)
@@ -169,7 +193,7 @@ def test_time_by_stage_and_idle():
     names = [name for name, _ in STEP_OF_KERNELS]
     # two forwards, out of order; 2 us of 3 busy; without the profiler 100 us a step
     kernels = kernels_of(names * 2)[::-1]
-    run, profiled = (Timed(seconds, 2, 64, 64, 2, 0) for seconds in (200e-6, 300e-6))
+    run, profiled = (Timed(seconds, 2, 64, 64, 128, 2, 0) for seconds in (200e-6, 300e-6))
     info = stages.figures(kernels, run, profiled)
     assert info["ms_by_stage"]["attention"] == pytest.approx(4e-3) and info["kernels_by_stage"]["attention"] == 2
     assert sum(info["ms_by_stage"].values()) == pytest.approx(2e-3 * len(names))

@@ -29,11 +29,13 @@ _MAX_GRAPH_ROWS = 2048
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made: model launches, rows in them, rows through the LM head; without padding."""
+    """Counts since the engine was made, without padding: model launches; rows in them; rows through the LM head; keys:
+    cached positions that a launch attends to, those of a sequence once."""
 
     forwards: int = 0
     rows: int = 0
     lm_head_rows: int = 0
+    keys: int = 0
 
 
 class BlockResult(NamedTuple):
@@ -120,6 +122,7 @@ class ModelRunner:
         self.stats.forwards += 1
         self.stats.rows += exact.rows
         self.stats.lm_head_rows += exact.masked_rows
+        self.stats.keys += sum(max(segment.kv_len for segment in segments) for _, segments in scheduled)
         for sequence in sequences:
             sequence.ran(self.stats.forwards)
         if all(expected):

@@ -27,6 +27,13 @@ def test_random_weights_have_no_accuracy_and_say_so(report):
     assert "Accuracy by source" not in sections(root) and "%" not in next(root.all(class_="lead")).text
 
 
+def test_a_resumed_run_has_accuracy_and_no_speed(report):
+    nothing = dict.fromkeys(("tokens_per_second", "ms_per_forward", "seconds", "relative_error"))
+    root = report(results([info(mode, resumed=5, **nothing) for mode in ("vanilla", "block")]))
+    expected = "No configuration has both: the speed of a resumed one is unknown."
+    assert sections(root)["Accuracy against speed"] == expected
+
+
 def test_an_older_file_without_a_field(report):
     """Each field missing, and null, in the run and in its history: a page, with every configuration in its table."""
     whole = results([info(mode) for mode in ("vanilla_llada", "vanilla", "block")], day=1)

@@ -1,6 +1,7 @@
 """Whole runs on a random checkpoint, in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -99,9 +100,13 @@ def _check_kernels(kernels, text):
 
 
 def _check_steps(steps, text):
-    """Each case is there, with figures that fit each other, and as a row of the table; they are timed last."""
+    """Each case is there, with figures that fit each other, and as a row of the table; they are timed after the rows,
+    and the kernels after them. What was asked for comes last of all tables."""
     assert len(steps) == 10 and {"test_step[block-1x16-threshold]", "test_ragged", "test_agreement"} <= steps.keys()
-    assert text.index("evals/test_accuracy.py") < text.index("evals/test_steps.py")
+    files = [text.index(f"evals/test_{name}.py") for name in ("throughput", "accuracy", "steps", "kernels")]
+    assert files == sorted(files)
+    tables = [text.index(title) for title in (" benchmark 'throughput'", "= kernels =", "= steps =", "= blockinfer =")]
+    assert tables == sorted(tables)
     for benchmark in steps.values():
         info = benchmark["extra_info"]
         assert info["ms_per_step"] == pytest.approx(1000 * info["seconds"] / info["forwards"])
@@ -109,6 +114,7 @@ def _check_steps(steps, text):
         assert info["tokens"] == round(info["requests"] * info["mean_new_tokens"]) and info["first_seconds"] > 0
         assert info["gpu"] is info["other_gb"] is None and info["weights"] == "checkpoint" and info["triton"]
         assert "against_vanilla" not in info and benchmark["group"].startswith("steps")
+        assert info["least_read_ms"] > 0 and info["least_products_ms"] > 0 and info["keys"] >= info["model_rows"]
     # a block of eight takes eight steps at one token each, with the prompt in the first
     assert steps["test_step[block-1x16]"]["extra_info"]["forwards"] == 16
     assert steps["test_step[block-1x16]"]["extra_info"]["model_rows"] == 16 + 16 * 8 + 8
@@ -122,6 +128,32 @@ def _check_steps(steps, text):
     rows = lines[3 : 3 + len(steps)]
     assert [row.split()[0] for row in rows] == [benchmark["extra_info"][STEP] for benchmark in steps.values()]
     assert all(len(line) <= 120 for line in lines[: 3 + len(steps)])
+
+
+INTERRUPT = """
+from blockinfer import LLM
+
+generate, calls = LLM.generate, iter(range(100))
+
+def interrupted(*args, **options):
+    # after the warm-up and the run of the first configuration, and the warm-up of the second
+    if next(calls) == 3:
+        raise KeyboardInterrupt
+    return generate(*args, **options)
+
+LLM.generate = interrupted
+"""
+
+
+def test_ctrl_c_loses_no_configuration_that_is_through(tmp_path, folder, monkeypatch):
+    (tmp_path / "interrupt.py").write_text(INTERRUPT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(tmp_path)]))
+    options = [f"--model={folder}", "--mode=vanilla,block", "-p", "interrupt"]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert code == 2 and "KeyboardInterrupt" in text and "Traceback" not in text
+    assert list(benchmarks) == ["test_throughput[vanilla-8]"]
+    assert result["vanilla"]["total_tokens"] == benchmarks["test_throughput[vanilla-8]"]["extra_info"]["tokens"]
+    assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
