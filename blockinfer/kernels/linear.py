@@ -61,15 +61,14 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> Tiling:
-    """A program or more for each processor, all of them reading (measured on an H100 at 32 and 64 rows, and on an H200
-    inside a chain of layers)."""
+    """A program or more for each processor, all of them reading (measured on an H100, at 32 and 64 rows)."""
     columns = weight.shape[0]
     if gated:
         return Tiling(64, 128, 1, num_stages=4)
     if columns > 2**15:
         return Tiling(128, 128, 1, num_warps=8, num_stages=3)
     splits = min(num_processors(x.device) // triton.cdiv(columns, 64), x.shape[1] // 1024)
-    return Tiling(64, 128, splits) if splits > 1 else Tiling(32, 128, 1)
+    return Tiling(64, 128, max(1, splits))
 
 
 def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling, gated: bool = False) -> torch.Tensor:
