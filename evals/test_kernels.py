@@ -41,14 +41,14 @@ BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 # Microseconds that were once measured on an H200: more than twice as many there is a regression.
 KNOWN_ON_H200 = {
-    "test_attention[1x32-160-32]": 7.7,
-    "test_attention[1x32-1024-32]": 12.2,
-    "test_attention[1x32-3200-32]": 26.5,
-    "test_attention[8x32-3200-32]": 108,
-    "test_attention[1x1024-1024-32]": 59,
-    "test_attention[8x384-384-32]": 91,
-    "test_confidence[greedy-32]": 11.9,
-    "test_confidence[greedy-256]": 66,
+    "test_attention[1x32-160-32]": 6.7,
+    "test_attention[1x32-1024-32]": 10.5,
+    "test_attention[1x32-3200-32]": 20.3,
+    "test_attention[8x32-3200-32]": 109,
+    "test_attention[1x1024-1024-32]": 52,
+    "test_attention[8x384-384-32]": 79,
+    "test_confidence[greedy-32]": 7.6,
+    "test_confidence[greedy-256]": 31,
 }
 
 
