@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.session import PerformanceRegression
 
 from blockinfer import LLM
 from evals.compare import differences
@@ -23,6 +24,7 @@ from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey[Suite]()
+SESSION = pytest.StashKey[pytest.Session]()
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
@@ -48,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What pytest-benchmark itself says only after the whole run."""
     config = session.config
+    config.stash[SESSION] = session
     if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
         storage = config.getoption("benchmark_storage")
         raise pytest.UsageError(f"--benchmark-compare-fail: there is nothing to compare with; the history is {storage}")
@@ -138,9 +141,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"blockinfer: {weights}{small} on {where}, {number}"
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """After pytest-benchmark's tables, which are long."""
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """After pytest-benchmark's tables, which are long, and its judgement, an exception that ended in a traceback."""
+    try:
+        yield
+    except PerformanceRegression:
+        config.stash[SESSION].exitstatus = pytest.ExitCode.TESTS_FAILED
+    _write_tables(terminalreporter, config)
+
+
+def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
     for title, marker, figure, lines in (
