@@ -40,6 +40,14 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
 
 
+def check_text(name: str, text: str) -> None:
+    """A lone surrogate is half a character, which a str can hold and a tokenizer cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid Unicode, got a lone surrogate, {text[error.start]!r}") from error
+
+
 def nearest(value: object, choices: Iterable[str]) -> str:
     """A hint for a mistyped name: '; did you mean X?', or nothing where no choice comes close."""
     close = difflib.get_close_matches(str(value), list(choices), n=1)

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockinfer.checks import nearest, refuse_unknown
+from blockinfer.checks import check_text, nearest, refuse_unknown
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.engine.engine import Engine, Prompt
 from blockinfer.engine.model_runner import EngineStats
@@ -104,9 +104,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; the outputs come in the order of the prompts.
 
-        A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; params is one
-        SamplingParams for all or one each. use_tqdm shows a progress bar. on_finish is called with each output as it is
-        finished. Whatever is raised meanwhile, Ctrl-C included, leaves an empty engine that can go on.
+        A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; of a dict with both
+        the ids are used. params is one SamplingParams for all or one each: max_tokens and the like go in there.
+        use_tqdm shows a progress bar. on_finish is called with each output as it is finished. Whatever is raised
+        meanwhile, Ctrl-C included, leaves an empty engine that can go on.
 
         Raises ValueError for a bad prompt, naming its number; FloatingPointError where the model's logits are NaN or
         infinite, at the latest once that block is through; RuntimeError on a closed LLM, while requests added to
@@ -155,15 +156,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """`generate` on one conversation, or on a list of them, through the checkpoint's chat template.
 
-        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. options are
-        those of `generate`. Raises what `generate` does, and ValueError where there is no tokenizer or no template.
+        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. params is as
+        for `generate`, max_tokens and the like in SamplingParams; options are use_tqdm and on_finish. Raises what
+        `generate` does, and ValueError where there is no tokenizer or no template.
         """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
         prompts = []
-        for conversation in _conversations(messages):
+        for i, conversation in enumerate(_conversations(messages)):
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            check_text(f"conversation {i}", text)
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, params, **options)
@@ -199,11 +202,11 @@ class LLM:
             raise ValueError(f"prompt {number}: {error}") from error
 
     def _check_tokenizer(self) -> None:
-        size = self.model_config.embedding_size
+        size = self.model_config.vocab_size
         if self.tokenizer is not None and len(self.tokenizer) > size:
             raise ValueError(
                 f"the tokenizer of {self.tokenizer.name_or_path} has {len(self.tokenizer)} tokens, "
-                f"the model only {size} embeddings: they do not belong together"
+                f"the model's vocab_size is only {size}: they do not belong together"
             )
 
 
@@ -243,8 +246,10 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
     dummy = config.load_format == "dummy"
     if dummy and config.model in SHAPES:
         return None, SHAPES[config.model], str(config.model)
+    if config.model in SHAPES and not Path(config.model).is_dir():
+        raise ValueError(f"{config.model!r} is a shape's name, for random weights: pass load_format='dummy' with it")
     files = ["config.json"] if dummy else ["*.json", "*.safetensors", "*.jinja"]
-    folder = _fetch(config.model, config.revision, files)
+    folder = _fetch("checkpoint", config.model, config.revision, files)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected")
@@ -257,28 +262,29 @@ def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str
     return folder, raw, str(path)
 
 
-def _fetch(name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
-    """A local folder as it is; anything else is looked for on the Hub."""
+def _fetch(what: str, name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
+    """A local folder as it is; anything else is looked for on the Hub. what: "checkpoint" or "tokenizer"."""
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for a Hub name, and {str(name)!r} is a local folder")
         return path
     if path.is_absolute() or path.exists() or str(name).startswith("."):
-        raise ValueError(f"{str(name)!r} is no folder; a checkpoint's folder or a Hub name is expected")
+        raise ValueError(f"the {what} {str(name)!r} is no folder; a {what}'s folder or a Hub name is expected")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
     except Exception as error:  # the Hub's client lets its HTTP library's own errors through
-        raise ValueError(
-            f"{str(name)!r} is no local folder and could not be fetched from the Hub: {error}; for random weights of a "
-            f"published shape pass load_format='dummy' with one of {', '.join(SHAPES)}{nearest(str(name), SHAPES)}"
-        ) from error
+        message = f"the {what} {str(name)!r} is no local folder and could not be fetched from the Hub: {error}"
+        if what == "checkpoint":
+            message += "; for random weights of a published shape pass load_format='dummy' with one of "
+            message += f"{', '.join(SHAPES)}{nearest(str(name), SHAPES)}"
+        raise ValueError(message) from error
 
 
 def _load_tokenizer(config: EngineConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights."""
     if config.tokenizer is not None:
-        folder = _fetch(config.tokenizer, None, ["*.json", "*.jinja"])
+        folder = _fetch("tokenizer", config.tokenizer, None, ["*.json", "*.jinja"])
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: there is no tokenizer.json; the fast tokenizer's file is expected")
     elif config.load_format == "dummy" or not (folder / "tokenizer.json").is_file():

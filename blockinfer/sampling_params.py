@@ -17,7 +17,8 @@ class SamplingParams:
     denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
         is left. More steps than positions means one token a step.
-    mode, unmasking: names of `decoding.modes.MODES` and `decoding.unmasking.RULES`; every mode takes every rule.
+    mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
+    unmasking: the rule: low_confidence, random, sequential, threshold, factor or entropy. Every mode takes every rule.
     threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15 nats).
         One that the chosen rule does not read is refused.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which

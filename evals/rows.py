@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +33,15 @@ def load_rows(
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the dataset {str(path)!r} cannot be read: {error}") from error
-    rows = [_row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()]
-    (row_id, times), *_ = Counter(row["id"] for row in rows).most_common(1) or [("", 0)]
-    if times > 1:
-        raise ValueError(f"{path}: the id {row_id!r} is there twice")
-    kept = [row for row in rows if not sources or row["source"] in sources][skip:][:number]
+    rows = {i: _row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()}
+    if not rows:
+        raise ValueError(f"{path}: the file has no rows")
+    line_of: dict[str, int] = {}
+    for i, row in rows.items():
+        first = line_of.setdefault(row["id"], i)
+        if first != i:
+            raise ValueError(f"{path}:{i}: the id {row['id']!r} is that of line {first} too")
+    kept = [row for row in rows.values() if not sources or row["source"] in sources][skip:][:number]
     if not kept:
         chosen = ", ".join(sources) if sources else "all sources"
         raise ValueError(f"{path}: of {len(rows)} rows none is left ({chosen}, the first {skip} left out)")

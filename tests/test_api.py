@@ -1,11 +1,14 @@
 """The engine's face, as a user meets it."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from blockinfer import LLM, RequestOutput, SamplingParams
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
 from tests.checkpoints import write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
@@ -200,6 +203,11 @@ def test_options_of_a_rule_are_resolved_on_use_and_never_written_back():
     assert params.threshold is None and params.rule_value == 0.9
     assert dataclasses.replace(params, unmasking="entropy").rule_value == 0.15
     assert dataclasses.replace(params, threshold=0.5).rule_value == 0.5
+
+
+def test_the_help_names_every_mode_and_rule():
+    described = re.search(r"mode: .*?threshold, factor, entropy_bound:", SamplingParams.__doc__, re.DOTALL)[0]
+    assert {*MODES, *RULES} <= set(re.findall(r"\w+", described))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", torch.float32])

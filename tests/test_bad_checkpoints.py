@@ -65,8 +65,9 @@ WTE = "model.transformer.wte.weight"
         ({"n_kv_heads": 2}, r"k_proj.weight in model.safetensors has shape \[32, 32\], the config asks for \[16, 32\]"),
         (
             {"vocab_size": 250, "embedding_size": 250, "eos_token_id": 1, "mask_token_id": 2},
-            "the tokenizer of .* has 262 tokens, the model only 250 embeddings",
+            "the tokenizer of .* has 262 tokens, the model's vocab_size is only 250",
         ),
+        ({"vocab_size": 261}, "the tokenizer of .* has 262 tokens, the model's vocab_size is only 261"),
     ],
 )
 def test_configs(checkpoint, tmp_path, change, message):
@@ -193,6 +194,20 @@ def test_a_shape_s_name_that_is_mistyped(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="with one of llada-8b; did you mean 'llada-8b'?"):
         LLM("llada-8B", load_format="dummy", device="cpu")
+
+
+def test_a_shape_s_name_without_load_format():
+    with pytest.raises(ValueError, match="'llada-8b' is a shape's name, for random weights: pass load_format='dummy'"):
+        LLM("llada-8b", device="cpu")
+
+
+def test_a_tokenizer_that_is_nowhere(checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"the tokenizer 'nowhere' {HUB}") as caught:
+        LLM(checkpoint, tokenizer="nowhere", device="cpu")
+    assert "load_format" not in str(caught.value)
+    with pytest.raises(ValueError, match="the tokenizer './here' is no folder; a tokenizer's folder or a Hub name"):
+        LLM(checkpoint, tokenizer="./here", device="cpu")
 
 
 def test_a_download_that_breaks_off(monkeypatch):

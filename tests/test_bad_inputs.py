@@ -134,6 +134,7 @@ def test_a_gpu_that_is_not_there(checkpoint):
         (5, "prompts must be a prompt or a list of prompts, got int"),
         (None, "prompts must be a prompt or a list of prompts, got NoneType"),
         ([[1] * 200], "the prompt's 200 tokens and max_tokens=128 make 328, more than max_model_len=256"),
+        (["x", "\ud800"], r"prompt 1: the prompt must be valid Unicode, got a lone surrogate, '\\ud800'"),
         (["x" * 300], "the prompt's 301 tokens and max_tokens=128 make 429"),
     ],
 )
@@ -168,6 +169,7 @@ def test_params_of_generate(llm, params, message):
         ([{"role": "user"}], "conversation 0: message 0 must be .*got the keys .'role'"),
         ([[{"role": "user", "content": "a"}], []], "conversation 1: it has no messages"),
         ([{"role": "user", "content": 5}], "conversation 0: message 0 must be"),
+        ([{"role": "user", "content": "\ud800"}], "conversation 0 must be valid Unicode, got a lone surrogate"),
         ([{"role": "user", 1: 5}], "conversation 0: message 0 must be .*got the keys"),
         (["hi"], "conversation 0: it must be a list of .*, got str"),
         ([1, 2], "conversation 0: it must be a list of .*, got int"),

@@ -74,7 +74,7 @@ def test_source_skip_and_number(tmp_path):
         (QA | {"answers": []}, "r:2: field 'answers' must be a list of strings"),
         (MMLU | {"revision": 3}, "r:2: field 'revision' must be a string, got 3"),
         (QA | {"context": 3}, "r:2: field 'context' must be a string, got int"),
-        (GSM, "the id 'a' is there twice"),
+        (GSM, "r:2: the id 'a' is that of line 1 too"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, row, message):
@@ -83,6 +83,8 @@ def test_a_malformed_row_is_named(tmp_path, row, message):
 
 
 def test_nothing_left_and_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="r: the file has no rows"):
+        load_rows(write(tmp_path / "r", [""]))
     path = write(tmp_path / "r", [GSM])
     with pytest.raises(ValueError, match=r"of 1 rows none is left \(mmlu, the first 0 left out\)"):
         load_rows(path, ["mmlu"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from blockinfer.checks import check_text
 from blockinfer.config import EngineConfig
 from blockinfer.engine.model_runner import ModelRunner, page_shape
 from blockinfer.engine.page_pool import PagePool
@@ -139,6 +140,7 @@ class Engine:
         elif self.tokenizer is None:
             raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
         else:
+            check_text("the prompt", text or "")
             token_ids = self.tokenizer.encode(text) if text else []
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
