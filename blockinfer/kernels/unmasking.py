@@ -87,8 +87,9 @@ def unmask(
 def masked_rows_torch(state: SlotState, blocks: Blocks, width: int, size: int) -> MaskedRows:
     """The twin."""
     places = _places(state, blocks, width)
-    block, offset = torch.zeros((2, size), dtype=torch.int64, device=places.row.device)
-    block[places.row[places.listed]], offset[places.row[places.listed]] = places.listed.nonzero(as_tuple=True)
+    rows = torch.zeros((size, 2), dtype=torch.int64, device=places.row.device)
+    rows[places.row[places.listed]] = places.listed.nonzero()
+    block, offset = rows.unbind(1)
     return MaskedRows(block, offset, blocks.first_rows[block] + offset)
 
 
