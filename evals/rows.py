@@ -69,6 +69,10 @@ def _row(line: str, where: str, number: int) -> Row:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is expected, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: a string holds a lone surrogate, half a character: {error}") from error
     row.setdefault("id", f"row-{number}")
     if isinstance(row.get("choices"), str):
         row["choices"] = _choices(row["choices"], where)
@@ -81,6 +85,8 @@ def _row(line: str, where: str, number: int) -> Row:
         raise ValueError(f"{where}: field 'source' must be one of {', '.join(SOURCES)}, got {row['source']!r}")
     if not isinstance(row.get("revision", ""), str):
         raise ValueError(f"{where}: field 'revision' must be a string, got {row['revision']!r}")
+    if row["source"] == "gsm8k" and not any(character.isdigit() for character in row["answer"]):
+        raise ValueError(f"{where}: field 'answer' of a gsm8k row must be a number, got {row['answer']!r}")
     if row["source"] == "mmlu":
         _check_choices(row, where)
     if row["source"] == "longbench_hotpotqa":

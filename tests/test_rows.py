@@ -60,6 +60,8 @@ def test_source_skip_and_number(tmp_path):
     ("row", "message"),
     [
         ("{", "r:2: not valid JSON"),
+        (GSM | {"id": "b", "question": "\ud800?"}, "r:2: a string holds a lone surrogate"),
+        (GSM | {"id": "b", "answer": "three apples"}, "r:2: field 'answer' of a gsm8k row must be a number"),
         ("[1]", "r:2: a JSON object is expected, got list"),
         ({k: v for k, v in GSM.items() if k != "question"}, "r:2: field 'question' must be a string .*got None"),
         (GSM | {"id": "x", "answer": ""}, "r:2: field 'answer' must be a string that is not empty, got ''"),
