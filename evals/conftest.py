@@ -1,5 +1,6 @@
 """The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,6 @@ from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey[Suite]()
-SESSION = pytest.StashKey[pytest.Session]()
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
@@ -50,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What pytest-benchmark itself says only after the whole run."""
     config = session.config
-    config.stash[SESSION] = session
     if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
         storage = config.getoption("benchmark_storage")
         raise pytest.UsageError(f"--benchmark-compare-fail: there is nothing to compare with; the history is {storage}")
@@ -78,9 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def close_suite(config: pytest.Config) -> None:
-    """For who needs the GPU's memory after the last test of the suite."""
+    """For who needs the GPU's memory, which the suite's engine has until its last test."""
     if SUITE in config.stash:
         config.stash[SUITE].close()
+    gc.collect()
+    if settings_of(config).device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     try:
         yield
     except PerformanceRegression:
-        config.stash[SESSION].exitstatus = pytest.ExitCode.TESTS_FAILED
+        config.pluginmanager.getplugin("session").exitstatus = pytest.ExitCode.TESTS_FAILED
     _write_tables(terminalreporter, config)
 
 

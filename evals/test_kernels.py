@@ -9,7 +9,6 @@ says how. On a CPU what runs is the twin, at shapes so small that its times say 
 compiled.
 """
 
-import gc
 import inspect
 import statistics
 from functools import partial
@@ -92,13 +91,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("rows", sizes.rows)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def room(request):
-    """The GPU's memory, which the suite's engine has until its last test."""
-    close_suite(request.config)
-    gc.collect()
-
-
 @pytest.fixture(scope="session")
 def device(request):
     return settings_of(request.config).device
@@ -110,7 +102,8 @@ def sizes(device):
 
 
 @pytest.fixture(scope="module")
-def ceilings(room, device, sizes):
+def ceilings(request, device, sizes):
+    close_suite(request.config)
     return measure_ceilings(sizes.dtype, device)
 
 

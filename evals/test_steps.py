@@ -15,7 +15,6 @@ graphs keep, those of earlier cases too. Only the first case's is that of its re
 """
 
 import dataclasses
-import gc
 from typing import NamedTuple
 
 import pytest
@@ -115,17 +114,16 @@ def sizes(settings):
 
 
 @pytest.fixture(scope="module")
-def ceilings(settings):
+def ceilings(request, settings):
     """What the device reaches, measured before the LLM takes its memory; at the dtype `auto` in what is usual there."""
+    # the tests of the suite are through: see pytest_collection_modifyitems
+    close_suite(request.config)
     usual = {"cuda": torch.bfloat16, "cpu": torch.float32}[settings.device]
     return measure_ceilings(DTYPES.get(settings.dtype, usual), settings.device)
 
 
 @pytest.fixture(scope="module")
-def llm(request, settings, sizes, ceilings):
-    # whose tests are through: see pytest_collection_modifyitems
-    close_suite(request.config)
-    gc.collect()
+def llm(settings, sizes, ceilings):
     if settings.device == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] / 1e9
