@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockinfer.checks import check_choice, check_int, check_seed
+from blockinfer.checks import check_bool, check_choice, check_int, check_seed
 
 DTYPES = {
     "float64": torch.float64,
@@ -190,6 +190,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None
     page_size: int
     kv_cache_memory: int | None
+    enforce_eager: bool
+    cudagraph_capture_sizes: list[int] | tuple[int, ...] | None
     seed: int | None
 
     def __post_init__(self) -> None:
@@ -208,9 +210,22 @@ class EngineConfig:
                 check_int(name, getattr(self, name), 1)
         if self.mask_token_id is not None:
             check_int("mask_token_id", self.mask_token_id, 0)
+        check_bool("enforce_eager", self.enforce_eager)
+        self._check_capture_sizes()
         check_seed(self.seed)
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("page_size", self.page_size, 1)
+
+    def _check_capture_sizes(self) -> None:
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
+            return
+        if not isinstance(sizes, list | tuple) or not sizes:
+            raise ValueError(f"cudagraph_capture_sizes must be a list of numbers of rows, got {sizes!r}")
+        for size in sizes:
+            check_int("every one of cudagraph_capture_sizes", size, 1)
+        if self.enforce_eager:
+            raise ValueError("cudagraph_capture_sizes are not captured with enforce_eager=True: leave one of them out")
 
     def resolve(self, model: ModelConfig, tokenizer_mask_id: int | None) -> "EngineConfig":
         """The same with dtype, device, lengths and mask token settled; kv_cache_memory and seed may stay None.

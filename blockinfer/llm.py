@@ -1,5 +1,6 @@
 """LLM: a checkpoint, loaded and ready to generate."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from blockinfer.checks import check_text, nearest, refuse_unknown
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.engine.engine import Engine, Prompt
 from blockinfer.engine.model_runner import EngineStats
+from blockinfer.kernels.backend import num_compiled_kernels
 from blockinfer.models.registry import SHAPES, model_class
 from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
@@ -40,6 +42,9 @@ class LLM:
     page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
         more than kv_cache_memory bytes; by default 90 % of the GPU memory that a step leaves free, or half of a CPU
         machine's.
+    enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, and a faster load.
+    cudagraph_capture_sizes: rows of a step, and masked rows, that a graph is captured for while loading; by default
+        some 40 up to 2,048. A step is padded up to the next size. Both options mean nothing on a CPU.
     seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
 
     Raises ValueError for an option out of range and for a checkpoint that is broken or not implemented, TypeError for
@@ -61,6 +66,8 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         page_size: int = 16,
         kv_cache_memory: int | None = None,
+        enforce_eager: bool = False,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -78,6 +85,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             page_size=page_size,
             kv_cache_memory=kv_cache_memory,
+            enforce_eager=enforce_eager,
+            cudagraph_capture_sizes=cudagraph_capture_sizes,
             seed=seed,
         )
         folder, raw, source = _read_config(config)
@@ -174,7 +183,7 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """The engine's counts so far, as a copy: take differences."""
-        return EngineStats(**vars(self.engine.runner.stats))
+        return dataclasses.replace(self.engine.runner.stats, compiled=num_compiled_kernels())
 
     @property
     def engine(self) -> Engine:

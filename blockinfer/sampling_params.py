@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from blockinfer.checks import check_bool, check_choice, check_int, check_real, check_seed, refuse_unknown
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.kernels.unmasking import Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +21,17 @@ class SamplingParams:
     mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
     unmasking: the rule: low_confidence, random, sequential, threshold, factor or entropy. Every mode takes every rule.
     threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15 nats).
-        One that the chosen rule does not read is refused.
+        One that the chosen rule does not read is refused. With threshold 1.0 a step reveals one token, but for those
+        whose probability is 1 even when that of all others is summed in float32.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
         samples from their softmax at that temperature. At most 1e6.
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report.
     stop_token_ids: these end a request besides the checkpoint's own, and do so under ignore_eos too.
     ignore_eos: the checkpoint's own stop tokens do not end the request.
     logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md: the first forbids the EOS token; the second
-        reveals a position that predicts EOS or end-of-turn after all others.
+        reveals a position that predicts EOS or end-of-turn after all others, and takes both out of the softmax that
+        tells the confidence of the others, as LLaDA's generate.py does at temperature 0. Here it is so at every
+        temperature and with every rule; there, above 0, only EOS is taken out, and `random` is told nothing.
 
     Raises ValueError for a value out of range and TypeError for an unknown option, naming it.
     """
@@ -82,7 +86,7 @@ class SamplingParams:
                 readers = [other for other, spec in RULES.items() if spec.option == name]
                 read_by = f"only {' and '.join(readers)} does" if readers else "no rule does"
                 raise ValueError(f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={value}")
-        if self.confidence_eos_eot_inf and rule.score == "position":
+        if self.confidence_eos_eot_inf and rule.rank == Rank.POSITION:
             raise ValueError(f"unmasking {self.unmasking!r} does not read confidence_eos_eot_inf; leave it False")
 
     @property

@@ -15,34 +15,23 @@ from transformers import PretrainedConfig
 from blockinfer import LLM
 from blockinfer.config import ModelConfig
 from blockinfer.engine.engine import Engine
-from blockinfer.kernels.paged_attention import SegmentTable
 
 
 class RemoteCodeModel(nn.Module):
-    """A transformers model in the place of the engine's: `forward` gives logits, and `logits` passes them on."""
+    """A transformers model in the place of the engine's, for one canvas at a time."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
 
-    def forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        kv_pages: torch.Tensor,
-        table: SegmentTable,
-        rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """token_ids [T] of whole canvases, one after the other, rows [N] -> their logits [N, embedding_size].
+    def forward(self, token_ids: torch.Tensor, *others: object) -> None:
+        """token_ids [T] of a whole canvas; its logits are kept for `logits`. No other argument is used."""
+        self.made = self.model(input_ids=token_ids[None]).logits[0]
 
-        kv_pages are not used.
-        """
-        canvases = token_ids.split(table.query_starts.diff().tolist())
-        return torch.cat([self.model(input_ids=canvas[None]).logits[0] for canvas in canvases])[rows]
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden
+    def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """rows [N] of that canvas -> [N, embedding_size]. The other arguments are not used."""
+        return self.made[rows]
 
 
 class ReferenceLLM(LLM):
@@ -55,7 +44,7 @@ class ReferenceLLM(LLM):
     def __init__(self, llm: LLM) -> None:
         self.model_config, self.tokenizer = llm.model_config, llm.tokenizer
         # the scheduler wants pages for one canvas, which nothing is written to
-        self.config = dataclasses.replace(llm.config, max_num_seqs=1)
+        self.config = dataclasses.replace(llm.config, max_num_seqs=1, enforce_eager=True, cudagraph_capture_sizes=None)
         model = _load(str(llm.config.model), llm.config.dtype).to(llm.config.device).eval()
         self._engine = Engine(RemoteCodeModel(model, llm.model_config), self.config, llm.tokenizer)
 

@@ -85,7 +85,8 @@ def timed_run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     after = llm.stats
-    counts = {name: value - getattr(before, name) for name, value in vars(after).items()}
+    counted = ("forwards", "rows", "lm_head_rows", "keys")
+    counts = {name: getattr(after, name) - getattr(before, name) for name in counted}
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return Timed(seconds, **counts, tokens=tokens, preemptions=sum(o.metrics.preemptions for o in outputs)), outputs
 

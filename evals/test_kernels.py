@@ -14,6 +14,7 @@ import statistics
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ from blockinfer import LLM
 from blockinfer.config import ModelConfig
 from blockinfer.kernels.activation import silu_mul, silu_mul_torch
 from blockinfer.kernels.backend import runs_triton
-from blockinfer.kernels.confidence import RowNoise, token_confidence, token_confidence_torch
+from blockinfer.kernels.confidence import RowOptions, Vocabulary, token_confidence, token_confidence_torch
 from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
-from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.kernels.paged_attention import Cutting, SegmentTable, cut, make_scratch, paged_attention
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES
 from evals.conftest import close_suite, settings_of
@@ -85,7 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("product", PRODUCTS)
         metafunc.parametrize("rows", sizes.product_rows)
     elif "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", ["greedy", "entropy", "noise"])
+        metafunc.parametrize("variant", ["greedy", "noise"])
         metafunc.parametrize("rows", sizes.confidence_rows)
     else:
         metafunc.parametrize("rows", sizes.rows)
@@ -156,6 +157,16 @@ def assert_close(made, expected):
     assert error < BOUND[made.dtype], f"relative error {error:.1e}"
 
 
+def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim):
+    """Of segments of so many rows and keys each, one a slot, as a step of no other rows has it."""
+    device = page_tables.device
+    cutting, total = Cutting.of(heads, kv_heads, device), slots * rows
+    columns = (np.full(slots, value) for value in (rows, keys))
+    tiles = torch.from_numpy(cut(np.arange(slots), *columns, cutting, total)).to(device)
+    scratch = make_scratch(cutting, heads, kv_heads, dim, device) if cutting.may_split(total) else None
+    return SegmentTable(tiles, torch.tensor([len(tiles)], device=device), page_tables, kv_slots, scratch)
+
+
 @pytest.mark.benchmark(group="kernels: attention")
 def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads):
     """One layer's attention over pages in any order. Bytes: the queries, K and V, and the output, once each."""
@@ -164,15 +175,14 @@ def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads
     sets, pages = num_sets(moved, device), -(-keys // PAGE_SIZE)
     q = randn(sets, segments * rows, heads, dim)
     k_pages, v_pages = randn(2, sets * segments * pages, PAGE_SIZE, kv_heads, dim)
-    starts = torch.arange(segments + 1, device=device) * rows
-    kv_lens = torch.full((segments,), keys, device=device)
     order = torch.randperm(len(k_pages), device=device).view(sets, segments, pages)
     # each at an address of its own, as aligned as the others
-    tables = [SegmentTable(starts, kv_lens, ids.clone(), starts[:0]) for ids in order]
+    of_heads = heads, kv_heads, dim
+    tables = [segment_table(segments, rows, keys, ids.clone(), None, *of_heads) for ids in order]
 
     def dense(pages, table):
         """[segments, HK, keys, D]"""
-        return pages[table.page_table].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
+        return pages[table.page_tables].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
 
     calls = [partial(paged_attention, one, k_pages, v_pages, table) for one, table in zip(q, tables, strict=True)]
     beside = [
@@ -227,26 +237,22 @@ def test_product(measure, randn, device, sizes, product, rows):
 
 @pytest.mark.benchmark(group="kernels: confidence")
 def test_confidence(measure, randn, device, sizes, variant, rows):
-    """Token and confidence of each row, with the entropy, or of noisy logits. Bytes: the logits, read once."""
-    vocabulary = sizes.vocabulary
-    moved = rows * vocabulary * sizes.dtype.itemsize
-    logits = randn(num_sets(moved, device), rows, vocabulary)
+    """Token, confidence and entropy of each row, or of noisy logits. Bytes: the logits, read once."""
+    size = sizes.vocabulary
+    moved = rows * size * sizes.dtype.itemsize
+    logits = randn(num_sets(moved, device), rows, size)
     index = torch.arange(rows, device=device)
-    noise = (
-        RowNoise(torch.ones_like(index, dtype=torch.float64), index + 7, index, index) if variant == "noise" else None
-    )
+    temperature = torch.full_like(index, variant == "noise", dtype=torch.float64)
+    options = RowOptions(temperature, index + 7, index, index, index < 0, index < 0)
     # LLaDA's mask token stands 128 before the end
-    options = dict(
-        vocab_size=vocabulary, mask_token_id=vocabulary - 128, noise=noise, with_entropy=variant == "entropy"
-    )
-    calls = [partial(token_confidence, one, **options) for one in logits]
+    vocabulary = Vocabulary(size, size - 128, index[:0], index[:0])
+    calls = [partial(token_confidence, one, vocabulary, options) for one in logits]
     for call, one in zip(calls, logits, strict=True):
-        made, expected = call(), token_confidence_torch(one.double(), **options)
+        made, expected = call(), token_confidence_torch(one.double(), vocabulary, options)
         assert torch.equal(made.token_ids, expected.token_ids) and made.finite.all()
-        torch.testing.assert_close(made.confidence, expected.confidence, rtol=1e-3, atol=0)
-        if variant == "entropy":
-            torch.testing.assert_close(made.entropy, expected.entropy, rtol=1e-3, atol=0)
-    shape = dict(variant=variant, rows=rows, columns=vocabulary)
+        torch.testing.assert_close(made.others, expected.others, rtol=1e-3, atol=0)
+        torch.testing.assert_close(made.entropy, expected.entropy, rtol=1e-3, atol=0)
+    shape = dict(variant=variant, rows=rows, columns=size)
     measure(Work("confidence", shape, calls, "copy", copies(moved, device), moved))
 
 
@@ -302,7 +308,7 @@ def test_silu_mul(measure, randn, device, sizes, rows):
 
 
 def _before_attention(x, residual, cos_sin, layer, pages, slots):
-    """The first half of LLaDALayer.forward in plain PyTorch -> q, and the new residual."""
+    """LLaDALayer.attend in plain PyTorch but for its attention -> q, and the new residual."""
     residual = residual.clone()
     normed = add_rms_norm_torch(x, residual, layer.attn_norm, layer.eps)
     qkv = F.linear(normed, layer.qkv_proj).unflatten(-1, (-1, layer.head_dim))
@@ -333,9 +339,9 @@ def test_layer(measure, randn, device, sizes, rows):
     for weight in (weight for layer in layers for weight in layer.parameters()):
         weight.copy_(randn(weight.shape) / weight.shape[-1] ** 0.5)
     slots = torch.arange(rows, device=device)
-    starts = torch.arange(0, rows + 1, 32, device=device)
-    page_table = slots[: rows // PAGE_SIZE].view(rows // 32, -1)
-    table = SegmentTable(starts, torch.full_like(starts[1:], 32), page_table, slots)
+    page_tables = slots[: rows // PAGE_SIZE].view(rows // 32, -1)
+    of_heads = sizes.heads, sizes.heads, sizes.head_dim
+    table = segment_table(rows // 32, 32, 32, page_tables, slots, *of_heads)
     pages = torch.zeros(2, rows // PAGE_SIZE, PAGE_SIZE, sizes.heads, sizes.head_dim, dtype=dtype, device=device)
     cos_sin = rope_tables(sizes.head_dim, rows, 500_000.0, dtype, torch.device(device))
     x, residual = randn(2, rows, width)
@@ -345,7 +351,10 @@ def test_layer(measure, randn, device, sizes, rows):
         q, total = compiled[0](x, residual, cos_sin, layer, pages, slots)
         return compiled[1](paged_attention(q, *pages, table), total, layer)
 
-    calls = [partial(layer, x, residual.clone(), cos_sin, pages, table) for layer in layers]
+    def whole(layer, residual):
+        return layer.finish(layer.attend(x, residual, cos_sin, pages, table), residual), residual
+
+    calls = [partial(whole, layer, residual.clone()) for layer in layers]
     others = [partial(beside, layer) for layer in layers]
     for call, other in zip(calls, others, strict=True):
         (made, total), (expected, expected_total) = call(), other()

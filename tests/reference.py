@@ -278,7 +278,7 @@ class Prediction:
 
     tokens: list[int]
     token_margins: list[float]
-    confidence: list[float]
+    scores: list[float]  # minus what all other tokens have, or a random number
     entropy: list[float]
 
 
@@ -294,18 +294,20 @@ def predict(logits: torch.Tensor, positions: list[int], step: int, config: dict,
         noise = -np.log(-np.log(uniform(settings.seed, np.array(ids), np.array(positions)[:, None], step, TOKEN_NOISE)))
         scores = scores + settings.temperature * torch.from_numpy(noise)
     best = scores.argmax(-1)  # the first of equals
+    held_back = settings.eos_ids + settings.eot_ids if settings.confidence_eos_eot_inf else ()
+    x[:, [column for column, i in enumerate(ids) if i in held_back]] = -math.inf
     p = distribution(x)
-    confidence = p.gather(1, best[:, None])[:, 0].float().tolist()
+    others = [sum(row[:k] + row[k + 1 :]) for row, k in zip(p.tolist(), best.tolist(), strict=True)]
+    ranked = (-np.array(others)).astype(np.float32).tolist()
     entropy = torch.special.entr(p).sum(-1).float().tolist()
     tokens = [ids[column] for column in best.tolist()]
     if settings.unmasking == "random":
         drawn = uniform(settings.seed, np.array(0), np.array(positions), step, RANDOM_RULE)
-        confidence = drawn.astype(np.float32).tolist()
-    if settings.confidence_eos_eot_inf:
-        for i, token in enumerate(tokens):
-            if token in settings.eos_ids + settings.eot_ids:
-                confidence[i], entropy[i] = -math.inf, math.inf
-    return Prediction(tokens, [top_two_gap(row) for row in scores.tolist()], confidence, entropy)
+        ranked = drawn.astype(np.float32).tolist()
+    for i, token in enumerate(tokens):
+        if token in held_back:
+            ranked[i], entropy[i] = -math.inf, math.inf
+    return Prediction(tokens, [top_two_gap(row) for row in scores.tolist()], ranked, entropy)
 
 
 def distribution(x: torch.Tensor) -> torch.Tensor:
@@ -331,13 +333,13 @@ def reveal(predicted: Prediction, quota: int | None, last: bool, settings: Setti
     elif settings.unmasking == "sequential":
         chosen, margin = list(range(quota)), math.inf
     elif settings.unmasking in STATIC:
-        chosen, margin = by_rank(predicted.confidence, quota)
+        chosen, margin = by_rank(predicted.scores, quota)
         # the `random` rule's ranks hold no rounding error
         margin = margin if settings.unmasking == "low_confidence" else math.inf
     elif settings.unmasking == "threshold":
-        chosen, margin = by_threshold(predicted.confidence, settings.threshold)
+        chosen, margin = by_threshold(predicted.scores, settings.threshold)
     elif settings.unmasking == "factor":
-        chosen, margin = by_factor(predicted.confidence, settings.factor)
+        chosen, margin = by_factor(predicted.scores, settings.factor)
     elif settings.unmasking == "entropy":
         chosen, margin = by_entropy(predicted.entropy, settings.entropy_bound)
     else:
@@ -348,8 +350,8 @@ def reveal(predicted: Prediction, quota: int | None, last: bool, settings: Setti
     return sorted(chosen), min([margin, *gaps])
 
 
-def ranking(confidence: list[float]) -> list[int]:
-    return sorted(range(len(confidence)), key=lambda i: (-confidence[i], i))
+def ranking(scores: list[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
 def gap_after(values: list[float], count: int) -> float:
@@ -359,32 +361,33 @@ def gap_after(values: list[float], count: int) -> float:
     return abs(values[count - 1] - values[count])
 
 
-def by_rank(confidence: list[float], quota: int) -> tuple[list[int], float]:
-    order = ranking(confidence)
-    return order[:quota], gap_after([confidence[i] for i in order], quota)
+def by_rank(scores: list[float], quota: int) -> tuple[list[int], float]:
+    order = ranking(scores)
+    return order[:quota], gap_after([scores[i] for i in order], quota)
 
 
-def by_threshold(confidence: list[float], threshold: float) -> tuple[list[int], float]:
-    threshold = float(np.float32(threshold))
-    margin = min(abs(c - threshold) for c in confidence)
-    passed = [i for i, c in enumerate(confidence) if c >= threshold and c > -math.inf]
+def by_threshold(scores: list[float], threshold: float) -> tuple[list[int], float]:
+    """Others have at most 1 - threshold, which says more near certainty than that the token has the threshold."""
+    most = float(np.float32(1 - threshold))
+    margin = min(abs(score + most) for score in scores)
+    passed = [i for i, score in enumerate(scores) if -score <= most]
     if passed:
         return passed, margin
-    best, gap = by_rank(confidence, 1)
+    best, gap = by_rank(scores, 1)
     return best, min(margin, gap)
 
 
-def by_factor(confidence: list[float], factor: float) -> tuple[list[int], float]:
-    """Longest prefix of the ranking whose n-th member reaches 1 - factor / (n + 1); the first always does."""
-    order = ranking(confidence)
+def by_factor(scores: list[float], factor: float) -> tuple[list[int], float]:
+    """Longest prefix of the ranking whose n-th member leaves at most factor / (n + 1); the first always does."""
+    order = ranking(scores)
     count, margin = 1, math.inf
     for i in order[1:]:
-        bar = float(np.float32(1 - factor / (count + 2)))
-        margin = min(margin, abs(confidence[i] - bar))
-        if confidence[i] < bar:
+        most = float(np.float32(factor / (count + 2)))
+        margin = min(margin, abs(scores[i] + most))
+        if -scores[i] > most:
             break
         count += 1
-    return order[:count], min(margin, gap_after([confidence[i] for i in order], count))
+    return order[:count], min(margin, gap_after([scores[i] for i in order], count))
 
 
 def by_entropy(entropy: list[float], bound: float) -> tuple[list[int], float]:

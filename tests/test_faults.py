@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
+from blockinfer.engine import model_runner
 from tests.checkpoints import write_checkpoint
 
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
@@ -22,8 +23,8 @@ def break_once(llm, monkeypatch):
     def start(number, rows=(0,)):
         logits, calls = llm.engine.model.logits, iter(range(1000))
 
-        def broken(hidden):
-            out = logits(hidden)
+        def broken(*args):
+            out = logits(*args)
             if next(calls) == number:
                 out[list(rows), 5] = torch.nan
             return out
@@ -39,8 +40,8 @@ def test_logits_that_are_not_finite(llm, monkeypatch, value):
     expected = llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs
     logits, calls = llm.engine.model.logits, iter(range(1000))
 
-    def broken(hidden):
-        out = logits(hidden)
+    def broken(*args):
+        out = logits(*args)
         if next(calls) == 5:
             out[0] = value
         return out
@@ -55,7 +56,7 @@ def test_logits_that_are_not_finite(llm, monkeypatch, value):
 def test_the_mask_token_s_logit_may_be_anything(llm, monkeypatch):
     expected = llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs
     logits, mask = llm.engine.model.logits, llm.config.mask_token_id
-    monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h).index_fill_(1, torch.tensor(mask), torch.nan))
+    monkeypatch.setattr(llm.engine.model, "logits", lambda *a: logits(*a).index_fill_(1, torch.tensor(mask), torch.nan))
     assert llm.generate([1, 2, 3], PARAMS, use_tqdm=False)[0].outputs == expected
 
 
@@ -63,7 +64,7 @@ def test_the_mask_token_s_logit_may_be_anything(llm, monkeypatch):
 def test_a_forbidden_token_s_logit_still_says_that_the_model_is_broken(llm, monkeypatch, value):
     params = dataclasses.replace(PARAMS, logits_eos_inf=True)
     logits, eos = llm.engine.model.logits, torch.tensor(llm.model_config.eos_token_ids)
-    monkeypatch.setattr(llm.engine.model, "logits", lambda h: logits(h).index_fill_(1, eos, value))
+    monkeypatch.setattr(llm.engine.model, "logits", lambda *a: logits(*a).index_fill_(1, eos, value))
     with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
         llm.generate([1, 2, 3], params, use_tqdm=False)
 
@@ -218,20 +219,20 @@ def test_a_step_that_was_cut_short_before_its_results_were_noted(llm, monkeypatc
     assert interrupts == 1 and [output.outputs for output in outputs] == expected
 
 
-def test_without_memory_for_one_rule_s_scores_no_rule_has_revealed_anything(llm, monkeypatch):
+def test_without_memory_for_a_prediction_nothing_is_revealed(llm, monkeypatch):
     prompts, rules = [[1, 2, 3], [7, 8]], ["low_confidence", "random"]
     params = [dataclasses.replace(PARAMS, unmasking=rule, seed=1) for rule in rules]
     expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
-    engine, scores, calls = llm.engine, llm.engine.runner._scores, iter(range(1000))
+    engine, confidence, calls = llm.engine, model_runner.token_confidence, iter(range(1000))
     for prompt, p in zip(prompts, params, strict=True):
         engine.add_request(prompt, p)
 
-    def failing(score, *args):
-        if score == "random" and next(calls) == 1:
+    def failing(*args):
+        if next(calls) == 1:
             raise torch.OutOfMemoryError("no memory")
-        return scores(score, *args)
+        return confidence(*args)
 
-    monkeypatch.setattr(engine.runner, "_scores", failing)
+    monkeypatch.setattr(model_runner, "token_confidence", failing)
     engine.step()
     before = [tensor.clone() for tensor in engine.runner.state]
     with pytest.raises(torch.OutOfMemoryError):

@@ -165,6 +165,7 @@ STEP_OF_KERNELS = [
     ("nvjet_tst_128x32", LM_HEAD),
     ("splitKreduce_kernel", LM_HEAD),
     ("_tile_kernel", CONFIDENCE),
+    ("_noise_kernel", CONFIDENCE),
     ("_combine_kernel", CONFIDENCE),
     ("_unmask_kernel", OTHERS),
     ("Memcpy DtoH (Device -> Pinned)", OTHERS),

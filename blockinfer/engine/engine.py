@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockinfer.checks import check_text
 from blockinfer.config import EngineConfig
+from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.model_runner import ModelRunner, page_shape
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.scheduler import Scheduler
@@ -106,7 +107,9 @@ class Engine:
         """
         self._sequences: dict[int, Sequence] = {}
         self.pool = PagePool(self.runner.num_pages, self.config.page_size)
-        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
+        limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
+        self.scheduler = Scheduler(self.pool, *limits, row_tile)
 
     def has_unfinished(self) -> bool:
         return bool(self._sequences)

@@ -1,46 +1,62 @@
-"""CUDA graphs of a step: one launch for some three hundred, which at few rows take longer than the GPU's work."""
+"""CUDA graphs of a step: one launch for some three hundred, which at few rows take longer than the GPU's work.
 
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+A step is two functions: the layers, of so many rows, and what follows, of so many masked rows. Each is captured at a
+few sizes, all while the model is loaded, and a step is padded up to the next size of each; what else it depends on lies
+in memory. So no request waits for a graph to be captured or a kernel to be compiled.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 
 import torch
 
-# What is kept of a device's memory and of the time to capture: shapes beyond so many run without a graph.
-_MAX_GRAPHS = 256
+# Rows of a tile of large matrix products, whose time is a step's at many rows.
+ROW_TILE = 128
+# Above so many rows the GPU is busy for longer than the host takes to launch its kernels one by one.
+MAX_GRAPH_ROWS = 2048
 
 
-class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    result: torch.Tensor
+def default_sizes(largest: int) -> list[int]:
+    """8, 16, ..., 64, 80, ..., 128, 160, ..., 512, 576, ..., 1024, 1152, ... up to the largest that is asked for."""
+    sizes = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32), *range(512, 1024, 64)]
+    sizes += range(1024, MAX_GRAPH_ROWS + 1, ROW_TILE)
+    return [size for size in sizes if size < largest + ROW_TILE]
 
 
-class GraphCache:
-    """The graphs captured so far, by what the captured function depends on besides the memory that it reads."""
+class StepGraphs:
+    """function(size), which launches the same kernels on the same memory whenever the size is the same, and its graphs.
 
-    def __init__(self) -> None:
-        self._captured: dict[Hashable, _Captured] = {}
-        self._seen: set[Hashable] = set()
-        self._pool: tuple[int, int] | None = None
+    function(size) must also take sizes that were not captured. Without sizes it simply runs.
+    """
 
-    def run(self, key: Hashable, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """function(), which must launch the same kernels on the same memory whenever the key is the same.
+    def __init__(self, function: Callable[[int], torch.Tensor | None], sizes: Iterable[int]) -> None:
+        self._function = function
+        self._sizes = sorted(sizes)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
 
-        The first time it simply runs, which also compiles its kernels; the second time it is captured. The result is
-        overwritten by the next run.
-        """
-        if key not in self._captured:
-            if key not in self._seen or len(self._captured) >= _MAX_GRAPHS:
-                self._seen.add(key)
-                return function()
-            self._captured[key] = self._capture(function)
-        captured = self._captured[key]
-        captured.graph.replay()
-        return captured.result
+    def padded(self, size: int) -> int:
+        """The next size that was captured; above all of them the size in whole tiles of large matrix products."""
+        if not self._sizes:
+            return size
+        place = bisect_left(self._sizes, size)
+        return self._sizes[place] if place < len(self._sizes) else -(-size // ROW_TILE) * ROW_TILE
 
-    def _capture(self, function: Callable[[], torch.Tensor]) -> _Captured:
-        graph = torch.cuda.CUDAGraph()
-        # graphs never run side by side, so all of them share the memory of their intermediate tensors
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = function()
-        self._pool = graph.pool()
-        return _Captured(graph, result)
+    def capture(self, pool: tuple[int, int], on_capture: Callable[[], None]) -> None:
+        """Graphs never run side by side, so all of them share the pool's memory for their intermediate tensors."""
+        # the largest first: the others fit into its memory
+        for size in reversed(self._sizes):
+            # what is compiled, loaded or chosen at its first call cannot be captured
+            self._function(size)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                result = self._function(size)
+            self._captured[size] = graph, result
+            on_capture()
+
+    def __call__(self, size: int) -> torch.Tensor | None:
+        """function(size); where it was captured its result is overwritten by the next call."""
+        if size not in self._captured:
+            return self._function(size)
+        graph, result = self._captured[size]
+        graph.replay()
+        return result

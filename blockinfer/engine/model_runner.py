@@ -1,41 +1,48 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
 import math
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from blockinfer.config import EngineConfig
-from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.batch import SlotOptions, StepInputs, StepShape, as_float, layout, pack, pack_steps, step_shape
-from blockinfer.engine.graphs import GraphCache
+from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, slot_options, step_columns
+from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
-from blockinfer.kernels import philox
 from blockinfer.kernels.backend import runs_triton
-from blockinfer.kernels.confidence import Confidence, RowNoise, token_confidence
-from blockinfer.kernels.paged_attention import SegmentTable
-from blockinfer.kernels.unmasking import Blocks, MaskedRows, SlotState, masked_rows, unmask
+from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
+from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
+from blockinfer.kernels.unmasking import SlotOptions, SlotState, masked_rows, unmask
 from blockinfer.models.llada import LLaDA
 
-# Rows that go through the LM head at once, times the bytes of a number. That bounds the memory of what has a column for
-# every token: at 126,464 columns 0.3 GB in float32, and with noise, for which the PyTorch twin needs ten times as much.
-_COLUMN_BYTES, _NOISY_COLUMN_BYTES = 1024, 128
-# Above so many rows the GPU is busy for longer than the host takes to launch its kernels one by one.
-_MAX_GRAPH_ROWS = 2048
+# Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for
+# every token, 0.13 GB at 126,464 columns.
+_COLUMN_BYTES = 1024
 
 
 @dataclass
 class EngineStats:
     """Counts since the engine was made, without padding: model launches; rows in them; rows through the LM head; keys:
-    cached positions that a launch attends to, those of a sequence once."""
+    cached positions that a launch attends to, those of a sequence once.
+
+    graphs: CUDA graphs captured; capture_seconds and graph_bytes: what that took, compilation included. compiled:
+    variants of Triton kernels that this process has loaded.
+    """
 
     forwards: int = 0
     rows: int = 0
     lm_head_rows: int = 0
     keys: int = 0
+    graphs: int = 0
+    capture_seconds: float = 0.0
+    graph_bytes: int = 0
+    compiled: int = 0
 
 
 class BlockResult(NamedTuple):
@@ -67,27 +74,71 @@ class ModelRunner:
         self.device = config.device
         self.stats = EngineStats()
         slots, length = config.max_num_seqs + 1, config.max_model_len
-        self._options = torch.zeros((slots, len(SlotOptions._fields)), dtype=torch.int64, device=self.device)
-        options = SlotOptions(*self._options.unbind(1))
+        ints = dict(dtype=torch.int64, device=self.device)
         self.state = SlotState(
             tokens=torch.full((slots, length), config.mask_token_id, device=self.device),
             masked=torch.zeros((slots, length), dtype=torch.bool, device=self.device),
             broken=torch.zeros(slots, dtype=torch.bool, device=self.device),
-            rules=options.rule,
-            values=options.value,
+            options=torch.zeros((slots, len(SlotOptions._fields)), **ints),
         )
         self.num_pages = num_pages
         self.kv_pages = _allocate_pages(model, config, num_pages + 1)
         self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
         self._num_pages_known = [0] * slots
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
-        self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
-        self.last_ids = torch.tensor(last_ids, dtype=torch.int64, device=self.device)
-        self._graphs = GraphCache() if self.device.type == "cuda" else None
-        # where every graph finds its step's indices, and what those that are there depend on
-        largest = StepInputs.largest(_MAX_GRAPH_ROWS, config.max_num_seqs)
-        self._packed = torch.empty(largest, dtype=torch.int64, device=self.device)
-        self._layout: tuple | None = None
+        size = model.config.vocab_size
+        self.eos_ids, self.last_ids = (
+            torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
+        )
+        self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
+        self._cutting, self._scratch = self._make_attention()
+        # where every step finds its indices, and what those that are there depend on
+        self._blocks = config.max_num_seqs + config.max_num_seqs % 2
+        rows = -(-config.max_num_batched_tokens // ROW_TILE) * ROW_TILE
+        self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
+        self._layout: tuple[int, list] | None = None
+        # what the layers leave for what follows, and what that leaves for the host
+        self._attended, self._residual = torch.zeros(
+            (2, rows, model.config.d_model), dtype=config.dtype, device=self.device
+        )
+        self._result = torch.zeros(2 * self._blocks + config.max_num_seqs * length, **ints)
+        sizes = self._capture_sizes()
+        self._layers, self._reveal = StepGraphs(self._run_layers, sizes), StepGraphs(self._run_reveal, sizes)
+        if sizes:
+            self._capture(len(sizes))
+
+    def _make_attention(self) -> tuple[Cutting, Scratch | None]:
+        if not runs_triton(self.kv_pages):
+            # the twin takes each segment whole
+            return Cutting(self.config.max_num_batched_tokens, 1), None
+        shape = self.model.config
+        cutting = Cutting.of(shape.n_heads, shape.n_kv_heads, self.device)
+        return cutting, make_scratch(cutting, shape.n_heads, shape.n_kv_heads, shape.head_dim, self.device)
+
+    def _capture_sizes(self) -> list[int]:
+        """None where kernels are launched one by one: by PyTorch's twins, and where that was asked for."""
+        if self.config.enforce_eager or not runs_triton(self.kv_pages):
+            return []
+        return self.config.cudagraph_capture_sizes or default_sizes(self.config.max_num_batched_tokens)
+
+    @torch.inference_mode()
+    def _capture(self, sizes: int) -> None:
+        """Runs all that any step may run, and captures what may be, on indices that name no tile and no block."""
+        start = time.perf_counter()
+        # what steps of more rows need is there before graphs are
+        rows = len(self._attended)
+        self._run_layers(rows)
+        self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
+        torch.cuda.synchronize(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        pool = torch.cuda.graph_pool_handle()
+        with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
+            for graphs in (self._layers, self._reveal):
+                graphs.capture(pool, progress.update)
+        torch.cuda.synchronize(self.device)
+        self.stats.graphs = 2 * sizes
+        self.stats.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
+        self.stats.capture_seconds = time.perf_counter() - start
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
@@ -97,7 +148,7 @@ class ModelRunner:
         self.state.masked[sequence.slot, row] = True
         self.state.broken[sequence.slot].fill_(False)
         self._num_pages_known[sequence.slot] = 0
-        _write(self._options[sequence.slot], SlotOptions.of(sequence))
+        _write(self.state.options[sequence.slot], slot_options(sequence))
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
@@ -108,45 +159,47 @@ class ModelRunner:
         slots and pages, which may be another sequence's by then, is done after it.
         """
         sequences = [sequence for sequence, _ in scheduled]
-        expected = [sequence.masked_after_step() for sequence in sequences]
-        exact = step_shape(scheduled)
-        padded = exact.padded(self.config.max_model_len)
-        graphs = self._graphs if padded.rows <= _MAX_GRAPH_ROWS else None
-        shape = padded if graphs else exact
+        rows = sum(entry.plan.rows for entry in scheduled)
+        padded = self._layers.padded(rows)
         self._write_page_tables(sequences)
-        inputs = self._write_inputs(scheduled, shape)
-        if graphs is None:
-            result = self._step(StepInputs.split(inputs, shape), shape)
-        else:
-            result = graphs.run(shape, lambda: self._step(StepInputs.split(inputs, shape), shape))
+        self._write_inputs(scheduled, padded)
+        self._layers(padded)
+        # the device is busy: the rest is not waited for
+        expected = [sequence.masked_after_step() for sequence in sequences]
+        masked = sum(sequence.num_masked for sequence in sequences)
+        _write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
+        self._reveal(self._reveal.padded(masked))
         self.stats.forwards += 1
-        self.stats.rows += exact.rows
-        self.stats.lm_head_rows += exact.masked_rows
-        self.stats.keys += sum(max(segment.kv_len for segment in segments) for _, segments in scheduled)
+        self.stats.rows += rows
+        self.stats.lm_head_rows += masked
+        self.stats.keys += sum(plan.kv_len for _, plan in scheduled)
         for sequence in sequences:
             sequence.ran(self.stats.forwards)
         if all(expected):
             return [BlockResult(left) for left in expected]
-        return [
-            BlockResult(left, token_ids[: sequence.block_end - sequence.block_start], bool(broken))
-            for sequence, (broken, left, *token_ids) in zip(sequences, result.tolist(), strict=False)
-        ]
+        return self._read(sequences)
 
-    def _write_inputs(self, scheduled: list[ScheduledSequence], shape: StepShape) -> torch.Tensor:
-        """Packed StepInputs on the device, of which most stay as they are from step to step of a block."""
-        size = sum(StepInputs.sizes(shape))
-        if size > len(self._packed):
-            packed = pack(scheduled, shape, scrap_slot=self.config.max_num_seqs)
-            return _pinned(packed, self.device).to(self.device, non_blocking=True)
-        inputs = self._packed[:size]
-        wanted = layout(scheduled, shape)
+    def _read(self, sequences: list[Sequence]) -> list[BlockResult]:
+        """Waits for the step's result."""
+        lengths = [sequence.block_end - sequence.block_start for sequence in sequences]
+        start = 2 * self._blocks
+        values = self._result[: start + sum(lengths)].tolist()
+        results = []
+        for i, length in enumerate(lengths):
+            broken, left = values[2 * i : 2 * i + 2]
+            results.append(BlockResult(left, values[start : start + length], bool(broken)))
+            start += length
+        return results
+
+    def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
+        """StepInputs for so many rows, but for `step_columns`: from step to step of a block they are what they were."""
+        wanted = rows, layout(scheduled)
         if wanted == self._layout:
-            _write(inputs[StepInputs.step_columns(shape)], pack_steps(scheduled, shape))
-        else:
-            self._layout = None  # should Ctrl-C come before the next line but one
-            _write(inputs, pack(scheduled, shape, scrap_slot=self.config.max_num_seqs))
-            self._layout = wanted
-        return inputs
+            return
+        self._layout = None  # should Ctrl-C come before the last line
+        packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
+        _write(self._packed[: len(packed)], packed)
+        self._layout = wanted
 
     def _write_page_tables(self, sequences: list[Sequence]) -> None:
         """A running sequence's pages are only ever added to, until it is started anew."""
@@ -156,88 +209,48 @@ class ModelRunner:
                 _write(self.page_tables[sequence.slot, known : len(sequence.pages)], sequence.pages[known:])
                 self._num_pages_known[sequence.slot] = len(sequence.pages)
 
-    def _step(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
-        """-> [B, 2 + L] int64: whether the sequence is broken, the masked positions left, the block's tokens.
+    def _run_layers(self, rows: int) -> None:
+        """All layers on the step's rows, padded to so many, up to the last one's attention: K and V are written.
 
-        Launches the same kernels for the same shape and never waits for the device, so that it can be captured.
+        Launches the same kernels for the same number and never waits for the device, so that it can be captured.
         """
-        blocks = inputs.blocks
-        rows = masked_rows(self.state, blocks, shape.block_length, shape.masked_rows)
-        hidden = self.forward(inputs, shape, rows.row)
-        predicted = self._predict(hidden, blocks, shape, rows)
-        result = torch.empty((shape.blocks, 2 + shape.block_length), dtype=torch.int64, device=self.device)
-        # all scores first: if the memory of one is not there, nothing is revealed yet
-        names = [name for name in RULES if name in shape.rules]
-        scores = [self._scores(RULES[name].score, predicted, blocks, shape, rows) for name in names]
-        for name, score in zip(names, scores, strict=True):
-            unmask(name, score, predicted.token_ids, predicted.finite, self.state, blocks, result)
-        return result
-
-    def forward(self, inputs: StepInputs, shape: StepShape, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Writes the K and V of all rows -> their final hidden states, [T, d], or those of the given rows, [N, d]."""
+        inputs = StepInputs.split(self._packed, self._blocks, rows)
         page_size = self.config.page_size
         pages = self.page_tables[inputs.slots, inputs.positions // page_size]
         table = SegmentTable(
-            query_starts=inputs.query_starts,
-            kv_lens=inputs.kv_lens,
-            page_table=self.page_tables[inputs.segment_slots, : -(-shape.max_kv_len // page_size)],
+            tiles=inputs.tiles,
+            num_tiles=inputs.num_tiles,
+            page_tables=self.page_tables,
             kv_slots=pages * page_size + inputs.positions % page_size,
+            scratch=self._scratch if self._cutting.may_split(rows) else None,
         )
         token_ids = self.state.tokens[inputs.slots, inputs.positions]
-        return self.model(token_ids, inputs.positions, self.kv_pages, table, rows)
+        attended, residual = self._attended[:rows], self._residual[:rows]
+        self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual)
 
-    def _predict(self, hidden: torch.Tensor, blocks: Blocks, shape: StepShape, rows: MaskedRows) -> Confidence:
-        """hidden [N, d] of the masked rows -> what each predicts."""
-        noise = None
-        if "noise" in shape.features:
-            noise = self._row_noise(blocks, rows)
-        with_entropy = any(RULES[name].score == "certainty" for name in shape.rules)
-        twin = not runs_triton(hidden)  # which computes in float32 at least
-        column_bytes = _NOISY_COLUMN_BYTES if noise and twin else _COLUMN_BYTES
-        size = column_bytes // (max(hidden.itemsize, 4) if twin else hidden.itemsize)
-        vocab_size, mask_token_id = self.model.config.vocab_size, self.config.mask_token_id
-        if "eos_inf" in shape.features:
-            forbidden = torch.where(self._row_options(blocks, rows).eos_inf > 0, -torch.inf, 0.0)
+    def _run_reveal(self, size: int) -> None:
+        """The masked rows' predictions, padded to so many, and what the rules make of them, down to the result.
+
+        As `_run_layers`, it can be captured.
+        """
+        blocks = StepInputs.split(self._packed, self._blocks, 0).blocks
+        rows, options = masked_rows(self.state, blocks, size)
+        predicted = self._predict(rows.row, options)
+        unmask(predicted, rows, self.state, blocks, self._result)
+
+    def _predict(self, rows: torch.Tensor, options: RowOptions) -> Confidence:
+        """rows [N]: of the forward, with what each asks for -> what each predicts."""
+        # the PyTorch twin computes in float32 at least
+        size = _COLUMN_BYTES // (self.config.dtype.itemsize if runs_triton(self._residual) else 4)
         chunks = []
-        for start in range(0, len(hidden), size):
+        for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
-            logits = self.model.logits(hidden[chunk])
-            if "eos_inf" in shape.features:
-                # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-                logits[:, self.eos_ids] += forbidden[chunk, None]
-            chunk_noise = noise and RowNoise(*(tensor[chunk] for tensor in noise))
-            chunks.append(token_confidence(logits, vocab_size, mask_token_id, chunk_noise, with_entropy))
+            logits = self.model.logits(self._attended, self._residual, rows[chunk])
+            chunk_options = RowOptions(*(tensor[chunk] for tensor in options))
+            chunks.append(token_confidence(logits, self._vocabulary, chunk_options))
         if len(chunks) == 1:
             return chunks[0]
-        return Confidence(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-    def _scores(
-        self, score: str, predicted: Confidence, blocks: Blocks, shape: StepShape, rows: MaskedRows
-    ) -> torch.Tensor:
-        """What an unmasking rule ranks the masked rows by, [N] float32 (decoding.unmasking.Rule.score)."""
-        if score == "position":
-            return -rows.offset.float()
-        if score == "confidence":
-            scores = predicted.confidence
-        elif score == "certainty":
-            scores = -predicted.entropy
-        else:
-            _, seed, position, step = self._row_noise(blocks, rows)
-            scores = philox.uniform(seed, philox.RULE_NOISE, position, step, torch.zeros_like(step)).float()
-        if "eos_eot_last" not in shape.features:
-            return scores
-        last = (predicted.token_ids[:, None] == self.last_ids).any(dim=-1)
-        return scores.masked_fill(last & (self._row_options(blocks, rows).eos_eot_last > 0), -torch.inf)
-
-    def _row_options(self, blocks: Blocks, rows: MaskedRows) -> SlotOptions:
-        """Those of each masked row, [N]."""
-        return SlotOptions(*self._options[blocks.slots[rows.block]].unbind(1))
-
-    def _row_noise(self, blocks: Blocks, rows: MaskedRows) -> RowNoise:
-        """What the noise of the masked rows [N] is a function of."""
-        options = self._row_options(blocks, rows)
-        position = blocks.output_starts[rows.block] + rows.offset
-        return RowNoise(as_float(options.temperature), options.seed.contiguous(), position, blocks.steps[rows.block])
+        return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -248,7 +261,7 @@ def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory() if device.type == "cuda" else values
 
 
-def _write(target: torch.Tensor, values: Items[int] | torch.Tensor) -> None:
+def _write(target: torch.Tensor, values: Items[int] | np.ndarray) -> None:
     """Copies int64 values of its shape into the target, behind what the device has yet to do, and waits for nothing."""
     values = torch.as_tensor(values, dtype=torch.int64)
     target.copy_(_pinned(values, target.device), non_blocking=True)

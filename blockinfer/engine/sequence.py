@@ -1,10 +1,20 @@
 """One request on its way through the engine: its tokens, where it stands, what it cost. No tensors."""
 
 import time
+from typing import NamedTuple
 
 from blockinfer.decoding.modes import MODES, BlockState, Segment
 from blockinfer.decoding.unmasking import RULES, scheduled_count
 from blockinfer.sampling_params import SamplingParams
+
+
+class Plan(NamedTuple):
+    """What a step computes of a sequence: its segments, of which the last holds the block being denoised, how many rows
+    they have, and the largest kv_len."""
+
+    segments: list[Segment]
+    rows: int
+    kv_len: int
 
 
 class Sequence:
@@ -27,6 +37,7 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self._is_scheduled = RULES[params.unmasking].scheduled
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
         self.slot: int | None = None
@@ -50,15 +61,26 @@ class Sequence:
         self.block_end = min(self.block_start + self.params.block_length, self.canvas_end)
         self._step_limit = self.params.block_steps(self.block_end - self.block_start)
         self.step = 0
+        self._plan: Plan | None = None
 
     @property
     def num_masked(self) -> int:
         """Positions of the current block that are still to be revealed."""
         return self._masked_left if self.step else self.block_end - self.block_start
 
+    def plan(self) -> Plan:
+        """Of the next step."""
+        if self._plan is None:
+            segments = MODES[self.params.mode](self._state())
+            rows = sum(stop - start for start, stop, _ in segments)
+            self._plan = Plan(segments, rows, max(kv_len for _, _, kv_len in segments))
+        return self._plan
+
     def segments(self) -> list[Segment]:
-        """What the next step computes; the last segment holds the block being denoised."""
-        state = BlockState(
+        return self.plan().segments
+
+    def _state(self) -> BlockState:
+        return BlockState(
             prompt_len=self.prompt_len,
             block_length=self.params.block_length,
             canvas_end=self.canvas_end,
@@ -67,7 +89,6 @@ class Sequence:
             step=self.step,
             num_cached=self.num_cached,
         )
-        return MODES[self.params.mode](state)
 
     def reveal_count(self) -> int:
         """Positions that a scheduled rule reveals in the next step; a rule that is not scheduled ignores it."""
@@ -80,7 +101,7 @@ class Sequence:
 
     def masked_after_step(self) -> int | None:
         """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
-        if not RULES[self.params.unmasking].scheduled:
+        if not self._is_scheduled:
             return None
         return max(0, self.num_masked - self.reveal_count())
 
@@ -94,6 +115,7 @@ class Sequence:
         self.step += 1
         self._masked_left = masked_left
         self.num_cached = self.block_start
+        self._plan = None
 
     def finish_block(self, token_ids: list[int]) -> None:
         """The block's positions are all revealed, as `token_ids`; the next one begins."""
@@ -107,6 +129,7 @@ class Sequence:
         self.preemptions += 1
         self.step = 0
         self.num_cached = 0
+        self._plan = None
 
     def stop_position(self) -> int | None:
         """Where in the output the first stop token is, if any."""

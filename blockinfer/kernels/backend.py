@@ -26,6 +26,23 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
+_loaded = 0
+
+
+def _count_loaded(*args: object, **options: object) -> None:
+    global _loaded
+    _loaded += 1
+
+
+# a chain, to which others may add theirs
+triton.knobs.runtime.kernel_load_end_hook.add(_count_loaded)
+
+
+def num_compiled_kernels() -> int:
+    """Variants of Triton kernels that this process has compiled, or found compiled on disk: each is loaded once."""
+    return _loaded
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Of a kernel that begins with `begin`: on GPUs that can (compute capability 9), it is launched while the kernel
     before it still runs, and waits for that one's end itself (programmatic dependent launch)."""

@@ -1,8 +1,11 @@
 """The token each position predicts and how sure the model is of it.
 
-The kernel reads the logits once: each tile of columns leaves its largest logit and the sums that a softmax relative to
-it needs, which a second kernel combines (online softmax, arXiv 1805.02867) before it looks for the token in the tile
-with the largest of all. The tiles depend on the columns alone, so the rows beside a row change no bit of its result.
+The kernels read the logits once: each tile of columns leaves its largest logit and the sums that a softmax relative to
+it needs, which a last kernel combines (online softmax, arXiv 1805.02867) before it looks at the tile of the token once
+more. The tiles depend on the columns alone, so the rows beside a row change no bit of its result.
+
+How sure the model is, is told by what it gives to all *other* tokens: near certainty 1 - p has digits left in float32
+where p has none, so that positions keep an order.
 """
 
 from typing import NamedTuple
@@ -15,152 +18,146 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
-class RowNoise(NamedTuple):
-    """Per row of logits, each [N]: temperature float64, finite; seed, output position and step of its noise, int64."""
+class RowOptions(NamedTuple):
+    """What each row of logits asks for, each [N] and contiguous.
+
+    temperature: float64, finite. seed, position, step: of its noise, int64; position is that in the output. forbid_eos,
+    bool: the EOS tokens are no candidates. eos_last, bool: EOS and end-of-turn tokens have no share in the softmax.
+    """
 
     temperature: torch.Tensor
     seed: torch.Tensor
     position: torch.Tensor
     step: torch.Tensor
+    forbid_eos: torch.Tensor
+    eos_last: torch.Tensor
+
+
+class Vocabulary(NamedTuple):
+    """The candidates are the ids below size but for mask_token_id. eos_ids, last_ids, int64 tensors, perhaps empty:
+    what forbid_eos and eos_last mean."""
+
+    size: int
+    mask_token_id: int
+    eos_ids: torch.Tensor
+    last_ids: torch.Tensor
 
 
 class Confidence(NamedTuple):
-    """Per row of logits, each [N]: token_ids int64, confidence float32, entropy float32 (None where not asked for).
+    """Per row of logits, each [N].
 
-    finite, bool: no candidate is NaN and the largest is finite. Where it is False, the token means nothing.
+    token_ids int64. others float32: the probability of all other tokens, 1 minus the token's. entropy float32, in nats.
+    Both are infinite for a token that has no share in the softmax. finite, bool: no candidate is NaN and the largest is
+    finite. Where it is False, the token means nothing.
     """
 
     token_ids: torch.Tensor
-    confidence: torch.Tensor
-    entropy: torch.Tensor | None
+    others: torch.Tensor
+    entropy: torch.Tensor
     finite: torch.Tensor
 
 
-def token_confidence(
-    logits: torch.Tensor,
-    vocab_size: int,
-    mask_token_id: int,
-    noise: RowNoise | None = None,
-    with_entropy: bool = False,
-) -> Confidence:
-    """logits [N, V], V at least vocab_size, float64 (the PyTorch twin's), float32 or narrower.
+def token_confidence(logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions) -> Confidence:
+    """logits [N, V], V at least vocabulary.size, float64 (the PyTorch twin's), float32 or narrower.
 
-    The candidates are the ids below vocab_size but for mask_token_id; NaN counts as -inf. The token is the argmax of
-    the logits, of logits + temperature * Gumbel noise (in float64: lower precision distorts the distribution, arXiv
-    2409.02908) where noise is given; the lowest id wins a tie. The confidence is the token's probability under the
-    noiseless softmax at temperature 1, computed in float32 (float64 for float64 logits). A row whose maximum is shared
-    by k candidates at +inf, or in which all k candidates are at -inf, has confidence 1 / k. The entropy is that of the
-    same distribution, in nats.
+    NaN counts as -inf. The token is the argmax of the logits, of logits + temperature * Gumbel noise (in float64: lower
+    precision distorts the distribution, arXiv 2409.02908) where the temperature is above 0; the lowest id wins a tie.
+    others and entropy are those of the noiseless softmax at temperature 1, computed in float32 (float64 for float64
+    logits), of the tokens that have a share in it: that is how LLaDA's confidence_eos_eot_inf works at temperature 0
+    (generate.py of its repository), here at every temperature. A row whose maximum is shared by k candidates at +inf,
+    or in which all k candidates are at -inf, gives each of them 1 / k.
     """
     implementation = token_confidence_triton if runs_triton(logits) else token_confidence_torch
-    return implementation(logits, vocab_size, mask_token_id, noise, with_entropy)
+    return implementation(logits, vocabulary, options)
 
 
-def token_confidence_torch(
-    logits: torch.Tensor,
-    vocab_size: int,
-    mask_token_id: int,
-    noise: RowNoise | None = None,
-    with_entropy: bool = False,
-) -> Confidence:
+def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions) -> Confidence:
     """The twin."""
-    logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    size, mask_token_id, eos_ids, last_ids = vocabulary
+    logits = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
+    logits[:, eos_ids] += torch.where(options.forbid_eos, -torch.inf, 0.0)[:, None].to(logits.dtype)
     logits[:, mask_token_id : mask_token_id + 1] = -torch.inf
     finite = logits.amax(dim=-1).isfinite()
     logits.masked_fill_(logits.isnan(), -torch.inf)
-    noisy = logits
-    if noise is not None:
-        draws = philox.gumbel(noise.seed, noise.position, noise.step, vocab_size)
-        noisy = logits.double() + noise.temperature[:, None] * draws
-    token_ids = noisy.argmax(dim=-1, keepdim=True)
-    probabilities = logits.softmax(dim=-1)
+    token_ids = logits.argmax(dim=-1, keepdim=True)
+    # few rows at a time: their noise takes ten times the memory of their logits
+    for noisy in options.temperature.nonzero()[:, 0].split(32):
+        draws = philox.gumbel(*(tensor[noisy] for tensor in options[1:4]), size)
+        token_ids[noisy] = (logits[noisy] + options.temperature[noisy, None] * draws).argmax(dim=-1, keepdim=True)
+    candidates = torch.ones_like(logits, dtype=torch.bool)
+    candidates[:, mask_token_id : mask_token_id + 1] = False
     infinite = logits.amax(dim=-1).isinf()
     if infinite.any():
-        ties = _infinite_ties(logits[infinite], mask_token_id)
-        token_ids[infinite] = ties.int().argmax(dim=-1, keepdim=True)
-        probabilities[infinite] = ties / ties.sum(dim=-1, keepdim=True, dtype=logits.dtype)
-    confidence = probabilities.gather(1, token_ids)[:, 0].float()
-    entropy = torch.special.entr(probabilities).sum(dim=-1).float() if with_entropy else None
-    return Confidence(token_ids[:, 0], confidence, entropy, finite)
-
-
-def _infinite_ties(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Rows [N, V] whose maximum is +inf, or whose candidates are all at -inf -> the equal maxima, bool."""
-    ties = logits == logits.amax(dim=-1, keepdim=True)
-    ties[:, mask_token_id : mask_token_id + 1] = False
-    return ties
+        # the candidates that are equal at the top share everything
+        ties = (logits == logits.amax(dim=-1, keepdim=True)) & candidates
+        token_ids[infinite] = ties[infinite].int().argmax(dim=-1, keepdim=True)
+        logits = torch.where(infinite[:, None], torch.where(ties, 0.0, -torch.inf), logits)
+    shares = candidates
+    shares[:, last_ids] &= ~options.eos_last[:, None]
+    probabilities = logits.masked_fill(~shares, -torch.inf).softmax(dim=-1)
+    entropy = torch.special.entr(probabilities).sum(dim=-1)
+    # the sum of the others, not 1 minus the token's, in which small ones would drown
+    others = probabilities.scatter(1, token_ids, 0.0).sum(dim=-1)
+    without = ~shares.gather(1, token_ids)[:, 0]
+    others, entropy = (x.masked_fill(without, torch.inf).float() for x in (others, entropy))
+    return Confidence(token_ids[:, 0], others, entropy, finite)
 
 
 def token_confidence_triton(
-    logits: torch.Tensor,
-    vocab_size: int,
-    mask_token_id: int,
-    noise: RowNoise | None = None,
-    with_entropy: bool = False,
-    block: int = 2048,
+    logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int = 2048
 ) -> Confidence:
-    """The kernel, in tiles of `block` columns, a power of two, at least 2.
+    """The kernels, in tiles of `block` columns, a power of two, at least 2.
 
-    Raises ValueError where logits are not [N, V] with adjacent columns and a V that vocab_size fits, where there is no
-    candidate, or where noise is not four contiguous tensors [N].
+    Raises ValueError where logits are not [N, V] with adjacent columns and a V that the vocabulary fits, where there is
+    no candidate, or where the options are not contiguous tensors [N].
     """
-    if logits.ndim != 2 or logits.shape[1] < vocab_size or (logits.shape[1] > 1 and logits.stride(1) != 1):
+    size, mask_token_id, eos_ids, last_ids = vocabulary
+    if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(
-            f"logits must be [N, V], V at least {vocab_size} and its stride 1, got {tuple(logits.shape)} with strides "
+            f"logits must be [N, V], V at least {size} and its stride 1, got {tuple(logits.shape)} with strides "
             f"{logits.stride()}"
         )
-    if vocab_size <= (0 <= mask_token_id < vocab_size):
-        raise ValueError(f"vocab_size {vocab_size} has no candidate but the mask token {mask_token_id}")
-    rows = logits.shape[0]
-    if noise is not None and any(tensor.shape != (rows,) or not tensor.is_contiguous() for tensor in noise):
-        raise ValueError(f"noise must be contiguous tensors [{rows}], got {[tuple(tensor.shape) for tensor in noise]}")
-    tiles = triton.cdiv(vocab_size, block)
+    if size <= (0 <= mask_token_id < size):
+        raise ValueError(f"vocab_size {size} has no candidate but the mask token {mask_token_id}")
+    rows, device = logits.shape[0], logits.device
+    if any(tensor.shape != (rows,) or not tensor.is_contiguous() for tensor in options):
+        shapes = [tuple(tensor.shape) for tensor in options]
+        raise ValueError(f"options must be contiguous tensors [{rows}], got {shapes}")
+    tiles = triton.cdiv(size, block)
     # float64 holds what a tile leaves exactly, be it float32, float64 or a token id
-    parts = torch.empty((_PARTS.value, rows, tiles), dtype=torch.float64, device=logits.device)
-    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    confidence = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    entropy = torch.empty(rows, dtype=torch.float32, device=logits.device) if with_entropy else None
-    finite = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    _tile_kernel[(rows, tiles)](
-        logits,
-        logits.stride(0),
-        vocab_size,
-        mask_token_id,
-        *(noise or (None,) * 4),
-        parts,
-        NOISE=noise is not None,
-        PURPOSE=philox.TOKEN_NOISE,
-        WITH_ENTROPY=with_entropy,
-        BLOCK=block,
-        num_warps=4 if noise is None else 8,
-        **launch_options(logits.device),
-    )
+    parts = torch.empty((_PARTS.value, rows, tiles), dtype=torch.float64, device=device)
+    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
+    others = torch.empty(rows, dtype=torch.float32, device=device)
+    entropy = torch.empty(rows, dtype=torch.float32, device=device)
+    finite = torch.empty(rows, dtype=torch.bool, device=device)
+    row = (logits, logits.stride(0), size, mask_token_id, options.forbid_eos, eos_ids, len(eos_ids))
+    last = (options.eos_last, last_ids, len(last_ids))
+    launch = dict(BLOCK=block, **launch_options(device))
+    _tile_kernel[(rows, tiles)](*row, *last, parts, **launch)
+    programs = min(tiles, _NOISE_PROGRAMS.value)
+    _noise_kernel[(rows, programs)](*row, *options[:4], parts, tiles, PURPOSE=philox.TOKEN_NOISE, num_warps=8, **launch)
     _combine_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        vocab_size,
-        mask_token_id,
+        *row,
+        *last,
+        options.temperature,
         parts,
         tiles,
-        token_ids,
-        confidence,
-        entropy,
-        finite,
-        NOISE=noise is not None,
-        WITH_ENTROPY=with_entropy,
-        BLOCK=block,
+        programs,
+        *(token_ids, others, entropy, finite),
         BLOCK_TILES=triton.next_power_of_2(tiles),
-        num_warps=4 if noise is None else 1,
-        **launch_options(logits.device),
+        **launch,
     )
-    return Confidence(token_ids, confidence, entropy, finite)
+    return Confidence(token_ids, others, entropy, finite)
 
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_NOISE_PROGRAMS = tl.constexpr(16)  # which share a row's tiles
 
-# What a tile leaves: its largest logit m, sum e^(x - m), sum (x - m) e^(x - m), whether a candidate is NaN, and with
-# noise its largest noisy logit and the lowest id of that.
-_LARGEST, _TOTAL, _WEIGHTED, _HAS_NAN, _NOISY, _TOKEN, _PARTS = (tl.constexpr(i) for i in range(7))
+# What a tile leaves: of the tokens with a share in the softmax the largest logit m, sum e^(x - m), and the sum of
+# (x - m) e^(x - m); of all candidates the largest, and whether one is NaN. And what a program of the noise kernel
+# leaves: its largest noisy logit and the lowest id of that.
+_LARGEST, _TOTAL, _WEIGHTED, _BEST, _HAS_NAN, _NOISY, _TOKEN, _PARTS = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit
@@ -175,71 +172,151 @@ def _below(x, largest):
 
 
 @triton.jit
+def _read_tile(
+    start,
+    logits_ptr,
+    row_stride,
+    vocab_size,
+    mask_token_id,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    BLOCK: tl.constexpr,
+):
+    """Of this program's row: the logits of BLOCK ids from start on, -inf where there is no candidate."""
+    row = tl.program_id(0).to(tl.int64)
+    forbid_eos = tl.load(forbid_eos_ptr + row)
+    token_id = start + tl.arange(0, BLOCK)
+    # read with the mask token, which would keep its neighbours from being loaded together
+    x = tl.load(logits_ptr + row * row_stride + token_id, mask=token_id < vocab_size, other=-float("inf"))
+    x = x.to(tl.float32)
+    if (mask_token_id >= start) & (mask_token_id < start + BLOCK):
+        x = tl.where(token_id == mask_token_id, -float("inf"), x)
+    if forbid_eos:
+        for i in range(num_eos):
+            # a broken model's NaN or +inf there is still noticed
+            forbidden = tl.where(x < float("inf"), -float("inf"), float("nan"))
+            x = tl.where(token_id == tl.load(eos_ids_ptr + i), forbidden, x)
+    return x
+
+
+@triton.jit
+def _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK: tl.constexpr):
+    """Which of BLOCK ids from start on have a share in the softmax of this program's row."""
+    token_id = start + tl.arange(0, BLOCK)
+    share = (token_id < vocab_size) & (token_id != mask_token_id)
+    if tl.load(eos_last_ptr + tl.program_id(0).to(tl.int64)):
+        for i in range(num_last):
+            share &= token_id != tl.load(last_ids_ptr + i)
+    return share
+
+
+@triton.jit
 def _tile_kernel(
     logits_ptr,
     row_stride,
     vocab_size,
     mask_token_id,
-    temperature_ptr,
-    seed_ptr,
-    position_ptr,
-    step_ptr,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    eos_last_ptr,
+    last_ids_ptr,
+    num_last,
     parts_ptr,
-    NOISE: tl.constexpr,
-    PURPOSE: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N, tiles)
-    tile = tl.program_id(1)
-    token_id = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = token_id < vocab_size
-    # read with the mask token, which would keep its neighbours from being loaded together
-    x = tl.load(logits_ptr + row * row_stride + token_id, mask=inside, other=-float("inf")).to(tl.float32)
-    if (mask_token_id >= tile * BLOCK) & (mask_token_id < (tile + 1) * BLOCK):
-        x = tl.where(token_id == mask_token_id, -float("inf"), x)
-
-    # x is -inf where there is no candidate. What is rare is done apart, so that others need not wait for it: a largest
-    # logit that is infinite or nearly so, and NaN, which shows in the total.
+    eos_last = tl.load(eos_last_ptr + row)
+    start = tl.program_id(1) * BLOCK
+    x = _read_tile(
+        *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
+    )
     known = tl.where(x == x, x, -float("inf"))
-    largest = tl.max(known, axis=0)
+    best = tl.max(known, axis=0)
+    largest = best
+    if eos_last:
+        share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
+        # NaN stays, wherever it is
+        x = tl.where(share | (x != x), x, -float("inf"))
+        known = tl.where(share, known, -float("inf"))
+        largest = tl.max(known, axis=0)
+
+    # What is rare is done apart, so that others need not wait for it: a largest logit that is infinite or nearly so,
+    # and NaN, which shows in the total.
     total, weighted, has_nan = largest, largest, False
     ordinary = tl.abs(largest) < 1e30
     if ordinary:
-        below = x - largest
-        weight = tl.exp(below)
+        difference = x - largest
+        weight = tl.exp(difference)
         total = tl.sum(weight, axis=0)
-        if WITH_ENTROPY:
-            weighted = tl.sum(tl.maximum(below, -128.0) * weight, axis=0)  # of -128 the float32 exponential is 0
+        weighted = tl.sum(tl.maximum(difference, -128.0) * weight, axis=0)  # of -128 the float32 exponential is 0
         ordinary = total == total
     if not ordinary:
         has_nan = tl.max((x != x).to(tl.int32), axis=0) > 0
-        below = _below(known, largest)
-        weight = tl.where(inside & (token_id != mask_token_id), tl.exp(below), 0.0)
+        share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
+        difference = _below(known, largest)
+        weight = tl.where(share, tl.exp(difference), 0.0)
         total = tl.sum(weight, axis=0)
-        if WITH_ENTROPY:
-            weighted = tl.sum(below * weight, axis=0)
+        weighted = tl.sum(difference * weight, axis=0)
 
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    part = parts_ptr + row * tl.num_programs(1) + tile
+    part = parts_ptr + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(part + _LARGEST * plane, largest.to(tl.float64))
     tl.store(part + _TOTAL * plane, total.to(tl.float64))
+    tl.store(part + _WEIGHTED * plane, weighted.to(tl.float64))
+    tl.store(part + _BEST * plane, best.to(tl.float64))
     tl.store(part + _HAS_NAN * plane, tl.where(has_nan, 1.0, 0.0).to(tl.float64))
-    if WITH_ENTROPY:
-        tl.store(part + _WEIGHTED * plane, weighted.to(tl.float64))
-    if NOISE:
-        u = philox.uniform_triton(
-            tl.load(seed_ptr + row), PURPOSE, tl.load(position_ptr + row), tl.load(step_ptr + row), token_id
+
+
+@triton.jit
+def _noise_kernel(
+    logits_ptr,
+    row_stride,
+    vocab_size,
+    mask_token_id,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    step_ptr,
+    parts_ptr,
+    tiles,
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)  # grid (N, programs)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature == 0:
+        return
+    seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
+    best = tl.full([BLOCK], -float("inf"), tl.float64)
+    token = tl.full([BLOCK], _NO_TOKEN, tl.int32)
+    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1)):
+        start = tile * BLOCK
+        x = _read_tile(
+            *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
         )
-        noisy = known.to(tl.float64) - tl.load(temperature_ptr + row) * tl.log(-tl.log(u))
-        best = tl.max(noisy, axis=0)
+        token_id = start + tl.arange(0, BLOCK)
+        u = philox.uniform_triton(seed, PURPOSE, position, step, token_id)
+        noisy = tl.where(x == x, x, -float("inf")).to(tl.float64) - temperature * tl.log(-tl.log(u))
         # among candidates alone, since all of them may be at -inf
-        candidate = inside & (token_id != mask_token_id)
-        token = tl.min(tl.where(candidate & (noisy == best), token_id, _NO_TOKEN), axis=0)
-        tl.store(part + _NOISY * plane, best.to(tl.float64))
-        tl.store(part + _TOKEN * plane, token.to(tl.float64))
+        candidate = (token_id < vocab_size) & (token_id != mask_token_id)
+        better = candidate & ((noisy > best) | (token == _NO_TOKEN))
+        best = tl.where(better, noisy, best)
+        token = tl.where(better, token_id, token)
+    largest = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == largest, token, _NO_TOKEN), axis=0)
+    plane = tl.num_programs(0).to(tl.int64) * tiles
+    part = parts_ptr + row * tiles + tl.program_id(1)
+    tl.store(part + _NOISY * plane, largest)
+    tl.store(part + _TOKEN * plane, token.to(tl.float64))
 
 
 @triton.jit
@@ -248,14 +325,20 @@ def _combine_kernel(
     row_stride,
     vocab_size,
     mask_token_id,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    eos_last_ptr,
+    last_ids_ptr,
+    num_last,
+    temperature_ptr,
     parts_ptr,
     tiles,
+    noise_programs,
     token_id_ptr,
-    confidence_ptr,
+    others_ptr,
     entropy_ptr,
     finite_ptr,
-    NOISE: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     PDL: tl.constexpr,
@@ -268,32 +351,46 @@ def _combine_kernel(
     part = parts_ptr + row * tiles + tile
     tile_largest = tl.load(part + _LARGEST * plane, mask=inside, other=-float("inf")).to(tl.float32)
     tile_total = tl.load(part + _TOTAL * plane, mask=inside, other=0.0).to(tl.float32)
+    tile_best = tl.load(part + _BEST * plane, mask=inside, other=-float("inf")).to(tl.float32)
     largest = tl.max(tile_largest, axis=0)
+    best = tl.max(tile_best, axis=0)
+
+    # the token, or the tile to look for it: the first of those with the largest logit; tile 0 has a candidate even if
+    # all are at -inf
+    home = tl.min(tl.where(inside & (tile_best == best), tile, BLOCK_TILES), axis=0)
+    token = tl.full([], _NO_TOKEN, tl.int32)
+    noisy = tl.load(temperature_ptr + row) > 0
+    if noisy:
+        made = tile < noise_programs
+        noise_best = tl.load(part + _NOISY * plane, mask=made, other=-float("inf"))
+        tokens = tl.load(part + _TOKEN * plane, mask=made, other=_NO_TOKEN).to(tl.int32)
+        token = tl.min(tl.where(noise_best == tl.max(noise_best, axis=0), tokens, _NO_TOKEN), axis=0)
+        home = token // BLOCK
+    start = home * BLOCK
+    x = _read_tile(
+        *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
+    )
+    x = tl.where(x == x, x, -float("inf"))
+    token_id = start + tl.arange(0, BLOCK)
+    if not noisy:
+        candidate = (token_id < vocab_size) & (token_id != mask_token_id)
+        token = tl.min(tl.where(candidate & (x == best), token_id, _NO_TOKEN), axis=0)
+    share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
+    weight = tl.where(share, tl.exp(_below(x, largest)), 0.0)
+
+    # relative to the largest of all tiles; the token's tile without the token, so that what is small there is not lost
     below = _below(tile_largest, largest)
     scale = tl.exp(below)
     total = tl.sum(tile_total * scale, axis=0)
-
-    if NOISE:
-        best = tl.load(part + _NOISY * plane, mask=inside, other=-float("inf"))
-        tile_token = tl.load(part + _TOKEN * plane, mask=inside, other=_NO_TOKEN).to(tl.int32)
-        token = tl.min(tl.where(best == tl.max(best, axis=0), tile_token, _NO_TOKEN), axis=0)
-        chosen = tl.load(logits_ptr + row * row_stride + token).to(tl.float32)
-        chosen = tl.where(chosen != chosen, -float("inf"), chosen)
-    else:
-        # in the first tile of those with the largest logit: tile 0 has a candidate even if all are at -inf
-        first = tl.min(tl.where(inside & (tile_largest == largest), tile, BLOCK_TILES), axis=0)
-        token_id = first * BLOCK + tl.arange(0, BLOCK)
-        candidate = (token_id < vocab_size) & (token_id != mask_token_id)
-        x = tl.load(logits_ptr + row * row_stride + token_id, mask=candidate, other=-float("inf")).to(tl.float32)
-        x = tl.where(x != x, -float("inf"), x)
-        token = tl.min(tl.where(candidate & (x == largest), token_id, _NO_TOKEN), axis=0)
-        chosen = largest
+    total = tl.where(total > 0, total, 1.0)  # 0 where no token has a share
+    others = tl.sum(tl.where(tile == home, 0.0, tile_total * scale), axis=0)
+    others += tl.sum(tl.where(token_id == token, 0.0, weight), axis=0)
+    tile_weighted = tl.load(part + _WEIGHTED * plane, mask=inside, other=0.0).to(tl.float32)
+    # the sum of (x - largest) e^(x - largest): each tile's is of differences to its own largest
+    weighted = tl.sum((tile_weighted + below * tile_total) * scale, axis=0)
+    has_share = tl.max((share & (token_id == token)).to(tl.int32), axis=0) > 0
     tl.store(token_id_ptr + row, token.to(tl.int64))
-    tl.store(confidence_ptr + row, tl.exp(_below(chosen, largest)) / total)
-    if WITH_ENTROPY:
-        tile_weighted = tl.load(part + _WEIGHTED * plane, mask=inside, other=0.0).to(tl.float32)
-        # the sum of (x - largest) e^(x - largest): each tile's is of differences to its own largest
-        weighted = tl.sum((tile_weighted + below * tile_total) * scale, axis=0)
-        tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
+    tl.store(others_ptr + row, tl.where(has_share, others / total, float("inf")))
+    tl.store(entropy_ptr + row, tl.where(has_share, tl.log(total) - weighted / total, float("inf")))
     has_nan = tl.max(tl.load(part + _HAS_NAN * plane, mask=inside, other=0.0), axis=0)
-    tl.store(finite_ptr + row, (has_nan == 0) & (tl.abs(largest) != float("inf")))
+    tl.store(finite_ptr + row, (has_nan == 0) & (tl.abs(best) != float("inf")))

@@ -4,10 +4,14 @@ Paging follows vLLM's PagedAttention (arXiv 2309.06180). There is no mask: a que
 kv_len. The kernel keeps a running softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691); where queries are
 too few to fill the GPU, the keys of a segment are split over programs and the parts are combined (Flash-Decoding, Dao
 et al., 2023).
+
+What is to be done is data: `cut` makes a list of tiles, which a grid of fixed size walks. So one CUDA graph serves all
+batches of so many rows, whatever segments they are made of.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,57 +19,136 @@ import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
 
+# Query rows, times the heads that share a KV head, of a tile: as tall as the matrix units take.
+_BLOCK_M = 64
+# Up to so many keys, parts cost what they save (measured on an H100).
+_UNSPLIT_KEYS, _LEAST_KEYS, _MOST_PARTS = 256, 64, 16
+
+# A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; which
+# part of them is meant, of how many; where the first part's output is kept.
+_FIRST, _STOP, _SLOT, _KV_LEN, _PART, _PARTS, _PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
+
+
+class Scratch(NamedTuple):
+    """Where the parts of tiles are kept until they are put together, float32: their outputs [parts, HK, M, D], and the
+    base-2 logarithms of their softmax's denominators [parts, HK, M], M query rows and heads."""
+
+    outputs: torch.Tensor
+    log_sums: torch.Tensor
+
 
 class SegmentTable(NamedTuple):
-    """S segments over T query rows, as tensors on the model's device.
+    """Segments over T query rows, as tensors on the model's device.
 
-    query_starts [S + 1] int64: segment i owns rows query_starts[i] .. query_starts[i + 1] - 1.
-    kv_lens [S] int64. page_table [S, N] int64: the pages of the segment's sequence in order; entries past
-    ceil(kv_len / P) may hold anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset.
+    tiles [I, TILE_COLUMNS] int64, num_tiles [1] int64: what `cut` makes of them; the rest of tiles may hold anything.
+    page_tables [slots, N] int64: the pages of every slot's sequence in order; entries past ceil(kv_len / P) may hold
+    anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset. scratch: from `make_scratch`; None
+    where no tile is in parts.
     """
 
-    query_starts: torch.Tensor
-    kv_lens: torch.Tensor
-    page_table: torch.Tensor
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    page_tables: torch.Tensor
     kv_slots: torch.Tensor
+    scratch: Scratch | None = None
 
 
-def paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable) -> torch.Tensor:
-    """q [T, H, D]; k_pages, v_pages [pages, P, HK, D], H a multiple of HK -> [T, H, D]. Scale 1 / sqrt(D).
+class Cutting(NamedTuple):
+    """How segments are cut: query rows of a tile, and so many tiles that all processors have one."""
 
-    Slots at or past kv_len are never read, so they may hold anything. All of one dtype: float32, bfloat16, float16, or
-    float64, which the PyTorch twin computes also on a GPU.
+    rows: int
+    enough: int
+
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, device: torch.device) -> "Cutting":
+        """What the kernel works best with."""
+        return cls(max(1, _BLOCK_M // (heads // kv_heads)), max(1, num_processors(device) // kv_heads))
+
+    def may_split(self, rows: int) -> bool:
+        """Whether a step of so many rows, what pads it included, may have tiles in parts."""
+        return 2 * rows <= self.rows * self.enough
+
+
+def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
+    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64.
+
+    A tile is of one segment. Where tiles are so few that half of what is enough would be idle, and padded_rows, those
+    of the step, allow it, those of many keys are split into parts.
     """
-    if runs_triton(q):
-        return paged_attention_triton(q, k_pages, v_pages, table)
-    return paged_attention_torch(q, k_pages, v_pages, table)
+    ends = rows.cumsum()
+    counts = -(-rows // cutting.rows)
+    segment = np.repeat(np.arange(len(rows)), counts)
+    index = np.arange(len(segment)) - np.repeat(counts.cumsum() - counts, counts)
+    first = (ends - rows)[segment] + index * cutting.rows
+    kv_len = kv_lens[segment]
+    tiles = np.zeros((len(segment), TILE_COLUMNS.value), dtype=np.int64)
+    tiles[:, _FIRST.value] = first
+    tiles[:, _STOP.value] = np.minimum(first + cutting.rows, ends[segment])
+    tiles[:, _SLOT.value] = slots[segment]
+    tiles[:, _KV_LEN.value] = kv_len
+    most = min(cutting.enough // max(1, len(tiles)), _MOST_PARTS) if cutting.may_split(padded_rows) else 1
+    parts = np.where(kv_len > _UNSPLIT_KEYS, np.minimum(kv_len // _LEAST_KEYS, most), 1).clip(1)
+    tiles[:, _PARTS.value] = parts
+    if most < 2:
+        return tiles
+    place = parts.cumsum() - parts
+    tiles[:, _PLACE.value] = place
+    tiles = tiles.repeat(parts, axis=0)
+    tiles[:, _PART.value] = np.arange(len(tiles)) - place.repeat(parts)
+    return tiles
+
+
+def make_scratch(cutting: Cutting, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Scratch:
+    """Room for the parts of all tiles that `cut` splits."""
+    shape = cutting.enough, kv_heads, triton.next_power_of_2(cutting.rows * (heads // kv_heads))
+    outputs = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
+    return Scratch(outputs, torch.empty(shape, dtype=torch.float32, device=device))
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: SegmentTable,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [T, H, D]; k_pages, v_pages [pages, P, HK, D], H a multiple of HK -> [T, H, D], in `out` where it is given.
+
+    Scale 1 / sqrt(D). Slots at or past kv_len are never read, so they may hold anything. Rows of no tile are not
+    written. All of one dtype: float32, bfloat16, float16, or float64, which the PyTorch twin computes also on a GPU.
+    """
+    implementation = paged_attention_triton if runs_triton(q) else paged_attention_torch
+    return implementation(q, k_pages, v_pages, table, out)
 
 
 def paged_attention_torch(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: SegmentTable,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The twin: dense attention, one segment after the other."""
-    out = torch.empty_like(q)
-    starts, kv_lens = table.query_starts.tolist(), table.kv_lens.tolist()
+    """The twin: dense attention, one tile after the other, each with all its keys at once."""
+    out = torch.empty_like(q) if out is None else out
     page_size = k_pages.shape[1]
     grouped = q.shape[1] != k_pages.shape[2]
-    for i, kv_len in enumerate(kv_lens):
-        rows = slice(starts[i], starts[i + 1])
-        pages = table.page_table[i, : -(-kv_len // page_size)]
+    for first, stop, slot, kv_len, part, *_ in table.tiles[: int(table.num_tiles)].tolist():
+        if part > 0:
+            continue
+        pages = table.page_tables[slot, : -(-kv_len // page_size)]
         k = k_pages[pages].flatten(0, 1)[:kv_len]
         v = v_pages[pages].flatten(0, 1)[:kv_len]
-        out[rows] = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], enable_gqa=grouped
+        out[first:stop] = F.scaled_dot_product_attention(
+            q[first:stop].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], enable_gqa=grouped
         )[0].transpose(0, 1)
     return out
 
 
 class Tiling(NamedTuple):
-    """How the kernel cuts its work: query rows and keys of a tile (powers of two, at least 16), parts of the keys."""
+    """What the kernel is compiled for: query rows and keys of a tile, powers of two, at least 16."""
 
     block_m: int
     block_n: int
-    splits: int
     num_warps: int = 4
     num_stages: int = 3
 
@@ -75,9 +158,11 @@ def paged_attention_triton(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     table: SegmentTable,
+    out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """The kernel; arguments as of `paged_attention`. tiling: chosen from the shapes where it is not given.
+    """The kernel; arguments as of `paged_attention`. tiling: chosen from the shapes where it is not given; the tiles
+    have as many rows as fit into its block_m.
 
     Raises ValueError where a shape, a dtype or a stride is not what the kernel indexes by.
     """
@@ -92,55 +177,57 @@ def paged_attention_triton(
         raise ValueError(f"q, K and V must be of one dtype, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}")
     if not (k_pages.is_contiguous() and v_pages.is_contiguous() and q.stride(2) == 1 and q.stride(1) == head_dim):
         raise ValueError("k_pages and v_pages must be contiguous, and so must each row of q")
+    out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device) if out is None else out
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, of q's shape and dtype, got {tuple(out.shape)} of {out.dtype}")
     group = heads // kv_heads
-    segments, width = table.page_table.shape
-    tiling = tiling or choose_tiling(q, kv_heads, segments, width * page_size)
+    tiling = tiling or choose_tiling(q)
     block_m = max(tiling.block_m, triton.next_power_of_2(group))
+    if table.scratch is not None and table.scratch.outputs.shape[1:] != (kv_heads, block_m, head_dim):
+        raise ValueError(
+            f"the parts of tiles are [{kv_heads}, {block_m}, {head_dim}], the scratch memory is for "
+            f"{list(table.scratch.outputs.shape[1:])}"
+        )
     # the heads of a group share their keys, so they are rows of one tile
     block_t = block_m // group
-    out = torch.empty(rows, heads, head_dim, dtype=q.dtype, device=q.device)
-    split = tiling.splits > 1
-    # each part's output and the base-2 logarithm of its softmax's denominator
-    parts = torch.empty((rows, heads, tiling.splits, head_dim), dtype=torch.float32, device=q.device) if split else out
-    log_sums = torch.empty((rows, heads, tiling.splits), dtype=torch.float32, device=q.device) if split else out
-    # tiles never cross a segment's border: at most one more per segment than the rows alone would make
-    grid = (rows // block_t + segments, kv_heads, tiling.splits)
-    _paged_attention_kernel[grid](
+    # of blocks of half a tile, and of fewer rows where these fill the GPU, each program has one tile
+    programs = kv_heads * max(triton.cdiv(2 * rows, block_t), num_processors(q.device) // kv_heads)
+    _paged_attention_kernel[(programs if rows else 0,)](
         q,
         k_pages,
         v_pages,
-        parts,
-        log_sums,
-        table.query_starts,
-        table.kv_lens,
-        table.page_table,
-        segments,
-        width,
-        table.page_table.stride(0),
+        out,
+        *(table.scratch or (None, None)),
+        table.tiles,
+        table.num_tiles,
+        table.page_tables,
+        table.page_tables.shape[1],
+        table.page_tables.stride(0),
         q.stride(0),
         1.4426950408889634 / head_dim**0.5,  # log2(e): the kernel's exponentials are powers of two
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        SPLITS=tiling.splits,
-        BLOCK_S=triton.next_power_of_2(segments),
-        BLOCK_T=block_t,
+        SPLIT=table.scratch is not None,
         BLOCK_M=block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
         **launch_options(q.device),
     )
-    if split:
-        _combine_kernel[(rows, heads)](
-            parts,
-            log_sums,
+    if table.scratch is not None:
+        _combine_kernel[(len(table.scratch.outputs), kv_heads, triton.cdiv(block_m, 8) if rows else 0)](
             out,
+            *table.scratch,
+            table.tiles,
+            table.num_tiles,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
-            SPLITS=tiling.splits,
-            BLOCK_SPLITS=triton.next_power_of_2(tiling.splits),
+            BLOCK_M=block_m,
+            BLOCK_PARTS=min(_MOST_PARTS, triton.next_power_of_2(len(table.scratch.outputs))),
             BLOCK_D=triton.next_power_of_2(head_dim),
             num_warps=1,
             **launch_options(q.device),
@@ -148,18 +235,9 @@ def paged_attention_triton(
     return out
 
 
-def choose_tiling(q: torch.Tensor, kv_heads: int, segments: int, max_kv_len: int) -> Tiling:
-    """Tiles as tall as the matrix units take, and so many parts of the keys that most processors have a program.
-
-    Up to 256 keys the second launch costs what the parts save (measured on an H100, and the tiles on an H200, too).
-    """
-    rows, heads, _ = q.shape
-    rows *= heads // kv_heads
-    programs = max(segments, rows // 64) * kv_heads
-    wanted = num_processors(q.device) // programs if max_kv_len > 256 else 1
-    splits = max(1, min(wanted, max_kv_len // 64, 16))
-    one_tile = rows <= 64 * segments and splits == 1
-    return Tiling(64, 32 if one_tile or q.dtype == torch.float32 else 64, splits)
+def choose_tiling(q: torch.Tensor) -> Tiling:
+    """Measured on an H200."""
+    return Tiling(_BLOCK_M, 32 if q.dtype == torch.float32 else 64)
 
 
 @triton.jit
@@ -168,11 +246,11 @@ def _paged_attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    log_sum_ptr,
-    query_starts_ptr,
-    kv_lens_ptr,
-    page_table_ptr,
-    segments,
+    parts_ptr,
+    log_sums_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    page_tables_ptr,
     table_width,
     table_stride,
     q_stride,
@@ -181,57 +259,102 @@ def _paged_attention_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
-    tile = tl.program_id(0)  # grid (tiles, KV_HEADS, SPLITS)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-
-    # Segment i's first tile is query_starts[i] // BLOCK_T + i, which leaves room for all tiles of the segments before:
-    # the tile's segment is the last whose first tile is not past it.
-    index = tl.arange(0, BLOCK_S)
-    starts = tl.load(query_starts_ptr + index, mask=index < segments, other=0)
-    first_tiles = tl.where(index < segments, starts // BLOCK_T + index, tile + 1)
-    segment = tl.sum((first_tiles <= tile).to(tl.int32), axis=0) - 1
-    start = tl.load(query_starts_ptr + segment)
-    stop = tl.load(query_starts_ptr + segment + 1)
-    first_row = start + (tile - start // BLOCK_T - segment) * BLOCK_T
-    if first_row >= stop:
-        return
-
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    row = first_row + m // GROUP  # [BLOCK_M] int64
-    head = kv_head * GROUP + m % GROUP
-    row_inside = (m < BLOCK_T * GROUP) & (row < stop)
-    inside = row_inside[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + row[:, None] * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+    num_tiles = tl.load(num_tiles_ptr).to(tl.int32)
+    # grid (programs,): each takes a tile and a KV head, and goes on with those that are left
+    for work in tl.range(tl.program_id(0), num_tiles * KV_HEADS, tl.num_programs(0), num_stages=1):
+        kv_head = work // num_tiles
+        tile_ptr = tiles_ptr + (work % num_tiles).to(tl.int64) * TILE_COLUMNS
+        first_row = tl.load(tile_ptr + _FIRST)
+        stop = tl.load(tile_ptr + _STOP)
+        kv_len = tl.load(tile_ptr + _KV_LEN).to(tl.int32)
+        part = tl.load(tile_ptr + _PART).to(tl.int32)
+        parts = tl.load(tile_ptr + _PARTS).to(tl.int32)
+        table_row = page_tables_ptr + tl.load(tile_ptr + _SLOT) * table_stride
+        keys_of_part = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), parts) * BLOCK_N
+        first_key = part * keys_of_part
+        last_key = tl.minimum(first_key + keys_of_part, kv_len)
+        # no kernel of the step makes what was read so far, so it is read while the one before still runs
+        begin(PDL)
 
-    kv_len = tl.load(kv_lens_ptr + segment).to(tl.int32)
-    part = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), SPLITS) * BLOCK_N
-    first_key = split * part
-    last_key = tl.minimum(first_key + part, kv_len)
-    table_row = page_table_ptr + segment.to(tl.int64) * table_stride
+        row = first_row + m // GROUP  # [BLOCK_M] int64
+        head = kv_head * GROUP + m % GROUP
+        inside = ((m < BLOCK_M // GROUP * GROUP) & (row < stop))[:, None] & (d < HEAD_DIM)[None, :]
+        q = tl.load(q_ptr + row[:, None] * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+        if SPLIT and BLOCK_N > 16:
+            # few keys are read sooner in narrow tiles, many with more of them on the way
+            if last_key - first_key <= 8 * BLOCK_N:
+                acc, total, largest = _attend_to_part(
+                    *(q, k_ptr, v_ptr, table_row, table_width, kv_head, first_key, last_key, scale),
+                    *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N // 2, BLOCK_D, STAGES),
+                )
+            else:
+                acc, total, largest = _attend_to_part(
+                    *(q, k_ptr, v_ptr, table_row, table_width, kv_head, first_key, last_key, scale),
+                    *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES + 1),
+                )
+        else:
+            acc, total, largest = _attend_to_part(
+                *(q, k_ptr, v_ptr, table_row, table_width, kv_head, first_key, last_key, scale),
+                *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES),
+            )
 
+        whole_tile = inside
+        if SPLIT:
+            whole_tile = inside & (parts == 1)
+            if parts > 1:
+                # a part without keys has a total of 0: its weight is 2 ** -inf and its output 0
+                log_sum = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
+                log_sum = tl.where(total == total, log_sum, total)  # NaN stays NaN
+                output = acc / tl.where(total > 0, total, 1.0)[:, None]
+                place = (tl.load(tile_ptr + _PLACE) + part) * KV_HEADS + kv_head
+                at = place * BLOCK_M + m
+                tl.store(log_sums_ptr + at, log_sum)
+                tl.store(parts_ptr + at[:, None] * HEAD_DIM + d[None, :], output, mask=inside)
+        out_at = out_ptr + (row[:, None] * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
+        tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=whole_tile)
+
+
+@triton.jit
+def _attend_to_part(
+    q,
+    k_ptr,
+    v_ptr,
+    table_row,
+    table_width,
+    kv_head,
+    first_key,
+    last_key,
+    scale,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """q [BLOCK_M, BLOCK_D] on the keys of a part -> their weighted values, the sum of weights, the largest score."""
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # only the last tile may hold keys that are not the part's
+    # only the last tile of keys may hold keys that are not the part's
     whole = first_key + tl.maximum(last_key - first_key, 0) // BLOCK_N * BLOCK_N
     # A tile's pages are looked up while the tile before is computed: were they looked up right before K and V, the
     # compiler would load these only one tile ahead, whatever num_stages says.
     n = tl.arange(0, BLOCK_N)
     last_page = table_width - 1
     page = tl.load(table_row + tl.minimum((first_key + n) // PAGE_SIZE, last_page))
-    for tile_start in tl.range(first_key, whole, BLOCK_N):
+    for tile_start in tl.range(first_key, whole, BLOCK_N, num_stages=STAGES):
         next_page = tl.load(table_row + tl.minimum((tile_start + BLOCK_N + n) // PAGE_SIZE, last_page))
         acc, total, largest = _attend(
             *(acc, total, largest, q, k_ptr, v_ptr, page, kv_head, tile_start, last_key, scale, True),
@@ -243,18 +366,7 @@ def _paged_attention_kernel(
             *(acc, total, largest, q, k_ptr, v_ptr, page, kv_head, whole, last_key, scale, False),
             *(KV_HEADS, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D),
         )
-
-    if SPLITS == 1:
-        where = (row[:, None] * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
-        tl.store(out_ptr + where, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        # a part without keys has a total of 0: its weight is 2 ** -inf and its output 0
-        log_sum = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
-        log_sum = tl.where(total == total, log_sum, total)  # NaN stays NaN
-        which = (row * HEADS + head) * SPLITS + split
-        tl.store(log_sum_ptr + which, log_sum, mask=row_inside)
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out_ptr + which[:, None] * HEAD_DIM + d[None, :], acc, mask=inside)
+    return acc, total, largest
 
 
 @triton.jit
@@ -304,22 +416,40 @@ def _attend(
 
 @triton.jit
 def _combine_kernel(
-    parts_ptr,
-    log_sum_ptr,
     out_ptr,
+    parts_ptr,
+    log_sums_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # grid (parts, KV_HEADS, BLOCK_M / 8): the programs of a tile's parts share its rows
+    is_tile = tl.program_id(0) < tl.load(num_tiles_ptr)
+    tile_ptr = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
+    parts = tl.load(tile_ptr + _PARTS, mask=is_tile, other=1).to(tl.int32)
+    part = tl.load(tile_ptr + _PART, mask=is_tile, other=0).to(tl.int32)
+    first_row = tl.load(tile_ptr + _FIRST, mask=is_tile, other=0)
+    rows = (tl.load(tile_ptr + _STOP, mask=is_tile, other=0) - first_row).to(tl.int32)
+    place = tl.load(tile_ptr + _PLACE, mask=is_tile, other=0)
     begin(PDL)
-    which = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)  # grid (T, H)
-    split = tl.arange(0, BLOCK_SPLITS)
+    if parts == 1:
+        return
+    kv_head = tl.program_id(1)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
     d = tl.arange(0, BLOCK_D)
-    log_sum = tl.load(log_sum_ptr + which * SPLITS + split, mask=split < SPLITS, other=-float("inf"))
-    weight = tl.exp2(log_sum - tl.max(log_sum, axis=0))
-    inside = (split < SPLITS)[:, None] & (d < HEAD_DIM)[None, :]
-    parts = tl.load(parts_ptr + (which * SPLITS + split)[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
-    out = tl.sum(parts * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out_ptr + which * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+    n = tl.arange(0, BLOCK_PARTS)
+    inside = (n < parts)[:, None] & (d < HEAD_DIM)[None, :]
+    for m in tl.range(part * tl.num_programs(2) + tl.program_id(2), rows * GROUP, parts * tl.num_programs(2)):
+        at = ((place + n) * KV_HEADS + kv_head) * BLOCK_M + m
+        log_sum = tl.load(log_sums_ptr + at, mask=n < parts, other=-float("inf"))
+        outputs = tl.load(parts_ptr + at[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
+        weight = tl.exp2(log_sum - tl.max(log_sum, axis=0))
+        out = tl.sum(outputs * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+        where = ((first_row + m // GROUP) * HEADS + kv_head * GROUP + m % GROUP) * HEAD_DIM + d
+        tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from blockinfer.config import ModelConfig
@@ -28,29 +27,32 @@ class LLaDALayer(nn.Module):
         self.gate_up_proj = weight(2 * config.mlp_hidden_size, config.d_model)
         self.ff_out = weight(config.d_model, config.mlp_hidden_size)
 
-    def forward(
+    def attend(
         self,
         x: torch.Tensor,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         kv_pages: torch.Tensor,
         table: SegmentTable,
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, d], or parts of it [S, T, d]: the previous layer's output, not yet added to residual [T, d] -> the same
-        two for this layer, of the given rows [N] only, where they are given.
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [T, d], or parts of it [S, T, d]: the previous layer's output, which is added to residual [T, d] -> what
+        the heads attended to, [T, d], in `out` where it is given.
 
         kv_pages [2, pages, P, HK, D]: this layer's cache. All K and V are written before any attention reads them.
         """
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots)
-        x = paged_attention(q, kv_pages[0], kv_pages[1], table).flatten(1)
-        if rows is not None:
-            x, residual = x[rows], residual[rows]
-        x = linear_parts(x, self.attn_out)
+        out = None if out is None else out.unflatten(-1, (-1, self.head_dim))
+        return paged_attention(q, kv_pages[0], kv_pages[1], table, out).flatten(1)
+
+    def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """attended [T, d], residual [T, d], to which the attention's output is added -> the layer's output, [T, d], or
+        parts of it [S, T, d], not yet added."""
+        x = linear_parts(attended, self.attn_out)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps)
-        return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out), residual
+        return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out)
 
 
 class LLaDA(nn.Module):
@@ -72,23 +74,24 @@ class LLaDA(nn.Module):
         positions: torch.Tensor,
         kv_pages: torch.Tensor,
         table: SegmentTable,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written -> hidden states [T, d].
-
-        rows [N] int64: whose hidden states are asked for, [N, d]. The others end with the last attention.
-        """
-        x = F.embedding(token_ids, self.wte)
-        residual = torch.zeros_like(x)
+        attended: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. All up to the last layer's
+        attention, which every row needs; what `logits` goes on with, attended and residual [T, d], is written."""
+        torch.index_select(self.wte, 0, token_ids, out=residual)
+        x = torch.zeros_like(residual)
         cos_sin = self.cos_sin[positions]
-        for layer, layer_pages in zip(self.layers, kv_pages, strict=True):
-            wanted = rows if layer is self.layers[-1] else None
-            x, residual = layer(x, residual, cos_sin, layer_pages, table, wanted)
-        return add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0]
+        *others, last = zip(self.layers, kv_pages, strict=True)
+        for layer, layer_pages in others:
+            x = layer.finish(layer.attend(x, residual, cos_sin, layer_pages, table), residual)
+        last[0].attend(x, residual, cos_sin, last[1], table, attended)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, d] from `forward` -> [N, embedding_size]."""
-        return linear(hidden, self.lm_head)
+    def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """attended, residual [T, d], as `forward` wrote them; rows [N] int64 -> their logits, [N, embedding_size]."""
+        attended, residual = attended[rows], residual[rows]
+        x = self.layers[-1].finish(attended, residual)
+        return linear(add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0], self.lm_head)
 
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """The published tensor names and the part of a parameter that each fills, in the published shape."""

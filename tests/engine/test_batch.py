@@ -1,12 +1,16 @@
 """How a step is packed."""
 
 import pytest
+import torch
 
 from blockinfer import SamplingParams
 from blockinfer.decoding.modes import MODES
-from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, step_shape
+from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, step_columns
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
+from blockinfer.kernels.paged_attention import Cutting
+
+CUTTING = Cutting(4, 9)
 
 
 @pytest.mark.parametrize("count, blocks_before", [(1, 0), (1, 1998), (5, 300), (32, 50)])
@@ -17,16 +21,16 @@ def test_the_room_for_a_packed_step_holds_the_largest(count, blocks_before):
         sequence = Sequence(slot, None, [1], SamplingParams(max_tokens=2048, block_length=1), 0, frozenset())
         sequence.slot = slot
         sequence.finish_block([2] * blocks_before)
-        scheduled.append(ScheduledSequence(sequence, sequence.segments()))
-    exact = step_shape(scheduled)
-    assert exact.segments == exact.rows == count * (blocks_before + 2)
-    shape = exact.padded(max_model_len=4096)
-    packed = pack(scheduled, shape, scrap_slot=count)
-    assert shape.rows <= 2048 and len(packed) <= StepInputs.largest(2048, count)
-    inputs = StepInputs.split(packed, shape)
-    assert inputs.query_starts.tolist()[: exact.segments + 1] == list(range(exact.segments + 1))
-    assert set(inputs.query_starts[exact.segments :].tolist()) == {exact.rows}
-    assert set(inputs.slots[exact.rows :].tolist()) <= {count}
+        scheduled.append(ScheduledSequence(sequence, sequence.plan()))
+    rows = sum(entry.plan.rows for entry in scheduled)
+    assert rows == count * (blocks_before + 2)
+    packed = torch.from_numpy(pack(scheduled, 32, 2048, 32, CUTTING))
+    assert len(packed) <= packed_size(32, 2048, CUTTING)
+    inputs = StepInputs.split(packed, 32, 2048)
+    tiles = inputs.tiles[: int(inputs.num_tiles)]
+    assert tiles[:, 0].tolist() == list(range(rows)) and (tiles[:, 1] == tiles[:, 0] + 1).all()
+    assert inputs.slots[:rows].tolist() == [slot for slot in range(count) for _ in range(blocks_before + 2)]
+    assert set(inputs.slots[rows:].tolist()) | set(inputs.blocks.slots[count:].tolist()) <= {32}
 
 
 def request(number=0, prompt_len=5, max_tokens=8, mode="vanilla"):
@@ -37,29 +41,52 @@ def request(number=0, prompt_len=5, max_tokens=8, mode="vanilla"):
 
 
 def packed_and_layout(*sequences):
-    scheduled = [ScheduledSequence(sequence, sequence.segments()) for sequence in sequences]
-    shape = step_shape(scheduled).padded(max_model_len=64)
-    return pack(scheduled, shape, scrap_slot=9), layout(scheduled, shape), shape, scheduled
+    scheduled = [ScheduledSequence(sequence, sequence.plan()) for sequence in sequences]
+    return pack(scheduled, 10, 128, 9, CUTTING).tolist(), layout(scheduled), pack_steps(scheduled, 10).tolist()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_stays_from_step_to_step_need_not_be_packed_again(mode):
-    """Whenever layouts are equal, the step's columns make one step's packed tensor the next one's."""
+    """Whenever layouts are equal, so is what was packed; what changes then are the steps' columns, which are apart."""
     sequences = [request(number, prompt_len=1 + number, mode=mode) for number in range(3)]
-    before, wanted, kept = None, None, 0
+    before, wanted, columns, kept = None, None, None, 0
     for _ in range(8):
-        packed, new, shape, scheduled = packed_and_layout(*sequences)
+        packed, new, steps = packed_and_layout(*sequences)
+        assert not any(packed[step_columns(10)])
         if new == wanted:
-            assert not before.equal(packed)
-            before[StepInputs.step_columns(shape)] = pack_steps(scheduled, shape)
-            assert before.equal(packed)
+            assert packed == before and steps != columns
             kept += 1
-        before, wanted = packed, new
+        before, wanted, columns = packed, new, steps
         for sequence in sequences:
             sequence.advance(sequence.masked_after_step())
             if not sequence.num_masked:
                 sequence.finish_block([2] * 4)
     assert kept >= 4
+
+
+def test_the_columns_of_a_step():
+    """Of two blocks, the second after two of its steps; the third is padding."""
+    first, second = request(0, max_tokens=7), request(1)
+    second.advance(3)
+    second.advance(2)
+    first.finish_block([2] * 4)
+    scheduled = [ScheduledSequence(sequence, sequence.plan()) for sequence in (first, second)]
+    packed = torch.from_numpy(pack(scheduled, 4, 32, 9, CUTTING))
+    packed[step_columns(4)] = torch.from_numpy(pack_steps(scheduled, 4))
+    blocks = {name: column.tolist() for name, column in StepInputs.split(packed, 4, 32).blocks._asdict().items()}
+    assert blocks == dict(
+        steps=[0, 2, 0, 0],
+        counts=[1, 1, 0, 0],
+        last_steps=[0, 0, 0, 0],
+        masked_counts=[3, 2, 0, 0],
+        first_masked=[0, 3, 5, 5],
+        slots=[0, 1, 9, 9],
+        starts=[9, 5, 0, 0],
+        lengths=[3, 4, 0, 0],
+        first_rows=[9, 17, 0, 0],
+        output_starts=[4, 0, 0, 0],
+        result_starts=[0, 3, 7, 7],
+    )
 
 
 def other_slot(sequence):
@@ -79,8 +106,8 @@ def other_prompt(sequence):
 
 @pytest.mark.parametrize("change", [other_slot, next_block, other_prompt])
 def test_what_changes_a_packed_tensor_changes_its_layout(change):
-    packed, before, *_ = packed_and_layout(request())
+    packed, before, _ = packed_and_layout(request())
     changed = change(request())
     changed.slot = changed.slot if change is other_slot else 0
-    other, after, *_ = packed_and_layout(changed)
-    assert not packed.equal(other) and before != after
+    other, after, _ = packed_and_layout(changed)
+    assert packed != other and before != after

@@ -47,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, finish):
         scheduled = self.scheduler.schedule()
         assert scheduled, "requests are there, but none runs"
-        assert sum(entry.rows for entry in scheduled) <= MAX_LEN
+        assert sum(entry.plan.rows for entry in scheduled) <= MAX_LEN
         assert all(not sequence.on_device for sequence in self.scheduler.waiting)
         self.forward += 1
         ran = {entry.sequence.request_id for entry in scheduled}
@@ -55,8 +55,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.idle[sequence.request_id] = 0 if sequence.request_id in ran else self.idle[sequence.request_id] + 1
             # every other running one goes at most once before it
             assert self.idle[sequence.request_id] < MAX_SEQS
-        for (sequence, segments), ends_block in zip(scheduled, finish, strict=False):
-            assert max(segment.kv_len for segment in segments) <= len(sequence.pages) * PAGE_SIZE
+        for (sequence, plan), ends_block in zip(scheduled, finish, strict=False):
+            assert plan.kv_len <= len(sequence.pages) * PAGE_SIZE
             sequence.on_device = True
             sequence.ran(self.forward)
             sequence.advance(0)
@@ -120,7 +120,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     scheduler.release(old)
     scheduled = scheduler.schedule()
     assert [entry.sequence for entry in scheduled] == [young, later]
-    assert scheduled[-1].segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
+    assert scheduled[-1].plan.segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
 
 
 def test_a_page_cannot_be_freed_twice():

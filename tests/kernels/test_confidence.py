@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockinfer.kernels import philox
-from blockinfer.kernels.confidence import RowNoise, token_confidence_torch, token_confidence_triton
+from blockinfer.kernels.confidence import RowOptions, Vocabulary, token_confidence_torch, token_confidence_triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SPECIAL = torch.tensor([0.0, 1.0, torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
@@ -23,10 +23,18 @@ class Case(NamedTuple):
     mask_token_id: int
     seed: int
     block: int
+    # what the flags of the rows mean
+    eos_ids: tuple[int, ...] = ()
+    last_ids: tuple[int, ...] = ()
 
     @property
-    def arguments(self):
-        return self.matrix[:, 3:-2], self.vocab_size, self.mask_token_id
+    def logits(self):
+        return self.matrix[:, 3:-2]
+
+    @property
+    def vocabulary(self):
+        ids = (torch.tensor(ids, dtype=torch.int64, device=self.matrix.device) for ids in self[-2:])
+        return Vocabulary(self.vocab_size, self.mask_token_id, *ids)
 
 
 def draw_row(kind, g, width):
@@ -62,45 +70,91 @@ def cases(draw, kinds=KINDS, dtypes=FLOATS):
     matrix = torch.stack(rows) if rows else torch.zeros(0, width + 5)
     matrix[:, 3 + vocab_size :] = torch.nan
     matrix[:, :3] = torch.inf
-    return Case(matrix.to(draw(st.sampled_from(dtypes))), vocab_size, mask_token_id, seed, draw(BLOCKS))
+    ids = st.lists(st.integers(0, vocab_size - 1), unique=True, max_size=3)
+    eos_ids, last_ids = draw(ids), draw(ids)
+    return Case(
+        matrix.to(draw(st.sampled_from(dtypes))), vocab_size, mask_token_id, seed, draw(BLOCKS), eos_ids, last_ids
+    )
 
 
-def exact(logits, vocab_size, mask_token_id, noise=0.0):
-    """The definition in float64: probabilities [N, V], whether a row is finite, and logits + noise of candidates."""
-    x = logits.double().cpu()[:, :vocab_size]
-    candidate = torch.arange(vocab_size) != mask_token_id
+class Exact(NamedTuple):
+    """Of each row, float64: probabilities [N, V], what has a share in them [N, V], whether it is finite, and the logits
+    with their noise, NaN where there is no candidate."""
+
+    probabilities: torch.Tensor
+    share: torch.Tensor
+    finite: torch.Tensor
+    noisy: torch.Tensor
+
+
+def exact(case, options, noise=0.0):
+    """The definition."""
+    x = case.logits.double().cpu()[:, : case.vocab_size]
+    ids = torch.arange(case.vocab_size)
+    candidate = ids != case.mask_token_id
+    eos, last = (torch.isin(ids, torch.tensor(values, dtype=torch.int64)) for values in case[-2:])
+    forbidden = options.forbid_eos.cpu()[:, None] & eos
+    x = torch.where(forbidden & (x < torch.inf), -torch.inf, torch.where(forbidden, torch.nan, x))
     finite = x[:, candidate].amax(dim=1).isfinite()  # the maximum of a row with NaN is NaN
     x = torch.where(candidate & ~x.isnan(), x, -torch.inf)
+    noisy = torch.where(candidate, x + noise, torch.nan)
+    share = candidate & ~(options.eos_last.cpu()[:, None] & last)
+    x = torch.where(share, x, -torch.inf)
     top = x.amax(dim=1, keepdim=True)
-    weight = torch.where(x == top, 1.0, (x - top).exp()) * candidate
-    return weight / weight.sum(dim=1, keepdim=True), finite, torch.where(candidate, x + noise, torch.nan)
+    weight = torch.where(x == top, 1.0, (x - top).exp()) * share
+    return Exact(weight / weight.sum(dim=1, keepdim=True), share, finite, noisy)
 
 
-def check(result, probabilities, finite):
+def check(result, expected):
     assert [tensor.dtype for tensor in result] == [torch.int64, torch.float32, torch.float32, torch.bool]
-    token_ids, confidence, entropy = (tensor.cpu() for tensor in result[:3])
-    expected = probabilities.gather(1, token_ids[:, None])[:, 0]
-    torch.testing.assert_close(confidence.double(), expected, rtol=2e-5, atol=1e-7)
-    torch.testing.assert_close(entropy.double(), torch.special.entr(probabilities).sum(dim=1), rtol=2e-5, atol=1e-6)
-    assert result.finite.tolist() == finite.tolist()
+    token_ids, others, entropy = (tensor.cpu() for tensor in result[:3])
+    # that a flagged row is not finite is all that is promised of it
+    sound = expected.finite | expected.share.any(dim=1)
+    without = ~expected.share.gather(1, token_ids[:, None])[:, 0]
+    assert (others[without].isposinf() & entropy[without].isposinf()).all()
+    with_share = sound & ~without
+    rest = expected.probabilities.scatter(1, token_ids[:, None], 0.0).sum(dim=1)
+    certainty = torch.special.entr(expected.probabilities).sum(dim=1)
+    # relative to what the others have, however little that is
+    torch.testing.assert_close(others.double()[with_share], rest[with_share], rtol=3e-5, atol=1e-36)
+    torch.testing.assert_close(entropy.double()[with_share], certainty[with_share], rtol=2e-5, atol=1e-6)
+    assert result.finite.tolist() == expected.finite.tolist()
 
 
-def implementations(case, device, noise=None):
-    logits, *rest = case._replace(matrix=case.matrix.to(device)).arguments
-    before = logits.clone()
-    if logits.dtype != torch.float64:
-        yield token_confidence_triton(logits, *rest, noise, with_entropy=True, block=case.block)
-    yield token_confidence_torch(logits, *rest, noise, with_entropy=True)
-    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+def plain_options(rows, device):
+    """Of rows that ask for nothing."""
+    wide = [torch.zeros(rows, dtype=torch.float64, device=device)]
+    narrow = [torch.zeros(rows, dtype=torch.bool, device=device)] * 2
+    return RowOptions(*wide, *[torch.zeros(rows, dtype=torch.int64, device=device)] * 3, *narrow)
+
+
+def flagged(case, options):
+    """With flags on some of the rows."""
+    g = torch.Generator().manual_seed(case.seed + 1)
+    flags = (torch.rand(2, len(case.matrix), generator=g) < 0.4).to(case.matrix.device)
+    return options._replace(forbid_eos=flags[0].contiguous(), eos_last=flags[1].contiguous())
+
+
+def implementations(case, device, options=None):
+    case = case._replace(matrix=case.matrix.to(device))
+    options = plain_options(len(case.matrix), device) if options is None else options
+    before = case.logits.clone()
+    if case.matrix.dtype != torch.float64:
+        yield token_confidence_triton(case.logits, case.vocabulary, options, block=case.block)
+    yield token_confidence_torch(case.logits, case.vocabulary, options)
+    torch.testing.assert_close(case.logits, before, rtol=0, atol=0, equal_nan=True)
 
 
 @given(case=cases(dtypes=[torch.float64, *FLOATS]))
 def test_equals_its_definition(device, guarded_empty, case):
-    probabilities, finite, logits = exact(*case.arguments)
-    best = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1, keepdim=True)
-    for result in implementations(case, device):
-        assert result.token_ids.tolist() == (logits == best).int().argmax(dim=1).tolist()  # the lowest of equals
-        check(result, probabilities, finite)
+    options = flagged(case, plain_options(len(case.matrix), "cpu"))
+    expected = exact(case, options)
+    best = expected.noisy.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1, keepdim=True)
+    for result in implementations(case, device, RowOptions(*(tensor.to(device) for tensor in options))):
+        assert (
+            result.token_ids.tolist() == (expected.noisy == best).int().argmax(dim=1).tolist()
+        )  # the lowest of equals
+        check(result, expected)
     if case.matrix.dtype != torch.float64:
         guarded_empty.check()
 
@@ -112,52 +166,66 @@ def draw_noise(seed, rows, temperatures, device):
     ]
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=g)
     position, step = torch.randint(0, 4096, (2, rows), generator=g)
-    return RowNoise(*(tensor.to(device) for tensor in (temperature, seeds, position.clone(), step.clone())))
+    noise = (tensor.to(device) for tensor in (temperature, seeds, position.clone(), step.clone()))
+    return RowOptions(*noise, *plain_options(rows, device)[4:])
 
 
 @given(case=cases())
 def test_noise(device, guarded_empty, case):
     """The token is the best of the noisy logits, but for a difference in the last bits of a logarithm."""
     rows = len(case.matrix)
-    noise = draw_noise(case.seed, rows, [0.0, 0.3, 1.0, 5.0], device)
-    draws = philox.gumbel(noise.seed.cpu(), noise.position.cpu(), noise.step.cpu(), case.vocab_size)
-    probabilities, finite, noisy = exact(*case.arguments, noise=noise.temperature.cpu()[:, None] * draws)
+    plain = flagged(case._replace(matrix=case.matrix.to(device)), plain_options(rows, device))
+    options = draw_noise(case.seed, rows, [0.0, 0.3, 1.0, 5.0], device)._replace(
+        forbid_eos=plain.forbid_eos, eos_last=plain.eos_last
+    )
+    draws = philox.gumbel(options.seed.cpu(), options.position.cpu(), options.step.cpu(), case.vocab_size)
+    expected = exact(case, options, noise=options.temperature.cpu()[:, None] * draws)
+    noisy = expected.noisy
     best = noisy.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1)
-    for result, greedy in zip(implementations(case, device, noise), implementations(case, device), strict=True):
-        check(result, probabilities, finite)
+    for result, greedy in zip(
+        implementations(case, device, options), implementations(case, device, plain), strict=True
+    ):
+        check(result, expected)
         chosen = noisy.gather(1, result.token_ids.cpu()[:, None])[:, 0]
         assert (chosen >= best - 1e-9).all()
         # the lowest of equals
         assert ((noisy == best[:, None]).int().argmax(dim=1) == result.token_ids.cpu())[best.isinf()].all()
         for with_noise, without in zip(result, greedy, strict=True):
-            cold = noise.temperature == 0
+            cold = options.temperature == 0
             assert torch.equal(with_noise[cold], without[cold])
     guarded_empty.check()
 
 
 def test_noisy_logits_are_compared_in_float64(device):
     """Logits that cancel their noise, as far as float32 can: what decides is below its precision."""
-    noise = draw_noise(0, 5, [1.0], device)
-    draws = philox.gumbel(noise.seed, noise.position, noise.step, 200)
+    options = draw_noise(0, 5, [1.0], device)
+    draws = philox.gumbel(options.seed, options.position, options.step, 200)
     logits = -draws.float()
     best = (logits.double() + draws).argmax(dim=1)
+    vocabulary = words(200, 200, device)
     for implementation in (token_confidence_triton, token_confidence_torch):
-        assert torch.equal(implementation(logits, 200, 200, noise).token_ids, best)
+        assert torch.equal(implementation(logits, vocabulary, options).token_ids, best)
+
+
+def words(vocab_size, mask_token_id, device):
+    return Vocabulary(vocab_size, mask_token_id, *[torch.zeros(0, dtype=torch.int64, device=device)] * 2)
 
 
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(device):
     rows, temperature = 20_000, 0.7
     logits = torch.tensor([[2.0, 1.0, 0.0, 5.0]], device=device)  # 5.0 is the mask token's
     index = torch.arange(rows, device=device)
-    noise = RowNoise(torch.full_like(index, temperature, dtype=torch.float64), index * 0 + 11, index, index * 0)
-    token_ids, confidence, _, _ = token_confidence_torch(logits.repeat(rows, 1), 4, 3, noise)
+    noise = torch.full_like(index, temperature, dtype=torch.float64), index * 0 + 11, index, index * 0
+    options, vocabulary = RowOptions(*noise, *plain_options(rows, device)[4:]), words(4, 3, device)
+    token_ids, others, _, _ = token_confidence_torch(logits.repeat(rows, 1), vocabulary, options)
     # Gumbel noise times T added to the logits samples softmax(logits / T)
     expected = (logits[0, :3].double() / temperature).softmax(-1)
     frequency = token_ids.bincount(minlength=3).double() / rows
     torch.testing.assert_close(frequency, expected, rtol=0, atol=4 * (0.25 / rows) ** 0.5)
-    torch.testing.assert_close(confidence, logits[0, :3].softmax(-1)[token_ids])
+    torch.testing.assert_close(1 - others, logits[0, :3].softmax(-1)[token_ids])
     rows = rows if device == "cuda" else 100  # the interpreter runs one program after the other
-    drawn = token_confidence_triton(logits.repeat(rows, 1), 4, 3, RowNoise(*(t[:rows] for t in noise)), block=16)
+    some = RowOptions(*(tensor[:rows] for tensor in options))
+    drawn = token_confidence_triton(logits.repeat(rows, 1), vocabulary, some, block=16)
     assert torch.equal(drawn.token_ids, token_ids[:rows])
 
 
@@ -166,9 +234,9 @@ def test_sampled_tokens_follow_the_softmax_at_that_temperature(device):
 def test_a_row_without_any_preference(device, value, mask_token_id, token, candidates):
     """All candidates at -inf, or all at +inf: the lowest id but for the mask, each as likely as the others."""
     case = Case(torch.full((1, 47), value), 41, mask_token_id, 0, 16)
-    for token_ids, confidence, entropy, finite in implementations(case, device):
+    for token_ids, others, entropy, finite in implementations(case, device):
         assert token_ids.tolist() == [token] and finite.tolist() == [False]
-        torch.testing.assert_close(confidence.cpu(), torch.tensor([1 / candidates]))
+        torch.testing.assert_close(others.cpu(), torch.tensor([1 - 1 / candidates]))
         torch.testing.assert_close(entropy.cpu(), torch.tensor([math.log(candidates)]))
 
 
@@ -179,10 +247,10 @@ def test_logits_of_any_size(device, scale):
     matrix[0, [5, 9, 20, 31]] = scale
     matrix[0, [12, 3 + 17]] = torch.tensor([0.9999, 1.5]) * scale
     matrix[0, 20 + 1] = scale
-    for token_ids, confidence, entropy, _ in implementations(Case(matrix, 30, 17, 0, 16), device):
+    for token_ids, others, entropy, _ in implementations(Case(matrix, 30, 17, 0, 16), device):
         assert token_ids.tolist() == [2]
         expected = 1 / (4 + math.exp(-0.1)) if scale == 1e3 else 0.25
-        torch.testing.assert_close(confidence.cpu(), torch.tensor([expected]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(others.cpu(), torch.tensor([1 - expected]), rtol=1e-4, atol=0)
         assert scale == 1e3 or entropy.item() == pytest.approx(math.log(4))
 
 
@@ -223,28 +291,53 @@ def test_a_constant_added_to_a_row_changes_nothing(device, case, constant):
 
 @given(case=cases(), other_block=BLOCKS)
 def test_a_row_depends_on_no_other_row_and_not_on_the_tiles(device, case, other_block):
-    logits, *rest = case._replace(matrix=case.matrix.to(device)).arguments
-    rows = len(logits)
-    noise = draw_noise(case.seed, rows, [0.0, 1.0], device)
-    whole = token_confidence_triton(logits, *rest, noise, True, block=case.block)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(case.seed)).to(device)[: max(1, rows // 2)]
+    case = case._replace(matrix=case.matrix.to(device))
+    options = flagged(case, draw_noise(case.seed, len(case.matrix), [0.0, 1.0], device))
+    whole = token_confidence_triton(case.logits, case.vocabulary, options, block=case.block)
+    order = torch.randperm(len(case.matrix), generator=torch.Generator().manual_seed(case.seed)).to(device)
+    order = order[: max(1, len(order) // 2)]
     # sliced as the whole is: where a row begins decides how a GPU loads it, and so the order of its sums
-    some = case._replace(matrix=case.matrix.to(device)[order]).arguments
-    moved = token_confidence_triton(*some, RowNoise(*(t[order] for t in noise)), True, block=case.block)
+    some, of_some = case._replace(matrix=case.matrix[order]), RowOptions(*(t[order] for t in options))
+    moved = token_confidence_triton(some.logits, case.vocabulary, of_some, block=case.block)
     assert all(torch.equal(a[order], b) for a, b in zip(whole, moved, strict=True))
-    tiled = token_confidence_triton(logits, *rest, noise, True, block=other_block)
-    torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=2e-6, atol=1e-6)
+    tiled = token_confidence_triton(case.logits, case.vocabulary, options, block=other_block)
+    torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [5.0, 18.0, 25.0, 60.0])
+def test_what_is_nearly_certain_keeps_an_order(device, gap):
+    """Two rows whose float32 probabilities are equal, 1 from a gap of 17 on, but not what they leave to others."""
+    matrix = torch.zeros(2, 47)
+    matrix[:, 3 + 33] = torch.tensor([gap, gap + 0.01])
+    for result in implementations(Case(matrix, 41, 41, 0, 16), device):
+        assert result.token_ids.tolist() == [33, 33]
+        expected = 40 * torch.exp(-matrix[:, 36].double()) / (1 + 40 * torch.exp(-matrix[:, 36].double()))
+        torch.testing.assert_close(result.others.double().cpu(), expected, rtol=1e-5, atol=0)
+        assert result.others[0] > result.others[1] > 0
+
+
+def test_eos_that_is_last_has_no_share_in_the_others_softmax(device):
+    """LLaDA's confidence_eos_eot_inf: the token may still be EOS, which then goes last; the rest is surer without."""
+    matrix = torch.zeros(3, 12)
+    matrix[:, [3 + 2, 3 + 5]] = torch.tensor([[4.0, 3.0], [3.0, 4.0], [3.0, 4.0]])
+    options = plain_options(3, device)._replace(eos_last=torch.tensor([True, True, False], device=device))
+    rest = 4 * math.exp(-4), 4 * math.exp(-4) + math.exp(-1)
+    for result in implementations(Case(matrix, 7, 0, 0, 16, (), (5,)), device, options):
+        assert result.token_ids.tolist() == [2, 5, 5]
+        expected = torch.tensor([rest[0] / (1 + rest[0]), math.inf, rest[1] / (1 + rest[1])])
+        torch.testing.assert_close(result.others.cpu(), expected, rtol=1e-5, atol=0)
+        assert result.entropy.isposinf().tolist() == [False, True, False] and result.finite.all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_whole_vocabulary_in_the_tiles_of_an_engine(device, guarded_empty, dtype):
     g = torch.Generator().manual_seed(0)
-    logits = (torch.randn(2, 126_464, generator=g) * 4).to(dtype)
-    probabilities, finite, noisy = exact(logits, 126_464, 126_336)
-    result = token_confidence_triton(logits.to(device), 126_464, 126_336, with_entropy=True)
-    check(result, probabilities, finite)
-    assert result.token_ids.tolist() == noisy.nan_to_num(nan=-torch.inf).argmax(dim=1).tolist()
-    assert token_confidence_triton(logits.to(device), 126_464, 126_336).entropy is None
+    logits = (torch.randn(2, 126_464 + 5, generator=g) * 4).to(dtype)
+    case = Case(logits, 126_464, 126_336, 0, 2048)
+    expected = exact(case, plain_options(2, "cpu"))
+    result = next(implementations(case, device))
+    check(result, expected)
+    assert result.token_ids.tolist() == expected.noisy.nan_to_num(nan=-torch.inf).argmax(dim=1).tolist()
     guarded_empty.check()
 
 
@@ -255,7 +348,8 @@ def test_rows_more_than_2_31_elements_apart(device, guarded_empty):
     logits = storage.as_strided((3, 64), (2**30, 1))
     logits.copy_(torch.arange(64).flip(0).expand(3, 64))
     logits[2, 40] = 100
-    assert token_confidence_triton(logits, 64, 7).token_ids.tolist() == [0, 0, 40]
+    result = token_confidence_triton(logits, words(64, 7, device), plain_options(3, device))
+    assert result.token_ids.tolist() == [0, 0, 40]
 
 
 @pytest.mark.parametrize(
@@ -264,13 +358,13 @@ def test_rows_more_than_2_31_elements_apart(device, guarded_empty):
         (dict(logits=torch.zeros(8)), r"logits must be \[N, V\], .* got \(8,\)"),
         (dict(logits=torch.zeros(3, 7)), r"V at least 8 .* got \(3, 7\)"),
         (dict(logits=torch.zeros(8, 3).mT), r"its stride 1, got \(3, 8\) with strides \(1, 3\)"),
-        (dict(vocab_size=1, mask_token_id=0), "vocab_size 1 has no candidate but the mask token 0"),
-        (dict(vocab_size=0), "vocab_size 0 has no candidate"),
-        (dict(noise=RowNoise(*[torch.zeros(2)] * 4)), r"contiguous tensors \[3\], got \[\(2,\), "),
-        (dict(noise=RowNoise(*[torch.zeros(1).expand(3)] * 4)), "contiguous tensors"),
+        (dict(vocabulary=words(1, 0, "cpu")), "vocab_size 1 has no candidate but the mask token 0"),
+        (dict(vocabulary=words(0, 7, "cpu")), "vocab_size 0 has no candidate"),
+        (dict(options=plain_options(2, "cpu")), r"contiguous tensors \[3\], got \[\(2,\), "),
+        (dict(options=RowOptions(*[torch.zeros(1).expand(3)] * 6)), "contiguous tensors"),
     ],
 )
 def test_misfits_are_named(change, message):
-    right = dict(logits=torch.zeros(3, 8), vocab_size=8, mask_token_id=7)
+    right = dict(logits=torch.zeros(3, 8), vocabulary=words(8, 7, "cpu"), options=plain_options(3, "cpu"))
     with pytest.raises(ValueError, match=message):
         token_confidence_triton(**right | change)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
+from blockinfer.engine import model_runner
 from blockinfer.kernels import activation, confidence, kv_store, linear, norm, paged_attention, unmasking
 from tests.checkpoints import write_checkpoint
 from tests.comparison import NEAR_TIE, assert_equivalent
@@ -34,6 +35,7 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
     unused = activation if skinny else linear
     monkeypatch.setattr(linear, "_is_skinny", lambda x: skinny)
     monkeypatch.setattr(linear, "choose_tiling", lambda *args, **options: linear.Tiling(16, 16, 1 if options else 2))
+    monkeypatch.setattr(model_runner, "runs_triton", lambda x: x.dtype != torch.float64)
     kernels = [(module, name) for module, names in KERNELS.items() for name in names if module is not unused]
     for module, name in kernels:
         kernel = getattr(module, name)
@@ -46,7 +48,8 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
         fixed | dict(mode=mode, unmasking=rule, temperature=index % 2 / 2) | VALUE.get(rule, {})
         for index, (mode, rule) in enumerate(zip(MODES, RULES, strict=True))
     ]
-    with LLM(folder, device=device, dtype="float32", page_size=4) as llm:
+    options = dict(device=device, dtype="float32", page_size=4, max_num_seqs=7, enforce_eager=device == "cpu")
+    with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, [SamplingParams(**s, ignore_eos=True) for s in settings], use_tqdm=False)
     reference = Reference(folder)
     expected = [reference.generate(p, **s) for p, s in zip(prompts, settings, strict=True)]

@@ -71,7 +71,7 @@ def test_checkpoints_spread_their_confidences(folders, shape):
     reference, confidence, margins, tokens = Reference(folders[shape]), [], [], set()
     for prompt in prompts(12, seed=3):
         logits = reference.logits(prompt + [MASK] * 16)[len(prompt) :]
-        confidence += predict(logits, list(range(16)), 0, reference.config, Settings()).confidence
+        confidence += [1 + score for score in predict(logits, list(range(16)), 0, reference.config, Settings()).scores]
         result = reference.generate(prompt, max_tokens=16, block_length=8)
         margins += [step.margin for block in result.blocks for step in block]
         tokens |= set(result.tokens)

@@ -71,7 +71,7 @@ def test_sampling_follows_the_softmax(model):
     logits[:, MASK] = -math.inf
     expected = logits.softmax(-1)[0].numpy()
     assert np.abs(counts - expected).max() < 0.02
-    assert drawn.confidence[0] == pytest.approx(expected[drawn.tokens[0]], rel=1e-6)  # without the noise
+    assert 1 + drawn.scores[0] == pytest.approx(expected[drawn.tokens[0]], rel=1e-6)  # without the noise
 
 
 # --- the rules, on hand-made confidences ---
@@ -85,24 +85,31 @@ def test_schedule():
     assert step_limit(8, Settings(block_length=8, unmasking="entropy")) is None
 
 
+def less_one(*confidences):
+    """What is ranked: minus what is left for others."""
+    return [confidence - 1 for confidence in confidences]
+
+
 def test_threshold_rule():
-    confidence = [0.5, 0.9, 0.3, 0.7]
-    assert by_threshold([float(np.float32(0.7)), 0.1, 0.8], 0.7)[0] == [0, 2]  # at least, not above, at float32
-    assert by_threshold(confidence, 0.6) == ([1, 3], pytest.approx(0.1))
-    assert by_threshold(confidence, 0.95)[0] == [1]
-    assert by_threshold(confidence, 0.0)[0] == [0, 1, 2, 3]
-    assert by_threshold([0.4, 0.4], 0.5) == ([0], 0.0)
+    scores = less_one(0.5, 0.9, 0.3, 0.7)
+    assert by_threshold([-float(np.float32(0.3)), -0.9, -0.2], 0.7)[0] == [0, 2]  # at least, not above, at float32
+    assert by_threshold(scores, 0.6) == ([1, 3], pytest.approx(0.1))
+    assert by_threshold(scores, 0.95)[0] == [1]
+    assert by_threshold(scores, 0.0)[0] == [0, 1, 2, 3]
+    assert by_threshold(less_one(0.4, 0.4), 0.5) == ([0], 0.0)
     assert by_threshold([-math.inf, -math.inf], 0.5)[0] == [0]
+    # of two that round to 1 the surer one, alone
+    assert by_threshold([-1e-12, -1e-13], 1.0)[0] == [1]
 
 
 def test_factor_rule():
     # bars for factor 1: -, 2/3, 3/4, 4/5
-    assert by_factor([0.1, 0.7, 0.8, 0.76], 1.0)[0] == [2, 3]  # 0.8, 0.76 >= 2/3, 0.7 < 3/4
-    assert by_factor([0.99, 0.9, 0.95, 0.85], 1.0)[0] == [0, 2, 1, 3]
-    assert by_factor([0.99, 0.9, 0.95, 0.79], 1.0)[0] == [0, 2, 1]  # failing at the last index is failing
-    assert by_factor([0.2, 0.1], 1.0)[0] == [0]
-    assert by_factor([0.2, 0.1, 0.05], 4.0)[0] == [0, 1, 2]
-    assert by_factor([-math.inf, 0.9, -math.inf], 100.0)[0] == [1]
+    assert by_factor(less_one(0.1, 0.7, 0.8, 0.76), 1.0)[0] == [2, 3]  # 0.8, 0.76 >= 2/3, 0.7 < 3/4
+    assert by_factor(less_one(0.99, 0.9, 0.95, 0.85), 1.0)[0] == [0, 2, 1, 3]
+    assert by_factor(less_one(0.99, 0.9, 0.95, 0.79), 1.0)[0] == [0, 2, 1]  # failing at the last index is failing
+    assert by_factor(less_one(0.2, 0.1), 1.0)[0] == [0]
+    assert by_factor(less_one(0.2, 0.1, 0.05), 4.0)[0] == [0, 1, 2]
+    assert by_factor([-math.inf, -0.1, -math.inf], 100.0)[0] == [1]
 
 
 def test_entropy_rule():
@@ -129,7 +136,7 @@ def test_infinite_logits_share_the_confidence(model, count, top):
     logits[0, 10 : 10 + count] = top
     logits[0, MASK], logits[0, 5] = math.inf, math.nan
     predicted = predict(logits, [0], 0, model.config, Settings())
-    assert predicted.tokens == [10 if top > 0 else 0] and predicted.confidence == [pytest.approx(1 / count)]
+    assert predicted.tokens == [10 if top > 0 else 0] and predicted.scores == [pytest.approx(1 / count - 1)]
     assert predicted.entropy == [pytest.approx(math.log(count), abs=1e-6)]
 
 
@@ -140,7 +147,7 @@ def test_ids_that_do_not_compete(folders):
     logits[0, 8], logits[0, EOS], logits[0, MASK], logits[0, 61:] = 1.0, 2.0, 50.0, 90.0
     predicted = predict(logits, [0], 0, reference.config, Settings(eos_ids=(EOS,)))
     assert predicted.tokens == [EOS]
-    assert predicted.confidence == [pytest.approx(math.e**2 / (math.e**2 + math.e + 58))]
+    assert predicted.scores == [pytest.approx(math.e**2 / (math.e**2 + math.e + 58) - 1)]
     suppressed = Settings(eos_ids=(EOS,), logits_eos_inf=True)
     assert predict(logits, [0], 0, reference.config, suppressed).tokens == [8]
 
