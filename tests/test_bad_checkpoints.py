@@ -60,7 +60,7 @@ WTE = "model.transformer.wte.weight"
         ({"weight_tying": []}, "weight_tying must be true or false, got"),
         ({"n_layers": 3}, "9 missing: model.transformer.blocks.2.attn_norm.weight"),
         ({"n_layers": 1}, "9 unexpected: model.transformer.blocks.1.attn_norm.weight"),
-        ({"weight_tying": True}, "1 unexpected: model.transformer.ff_out.weight"),
+        ({"weight_tying": True}, "model.transformer.ff_out.weight differs from model.transformer.wte.weight, and"),
         ({"mlp_hidden_size": 64}, r"ff_out.weight in model.safetensors has shape \[32, 48\], the config asks for"),
         ({"n_kv_heads": 2}, r"k_proj.weight in model.safetensors has shape \[32, 32\], the config asks for \[16, 32\]"),
         (
@@ -140,7 +140,7 @@ def test_damaged_files(checkpoint, tmp_path, file, damage, message):
             "named in .*but there is no such file",
         ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "not a safetensors index with a weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("nonsense"), "not a safetensors index"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("nonsense"), "index.json: not valid JSON"),
         (
             lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(
                 (f / "model-00001-of-00003.safetensors").read_bytes()
@@ -216,6 +216,6 @@ def test_a_download_that_breaks_off(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("peer closed connection")
 
-    monkeypatch.setattr("blockinfer.llm.snapshot_download", broken)
+    monkeypatch.setattr("blockinfer.checkpoint.snapshot_download", broken)
     with pytest.raises(ValueError, match=f"'some/model' {HUB}: peer closed connection"):
         LLM("some/model", device="cpu")

@@ -290,6 +290,50 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
         sys.settrace(former)
 
 
+def test_a_second_ctrl_c_within_the_clean_up_of_the_first(llm):
+    """The first comes while requests run, the second at each line that is executed from then on."""
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    params = [dataclasses.replace(PARAMS, max_tokens=4 * i) for i in (1, 2, 3)]
+    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    def run(stop_at):
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if "blockinfer" not in frame.f_code.co_filename:
+                return None
+            lines += event == "line"
+            if lines == stop_at:
+                sys.settrace(None)
+                raise KeyboardInterrupt("the second")
+            return trace
+
+        def first(output):
+            frame = sys._getframe(1)
+            while frame.f_code.co_name != run.__name__:
+                frame.f_trace, frame = trace, frame.f_back
+            sys.settrace(trace)
+            raise KeyboardInterrupt("the first")
+
+        with pytest.raises(KeyboardInterrupt) as caught:
+            try:
+                llm.generate(prompts, params, use_tqdm=False, on_finish=first)
+            finally:
+                sys.settrace(None)
+        return str(caught.value)
+
+    former, engine, seen = sys.gettrace(), llm.engine, 0
+    try:
+        while run(seen + 1) == "the second":
+            seen += 1
+            assert not engine.has_unfinished() and engine.pool.num_free == engine.pool.num_pages
+            assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+    finally:
+        sys.settrace(former)
+    assert seen > 20
+
+
 def test_an_abort_from_on_finish_is_reported(llm):
     ids, finished = [], []
 

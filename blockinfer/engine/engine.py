@@ -1,20 +1,18 @@
 """The engine's loop: requests in, one step at a time, finished requests out."""
 
-import math
-import os
 import random
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from blockinfer.checks import check_text
+from blockinfer.checks import check_text, reason, shown
 from blockinfer.config import EngineConfig
-from blockinfer.engine.model_runner import ModelRunner, page_shape
+from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.sequence import Sequence
+from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
 from blockinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from blockinfer.sampling_params import SamplingParams
@@ -22,6 +20,8 @@ from blockinfer.sampling_params import SamplingParams
 Prompt = str | list[int] | dict[str, Any]
 
 _EOT = "<|eot_id|>"
+# More than a token can stand for.
+_MAX_CHARACTERS = 1000
 
 
 class Engine:
@@ -34,7 +34,8 @@ class Engine:
         eos_ids = list(model.config.eos_token_ids)
         eot_ids = [tokenizer.convert_tokens_to_ids(_EOT)] if tokenizer and _EOT in tokenizer.get_vocab() else []
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
-        self.runner = ModelRunner(model, config, _num_pages(model, config), eos_ids, eos_ids + eot_ids)
+        pages = num_pages(model.config, config, free_memory(config.device))
+        self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
         self.abort_all()
         self._next_id = 0
         self._seeds = random.Random(config.seed)
@@ -93,20 +94,25 @@ class Engine:
         return finished
 
     def abort(self, request_id: int) -> None:
-        """Drops an unfinished request. Raises ValueError where there is none of that id."""
-        if request_id not in self._sequences:
-            raise ValueError(f"there is no unfinished request {request_id!r}")
+        """Drops an unfinished request. Raises ValueError where there is none of that id.
+
+        After Ctrl-C in here, or in `step`, `abort_all` begins anew.
+        """
+        if not isinstance(request_id, int) or request_id not in self._sequences:
+            raise ValueError(f"there is no unfinished request {shown(request_id)}")
         self.scheduler.release(self._sequences[request_id])
         del self._sequences[request_id]
 
     def abort_all(self) -> None:
         """Drops every unfinished request.
 
-        Begins anew rather than taking each one out, so that it also mends what Ctrl-C has cut in half.
+        Begins anew rather than taking each one out, so that it also mends what Ctrl-C has cut in half: a step, an
+        abort, or this itself, which changes nothing before its last line.
         """
-        self._sequences: dict[int, Sequence] = {}
-        self.pool = PagePool(self.runner.num_pages, self.config.page_size)
-        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        sequences: dict[int, Sequence] = {}
+        pool = PagePool(self.runner.num_pages, self.config.page_size)
+        scheduler = Scheduler(pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        self._sequences, self.pool, self.scheduler = sequences, pool, scheduler
 
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
@@ -131,7 +137,7 @@ class Engine:
         if not isinstance(prompt, dict):
             prompt = {"prompt_token_ids": prompt}
         if not prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
-            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
+            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {shown(list(prompt))}')
         text = prompt.get("prompt")
         if not isinstance(text, str | None):
             raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
@@ -140,8 +146,7 @@ class Engine:
         elif self.tokenizer is None:
             raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
         else:
-            check_text("the prompt", text or "")
-            token_ids = self.tokenizer.encode(text) if text else []
+            token_ids = self.tokenize(text) if text else []
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
         if not token_ids:
@@ -149,8 +154,21 @@ class Engine:
         limit = self.model.config.embedding_size
         for i, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {token_id!r}")
+                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
         return text, list(token_ids)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""
+        check_text("the prompt", text)
+        # such a one is not worth the memory that its tokens take
+        if len(text) > _MAX_CHARACTERS * self.config.max_model_len:
+            raise ValueError(
+                f"the prompt's {len(text)} characters cannot fit max_model_len={self.config.max_model_len}"
+            )
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        except Exception as error:  # tokenizers raises no type of its own
+            raise ValueError(f"the tokenizer cannot encode the prompt: {reason(error)}") from error
 
     def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
         total = prompt_len + params.max_tokens
@@ -165,12 +183,21 @@ class Engine:
                 f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
                 f"{self.pool.num_pages}; raise kv_cache_memory"
             )
+        self._check_candidates(params)
         for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
             if getattr(params, option) and not len(ids):
                 raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
         outside = [i for i in params.stop_token_ids or () if i >= self.model.config.embedding_size]
         if outside:
             raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
+
+    def _check_candidates(self, params: SamplingParams) -> None:
+        """A position must have a token that it can become."""
+        config, mask_id = self.model.config, self.config.mask_token_id
+        forbidden = {mask_id, *config.eos_token_ids} if params.logits_eos_inf else {mask_id}
+        if len([i for i in forbidden if i < config.vocab_size]) == config.vocab_size:
+            tokens = "the mask token and, by logits_eos_inf, EOS" if params.logits_eos_inf else "the mask token"
+            raise ValueError(f"vocab_size={config.vocab_size} leaves no token to predict besides {tokens}")
 
     def _output(self, sequence: Sequence) -> RequestOutput:
         stop = sequence.stop_position()
@@ -203,29 +230,3 @@ class Engine:
                 seed=sequence.seed,
             ),
         )
-
-
-def _num_pages(model: LLaDA, config: EngineConfig) -> int:
-    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
-    allows; without it, as far as 90 % of the GPU memory that a step leaves free, or half of a CPU machine's, does.
-
-    Raises ValueError when that is not one page.
-    """
-    page_bytes = math.prod(page_shape(model, config.page_size)) * config.dtype.itemsize
-    memory = config.kv_cache_memory or _available_memory(model, config)
-    num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
-    if num_pages < 1:
-        raise ValueError(
-            f"a KV cache of {memory} bytes holds no page; one of {config.page_size} tokens takes {page_bytes}"
-        )
-    return num_pages
-
-
-def _available_memory(model: LLaDA, config: EngineConfig) -> int:
-    """Bytes for the KV cache."""
-    if config.device.type == "cuda":
-        # the widest moment of a layer: gate and up, their product, and a few hidden states
-        width = 3 * model.config.mlp_hidden_size + 8 * model.config.d_model
-        step = config.max_num_batched_tokens * width * config.dtype.itemsize
-        return max(0, int(torch.cuda.mem_get_info(config.device)[0] * 0.9) - step)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
