@@ -126,9 +126,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: not a safetensors index with a weight_map of names and files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file or len(file) > 255:
+        if not isinstance(file, str) or not _is_plain(file):
             raise ValueError(f"{index}: {shown(name)} is in {shown(file)}, which is no plain file name")
     return weight_map
+
+
+def _is_plain(file: str) -> bool:
+    return file not in ("", "..") and Path(file).name == file and "\0" not in file and len(file) <= 255
 
 
 @contextmanager

@@ -48,6 +48,20 @@ def test_outputs_come_in_the_order_of_the_prompts(llm):
     assert sorted(seen) == [o.request_id for o in outputs] and seen != sorted(seen)
 
 
+def test_sampling_params_is_a_keyword_too(llm):
+    expected = generate(llm, "abc")[0].outputs
+    assert llm.generate("abc", sampling_params=GREEDY, use_tqdm=False)[0].outputs == expected
+    conversation = [{"role": "user", "content": "hi"}]
+    by_place, by_name = llm.chat(conversation, GREEDY), llm.chat(conversation, sampling_params=[GREEDY], use_tqdm=False)
+    assert by_place[0].outputs == by_name[0].outputs and len(by_name[0].outputs[0].token_ids) == 12
+
+
+def test_requests_of_one_seed_share_their_noise(llm):
+    seeded = dataclasses.replace(GREEDY, temperature=1.0, seed=7)
+    first, second = generate(llm, [[1, 2], [1, 2]], seeded)
+    assert first.outputs == second.outputs
+
+
 def test_text_is_the_decoded_tokens(llm):
     completion = generate(llm, "abc")[0].outputs[0]
     assert completion.index == 0

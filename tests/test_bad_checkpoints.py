@@ -1,6 +1,7 @@
 """Every wrong checkpoint gets an error that says what is wrong, where, and what was expected."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from blockinfer import LLM
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
-WTE = "model.transformer.wte.weight"
+WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,23 @@ WTE = "model.transformer.wte.weight"
             {"architectures": ["LLaDAMoEModelLM"]},
             "'LLaDAMoEModelLM' is not implemented, only LLaDAModelLM is",
         ),
+        ({"architectures": ["LLaDA2MoeModelLM"]}, "'LLaDA2MoeModelLM' is not implemented, only LLaDAModelLM is$"),
+        ({"n_layers": 10**9}, "n_layers must be at most 10000, got 1000000000"),
+        ({"n_layers": 10**4}, "the config asks for n_layers=10000, and there are 21 tensors"),
+        ({"d_model": 2**30}, r"attn_norm.weight in .* has shape \[32\], the config asks for \[1073741824\];"),
+        (
+            {"vocab_size": 2**31 - 1, "embedding_size": None},
+            r"shape \[300, 32\], the config asks for \[2147483647, 32\]",
+        ),
+        ({"vocab_size": 10**400}, r"vocab_size must be at most 2147483647, got 1000.*\.\.\. .401 characters"),
+        ({"mlp_hidden_size": 2**63}, "mlp_hidden_size must be at most 2147483647, got 9223372036854775808"),
+        (
+            {"max_sequence_length": 2**31 - 1},
+            r"GB are free: .* GB to work with .max_num_seqs=32, max_model_len=2147483647",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number, got 1000.*401 characters"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, got nan"),
+        ({"eos_token_id": 10**400}, "eos_token_id=10000.*is outside the 300 embeddings"),
         ({"architectures": None}, "architectures must be a list of one name"),
         ({"architectures": "LLaDAModelLM"}, "architectures must be a list of one name"),
         ({"d_model": None}, "config.json: d_model is missing"),
@@ -79,6 +97,12 @@ def test_configs(checkpoint, tmp_path, change, message):
         LLM(tmp_path, device="cpu")
 
 
+def _strange_id(path):
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = 5_000_000
+    path.write_text(json.dumps(content))
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -98,6 +122,26 @@ def _edit(change):
         ("config.json", lambda p: p.unlink(), "there is no config.json; a checkpoint in the Hugging Face format"),
         ("config.json", lambda p: p.write_text("{"), "config.json: not valid JSON"),
         ("config.json", lambda p: p.write_text("[]"), "a JSON object is expected, got list"),
+        ("config.json", lambda p: p.write_text("[" * 10**5), "config.json: not valid JSON: it is nested too deeply"),
+        ("config.json", lambda p: p.write_bytes(b"\xff"), "config.json: not valid JSON: 'utf-8' codec can't decode"),
+        ("config.json", lambda p: p.write_text('{"a": ' + "1" * 5000 + "}"), "config.json: not valid JSON: Exceeds"),
+        (
+            "config.json",
+            lambda p: os.truncate(p, 10**8 + 1),
+            "config.json: 100000001 bytes, more than the 100000000 of",
+        ),
+        ("tokenizer.json", lambda p: p.write_text("[" * 10**5), "the tokenizer cannot be loaded: maximum recursion"),
+        ("tokenizer.json", _strange_id, "has a token of id 5000000, the model's vocab_size is only 300"),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text("[" * 10**5),
+            "_config.json: not valid JSON: it is nested too",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text('{"eos_token": 5}'),
+            "the tokenizer cannot be loaded: Special",
+        ),
         ("tokenizer.json", lambda p: p.write_text("{}"), "the tokenizer cannot be loaded"),
         ("model.safetensors", lambda p: p.unlink(), "there is neither model.safetensors nor"),
         ("model.safetensors", _truncate, "model.safetensors: not a whole safetensors file"),
@@ -157,6 +201,71 @@ def test_damaged_shards(tmp_path, damage, message):
         LLM(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", ".", "..", "", "x/", None, 5, "a" * 300, "a\0b"])
+def test_an_index_that_names_no_file_of_its_folder(tmp_path, name):
+    """The file that it points to would do."""
+    folder = write_checkpoint(tmp_path / "checkpoint", shards=3)
+    (tmp_path / "x").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-00001-of-00003.safetensors"', json.dumps(name)))
+    with pytest.raises(ValueError, match="wte.weight' is in .*, which is no plain file name"):
+        LLM(folder, device="cpu")
+
+
+def test_links_like_those_of_the_hub_s_cache(tmp_path):
+    (tmp_path / "snapshot").mkdir()
+    for path in write_checkpoint(tmp_path / "blobs", shards=3).iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    with LLM(tmp_path / "snapshot", device="cpu") as llm:
+        assert llm.generate([1, 2], use_tqdm=False)
+
+
+STRANGE = {
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path),
+    "device": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("put", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_what_is_no_file(checkpoint, tmp_path, name, put):
+    for path in checkpoint.iterdir():
+        if path.name != name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    put(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=f"{name}: a file is expected, and this is a (folder|broken link, a pipe or a dev)"
+    ):
+        LLM(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_head_stored_beside_tied_embeddings(tmp_path, shards):
+    folder = write_checkpoint(tmp_path, weight_tying=True, shards=shards)
+    with LLM(folder, device="cpu") as llm:
+        expected = llm.generate([1, 2], use_tqdm=False)[0].outputs
+    first = sorted(folder.glob("*.safetensors"))[0]
+    head = load_file(first)[WTE].clone()
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    index = folder / "model.safetensors.index.json"
+    if shards > 1:
+        content = json.loads(index.read_text())
+        content["weight_map"][HEAD] = last.name
+        index.write_text(json.dumps(content))
+    _edit(lambda t: t.update({HEAD: head}))(last)
+    with LLM(folder, device="cpu") as llm:
+        assert llm.generate([1, 2], use_tqdm=False)[0].outputs == expected
+    head[3, 4] += 1e-3
+    _edit(lambda t: t.update({HEAD: head}))(last)
+    with pytest.raises(ValueError, match=f"{HEAD} differs from {WTE}, and the config's weight_tying is true"):
+        LLM(folder, device="cpu")
+    _edit(lambda t: t.update({HEAD: head[:-1].clone()}))(last)
+    with pytest.raises(ValueError, match=f"{HEAD} in .* has shape .60, 32., the config asks for .61, 32."):
+        LLM(folder, device="cpu")
+
+
 def test_strings_and_chat_without_a_tokenizer(tmp_path):
     with LLM(write_checkpoint(tmp_path), device="cpu") as llm:
         with pytest.raises(ValueError, match="there is no tokenizer, so prompts must be token ids"):
@@ -182,11 +291,19 @@ NO_FOLDER = "is no folder; a checkpoint's folder or a Hub name is expected"
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no-such-model-here", HUB), ("a/b/c", HUB), ("/no/such/folder", NO_FOLDER), ("./here", NO_FOLDER)],
+    [
+        ("no-such-model-here", HUB),
+        ("a/b/c", HUB),
+        ("/no/such/folder", NO_FOLDER),
+        ("./here", NO_FOLDER),
+        ("/dev/null", NO_FOLDER),
+        ("a" * 100 + "/b" * 3000, "cannot be looked for: .* File name too long"),
+        ("~nobody-of-that-name/x", "cannot be looked for: Could not determine home directory"),
+    ],
 )
 def test_a_model_that_is_nowhere(name, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"'{name}' {message}"):
+    with pytest.raises(ValueError, match=f"'{name[:100]}' {message}"):
         LLM(name, device="cpu")
 
 
