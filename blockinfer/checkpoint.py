@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockinfer.checks import nearest, reason
+from blockinfer.checks import nearest, reason, shown
 from blockinfer.config import EngineConfig
 from blockinfer.files import is_file, read_json
 from blockinfer.models.registry import SHAPES
@@ -67,22 +67,24 @@ def _is_folder(what: str, name: str | os.PathLike[str]) -> bool:
     try:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~nobody
-        raise ValueError(f"the {what} {str(name)[:100]!r} cannot be looked for: {reason(error)}") from error
+        raise ValueError(f"the {what} {shown(str(name))} cannot be looked for: {reason(error)}") from error
 
 
 def _fetch(what: str, name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
     """A local folder as it is; anything else is looked for on the Hub. what: "checkpoint" or "tokenizer"."""
     if _is_folder(what, name):
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for a Hub name, and {str(name)!r} is a local folder")
+            raise ValueError(f"revision={shown(revision)} is for a Hub name, and {shown(str(name))} is a local folder")
         return Path(name).expanduser()
     path = Path(name).expanduser()
     if path.is_absolute() or os.path.lexists(path) or str(name).startswith("."):
-        raise ValueError(f"the {what} {str(name)!r} is no folder; a {what}'s folder or a Hub name is expected")
+        raise ValueError(f"the {what} {shown(str(name))} is no folder; a {what}'s folder or a Hub name is expected")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
     except Exception as error:  # the Hub's client lets its HTTP library's own errors through
-        message = f"the {what} {str(name)!r} is no local folder and could not be fetched from the Hub: {reason(error)}"
+        message = (
+            f"the {what} {shown(str(name))} is no local folder and could not be fetched from the Hub: {reason(error)}"
+        )
         if what == "checkpoint":
             message += "; for random weights of a published shape pass load_format='dummy' with one of "
             message += f"{', '.join(SHAPES)}{nearest(str(name), SHAPES)}"

@@ -10,7 +10,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception as error:
-        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+        return f"something of type {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 

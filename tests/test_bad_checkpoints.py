@@ -303,7 +303,7 @@ NO_FOLDER = "is no folder; a checkpoint's folder or a Hub name is expected"
 )
 def test_a_model_that_is_nowhere(name, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"'{name[:100]}' {message}"):
+    with pytest.raises(ValueError, match=f"{name[:60]}.* {message}"):
         LLM(name, device="cpu")
 
 

@@ -60,10 +60,18 @@ from blockinfer import LLM, SamplingParams
         ({"cfg_scale": 0.0}, TypeError, "there is no classifier-free guidance here"),
         ({"max_model_len": 5}, TypeError, "unknown option 'max_model_len'; it is an option of LLM"),
         ({"what": 5}, TypeError, "unknown option 'what'; it takes max_tokens, block_length, .*eot_inf$"),
-        ({"mode": "prefix"}, ValueError, "got 'prefix'; did you mean 'prefix_cache'?"),
+        ({"mode": "dual"}, ValueError, "got 'dual'; did you mean 'dual_cache'?"),
         ({"mode": "a" * 1000}, ValueError, r"got 'aaaa.*\.\.\. .1002 characters.$"),
-        ({"max_tokens": 10**5000}, ValueError, "max_tokens must be below 2..64, got a int that cannot be shown"),
-        ({"max_tokens": -(10**5000)}, ValueError, "max_tokens must be at least 1, got a int that cannot be shown"),
+        (
+            {"max_tokens": 10**5000},
+            ValueError,
+            "max_tokens must be below 2..64, got something of type int that cannot be shown",
+        ),
+        (
+            {"max_tokens": -(10**5000)},
+            ValueError,
+            "max_tokens must be at least 1, got something of type int that cannot be shown",
+        ),
         ({"block_length": 2**64}, ValueError, "block_length must be below 2..64, got 18446744073709551616"),
         ({"temperature": 10**400}, ValueError, "temperature must be a finite number, got 1000.*401 characters"),
         ({"unmasking": "factor", "factor": 10**400}, ValueError, "factor must be a finite number, got 1000"),
@@ -174,7 +182,10 @@ def test_a_gpu_that_is_not_there(checkpoint):
         (["x", "\ud800"], r"prompt 1: the prompt must be valid Unicode, got a lone surrogate, '\\ud800'"),
         (["x" * 300], "the prompt's 301 tokens and max_tokens=128 make 429"),
         (["x", "x" * 10**8], "prompt 1: the prompt's 100000000 characters cannot fit max_model_len=256"),
-        ([[10**5000]], "prompt token 0 must be an integer from 0 to 299, got a int that cannot be shown"),
+        (
+            [[10**5000]],
+            "prompt token 0 must be an integer from 0 to 299, got something of type int that cannot be shown",
+        ),
     ],
 )
 def test_prompts(llm, prompt, message):
