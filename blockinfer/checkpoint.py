@@ -42,8 +42,9 @@ def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -
             raise ValueError(f"{folder}: there is no tokenizer.json; the fast tokenizer's file is expected")
     elif config.load_format == "dummy" or not is_file(folder / "tokenizer.json"):
         return None
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if is_file(folder / name):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+        # transformers passes over what is no file, and does not name one that it cannot read
+        if is_file(folder / name) and name.endswith(".json"):
             read_json(folder / name)
     try:
         # LLaDA's class, named outright: AutoTokenizer would look the model type up, which transformers does not know

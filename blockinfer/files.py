@@ -12,15 +12,17 @@ _MAX_JSON = 100_000_000
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file, or a link to one, is there; False where nothing is.
+    """Whether a file that may be read, or a link to one, is there; False where nothing is.
 
-    Raises ValueError where there is something else, or where one may not look.
+    Raises ValueError where there is something else.
     """
     try:
         if path.is_file():
+            if not os.access(path, os.R_OK):
+                raise ValueError(f"{path}: cannot be read: this user may not")
             return True
         there = os.path.lexists(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read: {reason(error)}") from error
     if there:
         kind = "a folder" if path.is_dir() else "a broken link, a pipe or a device"
@@ -33,11 +35,11 @@ def read_json(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > _MAX_JSON:
             raise ValueError(f"{path}: {size} bytes, more than the {_MAX_JSON} of any JSON file that belongs here")
-        text = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {reason(error)}") from error
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(content)
     except RecursionError as error:
         raise ValueError(f"{path}: not valid JSON: it is nested too deeply") from error
     except ValueError as error:

@@ -19,7 +19,8 @@ SAMPLING_HINTS = {
     "max_length": "max_tokens counts generated positions, without the prompt",
     **_is("block_length", "block_size", "block_len"),
     **dict.fromkeys(
-        ("steps", "diffusion_steps", "num_steps"), "denoising_steps are those of one block, not of all blocks together"
+        ("steps", "diffusion_steps", "num_steps", "max_steps"),
+        "denoising_steps are those of one block, not of all blocks together",
     ),
     **_is("denoising_steps", "steps_per_block"),
     **_is("unmasking", "remasking", "remask", "alg", "rule", "strategy"),
@@ -27,14 +28,20 @@ SAMPLING_HINTS = {
     **_is("temperature", "temp"),
     "do_sample": "temperature=0 is greedy, above it samples",
     **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p"), _TEMPERATURE),
-    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"), _PENALTY),
-    **dict.fromkeys(("bad_words", "min_tokens"), "no token but EOS can be forbidden here (logits_eos_inf)"),
+    **dict.fromkeys(
+        ("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty", "logit_bias"), _PENALTY
+    ),
+    **dict.fromkeys(
+        ("bad_words", "min_tokens", "allowed_token_ids", "logits_processors", "guided_decoding", "structured_outputs"),
+        "no token but EOS can be forbidden here (logits_eos_inf)",
+    ),
     **dict.fromkeys(("n", "best_of", "num_return_sequences"), _ONE_EACH),
     **dict.fromkeys(("num_beams", "use_beam_search"), "there is no beam search here"),
     **dict.fromkeys(("logprobs", "prompt_logprobs"), "probabilities are not reported here"),
     **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "there is no classifier-free guidance here"),
     **dict.fromkeys(("use_cache", "dual_cache", "prefix_cache", "cache", "if_cache_position"), _CACHE),
-    "stop": "there are no stop strings here, only stop_token_ids",
+    **dict.fromkeys(("stop", "stop_strings", "stop_sequences"), "there are no stop strings here, only stop_token_ids"),
+    "truncate_prompt_tokens": "prompts are never cut",
     **_is("stop_token_ids", "eos_token_id", "eos_id", "stop_tokens"),
     **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),
     **_is("mask_token_id, an option of LLM,", "mask_id"),
@@ -63,7 +70,7 @@ LLM_HINTS = {
 
 GENERATE_HINTS = {
     **_is("sampling_params", "params", "generation_config", "sampling_param"),
-    **_is("prompts", "inputs", "prompt", "input_ids", "prompt_token_ids", "text"),
+    "prompt_token_ids": 'prompts may be lists of ids, or {"prompt_token_ids": [...]}',
     **_is("use_tqdm", "progress", "verbose", "show_progress"),
     "lora_request": "there are no adapters here",
     "stream": "outputs come when they are finished; on_finish gets each one",

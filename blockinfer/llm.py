@@ -21,7 +21,8 @@ from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.weights import find_weights, load_weights, randomize
 
-_OF_SAMPLING = dict.fromkeys([*SamplingParams.__dataclass_fields__, *SAMPLING_HINTS], "it belongs into SamplingParams")
+_OF_SAMPLING = dict.fromkeys(SamplingParams.__dataclass_fields__, "it is an option of SamplingParams")
+_OF_SAMPLING |= {name: f"in SamplingParams {hint}" for name, hint in SAMPLING_HINTS.items()}
 
 
 class LLM:

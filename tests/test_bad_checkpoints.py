@@ -229,7 +229,9 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("put", STRANGE.values(), ids=STRANGE)
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
 def test_what_is_no_file(checkpoint, tmp_path, name, put):
     for path in checkpoint.iterdir():
         if path.name != name:
@@ -239,6 +241,14 @@ def test_what_is_no_file(checkpoint, tmp_path, name, put):
         ValueError, match=f"{name}: a file is expected, and this is a (folder|broken link, a pipe or a dev)"
     ):
         LLM(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_what_may_not_be_read(checkpoint, monkeypatch, name):
+    """safetensors itself says of such a file that it is not there."""
+    monkeypatch.setattr("os.access", lambda path, mode: path.name != name)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read: this user may not"):
+        LLM(checkpoint, device="cpu")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
