@@ -9,8 +9,10 @@ import torch
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.models.llada import num_parameters
 
-# Of a page and of a slot's bookkeeping in Python; of a layer's modules.
+# A page's and a slot's bookkeeping in Python; a layer's modules.
 _PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
+# For each token of the vocabulary: the rows that go through the LM head at once, three times.
+_COLUMN_BYTES = 3 * 1024
 
 
 def check_fits(model: ModelConfig, config: EngineConfig) -> None:
@@ -20,7 +22,7 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
     weights = num_parameters(model) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
     pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
-    cache = pages * (page_bytes(model, config) + _PAGE_HOST_BYTES)
+    cache = pages * page_bytes(model, config)
     if weights + working + cache > free:
         dtype = str(config.dtype).removeprefix("torch.")
         raise ValueError(
@@ -65,16 +67,16 @@ def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """The widest moment of a layer: gate and up, their product, and a few hidden states."""
+    """The widest moment of a layer, gate and up, their product, and a few hidden states; and the LM head's."""
     width = 3 * model.mlp_hidden_size + 8 * model.d_model
-    return config.max_num_batched_tokens * width * config.dtype.itemsize
+    return config.max_num_batched_tokens * width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """What is kept for positions and slots, and what the largest step takes."""
     slots, length = config.max_num_seqs + 1, config.max_model_len
-    # a position's token, whether it is masked, and its page
-    state = slots * (length * 9 + -(-length // config.page_size) * 8 + _SLOT_HOST_BYTES)
+    # a position's token and whether it is masked; a page's number
+    state = slots * (length * 9 + -(-length // config.page_size) * (8 + _PAGE_HOST_BYTES) + _SLOT_HOST_BYTES)
     rotations = length * model.head_dim * max(4, config.dtype.itemsize)
     return state + rotations + _step_bytes(model, config)
 

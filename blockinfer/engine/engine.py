@@ -67,7 +67,7 @@ class Engine:
 
         Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
         is at the latest the step that ends such a request's block. Nothing runs then; abort those, and the others,
-        which have lost nothing, go on.
+        which have lost nothing, go on. After Ctrl-C in here `abort_all` begins anew.
         """
         self._check_finite()
         scheduled = self.scheduler.schedule()
@@ -96,7 +96,7 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError where there is none of that id.
 
-        After Ctrl-C in here, or in `step`, `abort_all` begins anew.
+        After Ctrl-C in here `abort_all` begins anew.
         """
         if not isinstance(request_id, int) or request_id not in self._sequences:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
