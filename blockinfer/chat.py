@@ -41,7 +41,7 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template()
         if not isinstance(template, str):
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} is no text")
-        tokens = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        tokens = json.loads(json.dumps(self._tokenizer.special_tokens_map, default=str))
         try:
             line = json.dumps({"chat_template": template, "conversation": conversation, "tokens": tokens})
         except (TypeError, ValueError, RecursionError) as error:
@@ -71,7 +71,8 @@ class ChatTemplate:
             self._process.stdin.flush()
         except BrokenPipeError:
             return ""
-        return self._process.stdout.readline()
+        answer = self._process.stdout.readline()
+        return answer if answer.endswith("\n") else ""
 
     def _last_words(self) -> str:
         """An answer for a process that gave none."""

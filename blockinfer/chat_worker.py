@@ -29,7 +29,7 @@ def main() -> None:
         except MemoryError:
             reply = json.dumps({"error": f"it needs more than {memory >> 20} MiB of memory"})
         except Exception as error:
-            reply = json.dumps({"error": f"{type(error).__name__}: {str(error)[:1000]}"})
+            reply = json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
         print(reply, flush=True)
 
 

@@ -63,6 +63,7 @@ def test_what_transformers_renders(use, template):
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails: RecursionError: "),
         ("{% if 1 %}" * 2000 + "x" + "{% endif %}" * 2000, "fails: RecursionError: "),
         ("{{ raise_exception('roles must alternate') }}", "fails: TemplateError: roles must alternate"),
+        ("{{ raise_exception('line\\n' * 200) }}", "fails: TemplateError: (line )+li"),
         ("{{ 1 / 0 }}", "fails: ZeroDivisionError: "),
         ("{{ 1 + 'a' }}", "fails: TypeError: "),
         ("{{ 'x' | nothing }}", "fails: TemplateAssertionError: No filter named 'nothing'"),
@@ -77,6 +78,7 @@ def test_what_transformers_renders(use, template):
         ("{{ 'x' * 10 ** 11 }}", "fails: it needs more than 512 MiB of memory"),
         ("{{ '%099999999999d' % 1 }}", "fails: it needs more than 512 MiB of memory"),
         (DOUBLED, "fails: it needs more than 512 MiB of memory"),
+        ("{{ 'x' * 10 ** 8 }}{{ '\\x01' * 10 ** 8 }}", "fails: it needs more than 512 MiB of memory"),
     ],
     ids=lambda value: str(value)[:24],
 )

@@ -131,5 +131,11 @@ def test_the_limits_of_a_container(tmp_path):
     assert list(memory._cgroups_free(tmp_path / "nowhere")) == []
 
 
+def test_the_narrowest_limit_counts(monkeypatch, free):
+    free(30 * GB)
+    monkeypatch.setattr(memory, "_cgroups_free", lambda: [9 * GB, 4 * GB])
+    assert memory.free_memory(torch.device("cpu")) == 4 * GB
+
+
 def test_this_machine_has_memory_free():
     assert 10**8 < memory.free_memory(torch.device("cpu")) < 10**14
