@@ -64,7 +64,6 @@ LLM_HINTS = {
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_GPU),
     **dict.fromkeys(("trust_remote_code", "code_revision"), "a checkpoint's own code never runs; leave it out"),
     **dict.fromkeys(("quantization", "load_in_8bit", "load_in_4bit", "kv_cache_dtype"), "nothing is quantized here"),
-    "enforce_eager": "CUDA graphs are always used on a GPU",
     "attn_implementation": "attention is this package's own",
 }
 

@@ -290,6 +290,59 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
         sys.settrace(former)
 
 
+def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
+    """Whoever steps by hand goes on after it. The pages are few, so that requests are preempted, too."""
+    page_bytes = 2 * 2 * 32 * 8 * 4
+    options = dict(dtype="float64", max_num_seqs=3, page_size=4, kv_cache_memory=8 * page_bytes)
+    prompts, params = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], dataclasses.replace(PARAMS, max_tokens=8)
+    files = {"engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
+    with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
+        expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+        engine = llm.engine
+
+        def run(stop_at):
+            """-> whether there was an interrupt, at the stop_at-th line."""
+            lines = 0
+
+            def trace(frame, event, _):
+                nonlocal lines
+                path = Path(frame.f_code.co_filename)
+                if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
+                    return None
+                lines += event == "line"
+                if lines == stop_at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            ids = [engine.add_request(prompt, params) for prompt in prompts]
+            dropped = engine.add_request([9, 9], params)
+            outputs, interrupted, steps = {}, 0, 0
+            sys.settrace(trace)
+            while engine.has_unfinished():
+                steps += 1
+                assert steps < 100, "it hangs"
+                try:
+                    if dropped in engine._sequences and steps > 3:
+                        engine.abort(dropped)
+                    outputs |= {output.request_id: output.outputs for output in engine.step()}
+                except KeyboardInterrupt:
+                    interrupted += 1
+            sys.settrace(None)
+            assert [outputs[i] for i in ids] == expected
+            assert engine.pool.num_free == engine.pool.num_pages
+            return interrupted
+
+        former = sys.gettrace()
+        try:
+            stop_at = 1
+            while run(stop_at):
+                stop_at += 61
+        finally:
+            sys.settrace(former)
+        assert stop_at > 3000
+
+
 def test_a_second_ctrl_c_within_the_clean_up_of_the_first(llm):
     """The first comes while requests run, the second at each line that is executed from then on."""
     prompts = [[1, 2, 3], [4, 5], [6]]

@@ -2,6 +2,8 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,11 @@ _MAX_CHARACTERS = 1000
 
 
 class Engine:
-    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens."""
+    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens.
+
+    A call that Ctrl-C cuts short leaves its work half done. The next call sees that, and puts every request back to the
+    start of its block, as a preemption does: no tokens change and no output is lost.
+    """
 
     def __init__(self, model: LLaDA, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.model = model
@@ -58,8 +64,9 @@ class Engine:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         sequence = Sequence(self._next_id, text, token_ids, params, seed, frozenset(stops))
         self._next_id += 1
-        self._sequences[sequence.request_id] = sequence
-        self.scheduler.add(sequence)
+        with self._whole():
+            self.scheduler.add(sequence)
+            self._sequences[sequence.request_id] = sequence
         return sequence.request_id
 
     def step(self) -> list[RequestOutput]:
@@ -67,8 +74,19 @@ class Engine:
 
         Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
         is at the latest the step that ends such a request's block. Nothing runs then; abort those, and the others,
-        which have lost nothing, go on. After Ctrl-C in here `abort_all` begins anew.
+        which have lost nothing, go on.
         """
+        with self._whole():
+            # kept until they are given out, which is the last thing that is done
+            self._finished = self._finished + self._step()
+            for output in self._finished:
+                self._drop(output.request_id)
+        try:
+            return self._finished
+        finally:
+            self._finished = []
+
+    def _step(self) -> list[RequestOutput]:
         self._check_finite()
         scheduled = self.scheduler.schedule()
         if not scheduled:
@@ -90,32 +108,56 @@ class Engine:
             sequence.finish_block(result.token_ids)
             if sequence.is_finished():
                 finished.append(self._output(sequence))
-                self.abort(sequence.request_id)
         return finished
 
     def abort(self, request_id: int) -> None:
-        """Drops an unfinished request. Raises ValueError where there is none of that id.
-
-        After Ctrl-C in here `abort_all` begins anew.
-        """
+        """Drops an unfinished request. Raises ValueError where there is none of that id."""
         if not isinstance(request_id, int) or request_id not in self._sequences:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
-        self.scheduler.release(self._sequences[request_id])
-        del self._sequences[request_id]
+        with self._whole():
+            self._drop(request_id)
 
     def abort_all(self) -> None:
-        """Drops every unfinished request.
-
-        Begins anew rather than taking each one out, so that it also mends what Ctrl-C has cut in half: a step, an
-        abort, or this itself, which changes nothing before its last line.
-        """
-        sequences: dict[int, Sequence] = {}
-        pool = PagePool(self.runner.num_pages, self.config.page_size)
-        scheduler = Scheduler(pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
-        self._sequences, self.pool, self.scheduler = sequences, pool, scheduler
+        """Drops every unfinished request, and mends what Ctrl-C has cut in half."""
+        self._begin_anew({}, [])
 
     def has_unfinished(self) -> bool:
-        return bool(self._sequences)
+        """Whether `step` has something to do, or something to give out that Ctrl-C kept it from giving out."""
+        return bool(self._sequences or self._finished)
+
+    def _drop(self, request_id: int) -> None:
+        # one that ended in a call that was cut short is not there any more
+        if request_id in self._sequences:
+            self.scheduler.release(self._sequences[request_id])
+            del self._sequences[request_id]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
+        if self._cut_short:
+            finished = {output.request_id: output for output in self._finished}
+            for i, sequence in self._sequences.items():
+                if sequence.is_finished() and i not in finished:
+                    finished[i] = self._output(sequence)
+            unfinished = {i: sequence for i, sequence in self._sequences.items() if i not in finished}
+            self._begin_anew(unfinished, list(finished.values()))
+        self._cut_short = True
+        try:
+            yield
+        except Exception:
+            self._cut_short = False
+            raise
+        self._cut_short = False
+
+    def _begin_anew(self, sequences: dict[int, Sequence], finished: list[RequestOutput]) -> None:
+        """With these requests waiting; what the engine has is replaced at once, at the end."""
+        pool = PagePool(self.runner.num_pages, self.config.page_size)
+        scheduler = Scheduler(pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        for sequence in sequences.values():
+            sequence.requeue()
+            scheduler.add(sequence)
+        self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
+        self._cut_short = False
 
     def _check_finite(self) -> None:
         """Raises FloatingPointError that names the running requests whose logits were not finite: their tokens would

@@ -108,6 +108,13 @@ class Sequence:
         self.step = 0
         self.num_cached = 0
 
+    def requeue(self) -> None:
+        """Out of slot and pages and back to the start of the current block, whatever a call that was cut short left."""
+        self.preemptions += self.slot is not None
+        self.slot, self.pages, self.on_device, self.broken = None, [], False, False
+        self.num_cached = 0
+        self._begin_block()
+
     def stop_position(self) -> int | None:
         """Where in the output the first stop token is, if any."""
         return next((i for i, token in enumerate(self.output_token_ids) if token in self.stop_token_ids), None)
