@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blockinfer.checks import nearest, reason, shown
 from blockinfer.config import EngineConfig
-from blockinfer.files import is_file, read_json
+from blockinfer.files import is_file, is_plain_name, read_json
 from blockinfer.models.registry import SHAPES
 
 
@@ -42,10 +42,7 @@ def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -
             raise ValueError(f"{folder}: there is no tokenizer.json; the fast tokenizer's file is expected")
     elif config.load_format == "dummy" or not is_file(folder / "tokenizer.json"):
         return None
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-        # transformers passes over what is no file, and does not name one that it cannot read
-        if is_file(folder / name) and name.endswith(".json"):
-            read_json(folder / name)
+    _check_tokenizer_files(folder)
     try:
         # LLaDA's class, named outright: AutoTokenizer would look the model type up, which transformers does not know
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -62,6 +59,20 @@ def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -
             "together"
         )
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """transformers passes over what is no file, does not name one that it cannot read, and opens one that another names
+    wherever it is."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+        if not is_file(folder / name) or not name.endswith(".json"):
+            continue
+        content = read_json(folder / name)
+        if not isinstance(content, dict):
+            raise ValueError(f"{folder / name}: a JSON object is expected, got {type(content).__name__}")
+        others = content.get("fast_tokenizer_files", [])
+        if not isinstance(others, list) or not all(map(is_plain_name, others)):
+            raise ValueError(f"{folder / name}: fast_tokenizer_files must be plain file names, got {shown(others)}")
 
 
 def _is_folder(what: str, name: str | os.PathLike[str]) -> bool:

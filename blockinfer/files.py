@@ -30,6 +30,13 @@ def is_file(path: Path) -> bool:
     return False
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file of the folder that it is found in; the file may be a link, as in the Hub's cache."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or len(name) > 255:
+        return False
+    return Path(name).name == name
+
+
 def read_json(path: Path) -> Any:
     """What the file holds. Raises ValueError where it cannot be read, is over 100 MB, or is no JSON."""
     try:

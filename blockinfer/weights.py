@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from blockinfer.checks import reason, shown
 from blockinfer.config import ModelConfig
-from blockinfer.files import is_file, read_json
+from blockinfer.files import is_file, is_plain_name, read_json
 from blockinfer.models.llada import LLaDA, published_shapes
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -126,13 +126,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: not a safetensors index with a weight_map of names and files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_plain(file):
+        if not is_plain_name(file):
             raise ValueError(f"{index}: {shown(name)} is in {shown(file)}, which is no plain file name")
     return weight_map
-
-
-def _is_plain(file: str) -> bool:
-    return file not in ("", "..") and Path(file).name == file and "\0" not in file and len(file) <= 255
 
 
 @contextmanager

@@ -139,6 +139,16 @@ def _edit(change):
         ),
         (
             "tokenizer_config.json",
+            lambda p: p.write_text("[]"),
+            "tokenizer_config.json: a JSON object is expected, got",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text('{"fast_tokenizer_files": ["tokenizer.json", "../x/tokenizer.4.0.0.json"]}'),
+            r"fast_tokenizer_files must be plain file names, got \['tokenizer.json', '../x/",
+        ),
+        (
+            "tokenizer_config.json",
             lambda p: p.write_text('{"eos_token": 5}'),
             "the tokenizer cannot be loaded: Special",
         ),
