@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockinfer.checks import nearest, reason, shown
+from blockinfer.checks import foreign_errors, nearest, reason, shown
 from blockinfer.config import EngineConfig
 from blockinfer.files import is_file, is_plain_name, read_json
 from blockinfer.models.registry import SHAPES
@@ -43,15 +43,11 @@ def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -
     elif config.load_format == "dummy" or not is_file(folder / "tokenizer.json"):
         return None
     _check_tokenizer_files(folder)
-    try:
+    with foreign_errors(f"{folder}: the tokenizer cannot be loaded"):
         # LLaDA's class, named outright: AutoTokenizer would look the model type up, which transformers does not know
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         largest = max(tokenizer.get_vocab().values(), default=-1)
         tokenizer.decode(tokenizer.encode("Of 12 words", verbose=False), skip_special_tokens=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}") from error
     if max(len(tokenizer), largest + 1) > vocab_size:
         found = f"{len(tokenizer)} tokens" if len(tokenizer) > vocab_size else f"a token of id {largest}"
         raise ValueError(

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 def shown(value: object) -> str:
@@ -82,6 +83,17 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str], hints
             hint = f"; {hints[name]}" if name in hints else nearest(name, known)
             hint = hint or f"; it takes {', '.join(known)}"
             raise TypeError(f"{owner} got an unknown option {shown(name)}{hint}")
+
+
+@contextmanager
+def foreign_errors(message: str) -> Iterator[None]:
+    """Whatever another library raises is a ValueError of this message; a panic of one in Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{message}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

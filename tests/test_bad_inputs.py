@@ -273,12 +273,17 @@ def test_an_id_that_no_request_has(llm, request_id):
         llm.engine.abort(request_id)
 
 
-def test_a_tokenizer_that_cannot_encode(llm, monkeypatch):
-    """The library's errors are bare Exceptions."""
+@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("encode", "prompt 0: the tokenizer cannot encode the prompt"), ("decode", "cannot decode the tokens of request")],
+)
+def test_a_tokenizer_that_fails(llm, monkeypatch, kind, method, message):
+    """The library's errors are bare Exceptions, or panics, which are none."""
 
     def fail(*_, **__):
-        raise Exception("WordPiece error: Missing [UNK] token from the vocabulary")
+        raise kind("Regex search error: retry-limit-in-match over")
 
-    monkeypatch.setattr(llm.tokenizer, "encode", fail)
-    with pytest.raises(ValueError, match="prompt 0: the tokenizer cannot encode the prompt: WordPiece error: Missing"):
-        llm.generate("hi", use_tqdm=False)
+    monkeypatch.setattr(llm.tokenizer, method, fail)
+    with pytest.raises(ValueError, match=f"{message}.*: Regex search error"):
+        llm.generate("hi", SamplingParams(max_tokens=4), use_tqdm=False)

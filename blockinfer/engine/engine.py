@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from blockinfer.checks import check_text, reason, shown
+from blockinfer.checks import check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
@@ -207,10 +207,8 @@ class Engine:
             raise ValueError(
                 f"the prompt's {len(text)} characters cannot fit max_model_len={self.config.max_model_len}"
             )
-        try:
+        with foreign_errors("the tokenizer cannot encode the prompt"):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        except Exception as error:  # tokenizers raises no type of its own
-            raise ValueError(f"the tokenizer cannot encode the prompt: {reason(error)}") from error
 
     def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
         total = prompt_len + params.max_tokens
@@ -246,7 +244,8 @@ class Engine:
         token_ids = sequence.output_token_ids[:stop]
         text = None
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request_id}"):
+                text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         now = time.perf_counter()
         return RequestOutput(
             request_id=sequence.request_id,
