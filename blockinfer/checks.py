@@ -2,14 +2,26 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+
+def shown(value: object) -> str:
+    """repr for a message, cut to a line, of anything: Python refuses to write an integer of 4,300 digits."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"something of type {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def check_int(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
+    if value >= 2**64:
+        raise ValueError(f"{name} must be below 2**64, got {shown(value)}")
 
 
 def check_seed(seed: object) -> None:
@@ -17,27 +29,33 @@ def check_seed(seed: object) -> None:
     if seed is None:
         return
     check_int("seed", seed, 0)
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}")
 
 
 def check_real(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if not is_finite(value):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     if not minimum <= value <= maximum:
         bound = f"at least {minimum}" if maximum == math.inf else f"between {minimum} and {maximum}"
-        raise ValueError(f"{name} must be {bound}, got {value}")
+        raise ValueError(f"{name} must be {bound}, got {shown(value)}")
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number, of those that a float holds: 10**400 is none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{nearest(value, choices)}")
 
 
 def check_text(name: str, text: str) -> None:
@@ -50,14 +68,35 @@ def check_text(name: str, text: str) -> None:
 
 def nearest(value: object, choices: Iterable[str]) -> str:
     """A hint for a mistyped name: '; did you mean X?', or nothing where no choice comes close."""
-    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    if not isinstance(value, str) or not 0 < len(value) < 100:
+        return ""
+    choices = list(choices)
+    close = [*difflib.get_close_matches(value, choices, n=1), *(name for name in choices if name.startswith(value))]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError, as Python does for an unknown keyword, naming the nearest known one."""
+def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str], hints: Mapping[str, str]) -> None:
+    """Raises TypeError, as Python does for an unknown keyword, with the name's hint or the nearest known name."""
     known = list(known)
     for name in given:
         if name not in known:
-            hint = nearest(name, known) or f"; it takes {', '.join(known)}"
-            raise TypeError(f"{owner} got an unknown option {name!r}{hint}")
+            hint = f"; {hints[name]}" if name in hints else nearest(name, known)
+            hint = hint or f"; it takes {', '.join(known)}"
+            raise TypeError(f"{owner} got an unknown option {shown(name)}{hint}")
+
+
+@contextmanager
+def foreign_errors(message: str) -> Iterator[None]:
+    """Whatever another library raises is a ValueError of this message; a panic of one in Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{message}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."

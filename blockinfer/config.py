@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockinfer.checks import check_bool, check_choice, check_int, check_seed
+from blockinfer.checks import check_bool, check_choice, check_int, check_seed, is_finite, shown
 
 DTYPES = {
     "float64": torch.float64,
@@ -16,6 +16,9 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+# Far beyond any model; a layer's modules take time and memory whatever their size.
+_MAX_LAYERS = 10_000
 
 # What the LLaDA model here computes. A checkpoint that says otherwise is refused; one that is silent is taken to agree.
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
@@ -72,7 +75,7 @@ class ModelConfig:
         """
         for name, allowed in _IMPLEMENTED.items():
             if name in raw and raw[name] not in allowed:
-                raise ValueError(f"{source}: {name}={raw[name]!r} is not implemented, only {allowed[0]!r} is")
+                raise ValueError(f"{source}: {name}={shown(raw[name])} is not implemented, only {allowed[0]!r} is")
         read = _Reader(raw, source)
         n_heads = read.integer("n_heads")
         n_kv_heads = raw.get("n_kv_heads")
@@ -86,7 +89,7 @@ class ModelConfig:
         config = cls(
             architecture=architecture(raw, source),
             d_model=d_model,
-            n_layers=read.integer("n_layers"),
+            n_layers=read.integer("n_layers", _MAX_LAYERS),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             mlp_hidden_size=read.integer("mlp_hidden_size") if has_mlp_size else d_model * read.integer("mlp_ratio"),
@@ -115,14 +118,16 @@ class ModelConfig:
         for name, ids in (("eos_token_id", self.eos_token_ids), ("mask_token_id", (self.mask_token_id,))):
             for token_id in ids:
                 if token_id is not None and token_id >= self.embedding_size:
-                    raise ValueError(f"{source}: {name}={token_id} is outside the {self.embedding_size} embeddings")
+                    raise ValueError(
+                        f"{source}: {name}={shown(token_id)} is outside the {self.embedding_size} embeddings"
+                    )
 
 
 def architecture(raw: Mapping[str, Any], source: str) -> str:
     """The one name of a config's `architectures`; model_type is not used, since LLaDA-MoE shares it."""
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise ValueError(f'{source}: architectures must be a list of one name, as ["LLaDAModelLM"], got {names!r}')
+        raise ValueError(f'{source}: architectures must be a list of one name, as ["LLaDAModelLM"], got {shown(names)}')
     return names[0]
 
 
@@ -132,40 +137,46 @@ class _Reader:
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
 
-    def integer(self, name: str) -> int:
+    def integer(self, name: str, maximum: int = 2**31 - 1) -> int:
         value = self._present(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.source}: {name} must be a positive integer, got {value!r}")
+            raise ValueError(f"{self.source}: {name} must be a positive integer, got {shown(value)}")
+        if value > maximum:
+            raise ValueError(f"{self.source}: {name} must be at most {maximum}, got {shown(value)}")
         return value
 
     def positive(self, name: str) -> float:
         value = self._present(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ValueError(f"{self.source}: {name} must be a positive number, got {value!r}")
+        if not is_finite(value) or value <= 0:
+            raise ValueError(f"{self.source}: {name} must be a positive number, got {shown(value)}")
         return float(value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ValueError(f"{self.source}: {name} must be a token id (or a list of them for EOS), got {value!r}")
+            raise ValueError(
+                f"{self.source}: {name} must be a token id (or a list of them for EOS), got {shown(value)}"
+            )
         return tuple(ids)
 
     def mask_token_id(self) -> int | None:
         if isinstance(self.raw.get("mask_token_id"), list):
-            raise ValueError(f"{self.source}: mask_token_id must be one token id, got {self.raw['mask_token_id']!r}")
+            raise ValueError(
+                f"{self.source}: mask_token_id must be one token id, got {shown(self.raw['mask_token_id'])}"
+            )
         return next(iter(self.token_ids("mask_token_id")), None)
 
     def boolean(self, name: str) -> bool:
         value = False if self.raw.get(name) is None else self.raw[name]
         if not isinstance(value, bool):
-            raise ValueError(f"{self.source}: {name} must be true or false, got {value!r}")
+            raise ValueError(f"{self.source}: {name} must be true or false, got {shown(value)}")
         return value
 
     def dtype(self) -> torch.dtype | None:
         name = self.raw.get("dtype", self.raw.get("torch_dtype"))
         if name is not None and (not isinstance(name, str) or name not in DTYPES):
-            raise ValueError(f"{self.source}: dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+            raise ValueError(f"{self.source}: dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
         return DTYPES[name] if name is not None else None
 
     def _present(self, name: str) -> Any:
@@ -204,7 +215,7 @@ class EngineConfig:
             value = getattr(self, name)
             kinds = str if name == "revision" else str | os.PathLike
             if not (isinstance(value, kinds) and str(value)) and (value is not None or name == "model"):
-                raise ValueError(f"{name} must be a folder or a name on the Hub, got {value!r}")
+                raise ValueError(f"{name} must be a folder or a name on the Hub, got {shown(value)}")
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
@@ -271,12 +282,17 @@ class EngineConfig:
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = f"device must be 'auto', 'cpu' or 'cuda', got {shown(device if isinstance(device, str) else str(device))}"
+    if not isinstance(device, str | torch.device):
+        raise ValueError(wrong)
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {str(device)!r}")
+    except RuntimeError as error:
+        raise ValueError(wrong) from error
+    if device.type not in ("cpu", "cuda") or device.type == "cpu" and device.index:
+        raise ValueError(wrong)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} was asked for, but this torch ({torch.__version__}) sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r} was asked for, and there are {torch.cuda.device_count()} GPUs")
     return device

@@ -1,28 +1,30 @@
 """LLM: a checkpoint, loaded and ready to generate."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockinfer.checks import check_text, nearest, refuse_unknown
+from blockinfer.chat import ChatTemplate, check_conversations
+from blockinfer.checkpoint import load_tokenizer, read_config
+from blockinfer.checks import check_bool, reason, refuse_unknown, shown
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.engine.engine import Engine, Prompt
 from blockinfer.engine.model_runner import EngineStats
+from blockinfer.hints import GENERATE_HINTS, LLM_HINTS, SAMPLING_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
-from blockinfer.models.registry import SHAPES, model_class
+from blockinfer.memory import check_fits
+from blockinfer.models.llada import LLaDA
+from blockinfer.models.registry import model_class
 from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
-from blockinfer.weights import load_weights, randomize
+from blockinfer.weights import find_weights, load_weights, randomize
 
-_MESSAGE = "{'role': ..., 'content': ...}"
+_OF_SAMPLING = dict.fromkeys(SamplingParams.__dataclass_fields__, "it is an option of SamplingParams")
+_OF_SAMPLING |= {name: f"in SamplingParams {hint}" for name, hint in SAMPLING_HINTS.items()}
 
 
 class LLM:
@@ -40,15 +42,15 @@ class LLM:
     max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
     page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
-        more than kv_cache_memory bytes; by default 90 % of the GPU memory that a step leaves free, or half of a CPU
-        machine's.
+        more than kv_cache_memory bytes; by default 90 % of the GPU memory that weights and a step leave free, or half
+        of what weights leave free of a CPU machine's, and of its container's.
     enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, and a faster load.
     cudagraph_capture_sizes: rows of a step, and masked rows, that a graph is captured for while loading; by default
         some 40 up to 2,048. A step is padded up to the next size. Both options mean nothing on a CPU.
     seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
 
-    Raises ValueError for an option out of range and for a checkpoint that is broken or not implemented, TypeError for
-    an unknown option.
+    Raises ValueError for an option out of range, for a checkpoint that is broken or not implemented, and for a model
+    that needs more memory than is free, which is known before any is taken; TypeError for an unknown option.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class LLM:
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown("LLM", unknown, EngineConfig.__dataclass_fields__)
+        hints = _OF_SAMPLING | LLM_HINTS
+        refuse_unknown("LLM", unknown, EngineConfig.__dataclass_fields__, hints)
         config = EngineConfig(
             model=model,
             dtype=dtype,
@@ -89,49 +92,65 @@ class LLM:
             cudagraph_capture_sizes=cudagraph_capture_sizes,
             seed=seed,
         )
-        folder, raw, source = _read_config(config)
+        folder, raw, source = read_config(config)
         self.model_config = ModelConfig.from_dict(raw, source)
         make_model = model_class(self.model_config.architecture, source)
-        self.tokenizer = _load_tokenizer(config, folder)
-        self._check_tokenizer()
+        self.tokenizer = load_tokenizer(config, folder, self.model_config.vocab_size)
         self.config = config.resolve(self.model_config, getattr(self.tokenizer, "mask_token_id", None))
+        stored = find_weights(self.model_config, folder) if load_format == "auto" else None
+        check_fits(self.model_config, self.config)
         with torch.inference_mode():
-            network = make_model(self.model_config, self.config.dtype, self.config.device, self.config.max_model_len)
-            if load_format == "dummy":
+            network = self._build(make_model)
+            if stored is None:
                 randomize(network, seed or 0)
             else:
-                load_weights(network, folder)
+                load_weights(network, stored)
         self._engine: Engine | None = Engine(network, self.config, self.tokenizer)
+        self._chat_template = self.tokenizer and ChatTemplate(self.tokenizer)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         on_finish: Callable[[RequestOutput], None] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """Completes every prompt; the outputs come in the order of the prompts.
 
         A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; of a dict with both
-        the ids are used. params is one SamplingParams for all or one each: max_tokens and the like go in there.
-        use_tqdm shows a progress bar. on_finish is called with each output as it is finished. Whatever is raised
+        the ids are used. sampling_params is one SamplingParams for all or one each: max_tokens and the like go in
+        there. use_tqdm shows a progress bar. on_finish is called with each output as it is finished. Whatever is raised
         meanwhile, Ctrl-C included, leaves an empty engine that can go on.
 
-        Raises ValueError for a bad prompt, naming its number; FloatingPointError where the model's logits are NaN or
-        infinite, at the latest once that block is through; RuntimeError on a closed LLM, while requests added to
-        `engine` by hand are unfinished, and where on_finish aborted one of these.
+        Raises ValueError for a bad prompt, naming its number; TypeError for an unknown option; FloatingPointError where
+        the model's logits are NaN or infinite, at the latest once that block is through; RuntimeError on a closed LLM,
+        while requests added to `engine` by hand are unfinished, and where on_finish aborted one of these.
         """
+        _refuse_unknown("LLM.generate", unknown, "prompts")
         engine = self.engine
         if engine.has_unfinished():
-            raise RuntimeError("the engine has unfinished requests; step() until they are done or abort() them first")
+            raise RuntimeError("the engine has unfinished requests; step() until they are done, or abort_all()")
+        check_bool("use_tqdm", use_tqdm)
+        if on_finish is not None and not callable(on_finish):
+            raise ValueError(f"on_finish must be a function of one output, got {shown(on_finish)}")
         prompts = _as_list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        if not isinstance(params, list | tuple):
-            raise ValueError(f"params must be a SamplingParams or one for each prompt, got {type(params).__name__}")
-        if len(params) != len(prompts):
-            raise ValueError(f"there are {len(prompts)} prompts but {len(params)} params; give one, or one each")
+        params = _one_each(sampling_params, len(prompts))
+        try:
+            return self._complete(prompts, params, use_tqdm, on_finish)
+        finally:
+            # once more: a second Ctrl-C may have cut the first clean-up short
+            engine.abort_all()
+
+    def _complete(
+        self,
+        prompts: list[Prompt],
+        params: Sequence[SamplingParams | None],
+        use_tqdm: bool,
+        on_finish: Callable[[RequestOutput], None] | None,
+    ) -> list[RequestOutput]:
+        engine = self.engine
         ids: list[int] = []
         outputs: dict[int, RequestOutput] = {}
         try:
@@ -160,25 +179,33 @@ class LLM:
     def chat(
         self,
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+        **unknown: Any,
     ) -> list[RequestOutput]:
         """`generate` on one conversation, or on a list of them, through the checkpoint's chat template.
 
-        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens. params is as
-        for `generate`, max_tokens and the like in SamplingParams; options are use_tqdm and on_finish. Raises what
-        `generate` does, and ValueError where there is no tokenizer or no template.
+        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens; it runs in a
+        process of its own, which ends it after 5 s of CPU time a conversation, or at 512 MiB (`chat.ChatTemplate`).
+        The options are those of `generate`. Raises what that does, and ValueError where there is no tokenizer or no
+        template, and, naming the conversation, where the template fails.
         """
+        _refuse_unknown("LLM.chat", unknown, "messages")
         if self.tokenizer is None or not self.tokenizer.chat_template:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
+        engine = self.engine
         prompts = []
-        for i, conversation in enumerate(_conversations(messages)):
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            check_text(f"conversation {i}", text)
-            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        for i, conversation in enumerate(check_conversations(messages)):
+            try:
+                text = self._chat_template.render(conversation)
+                token_ids = engine.tokenize(text, add_special_tokens=False)
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}") from error
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
-        return self.generate(prompts, params, **options)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
 
     @property
     def stats(self) -> EngineStats:
@@ -193,8 +220,13 @@ class LLM:
         return self._engine
 
     def close(self) -> None:
-        """Drops the model and the KV cache. Closing twice is fine; generating afterwards raises RuntimeError."""
+        """Drops the model, the KV cache and the chat template's process.
+
+        Closing twice is fine; generating afterwards raises RuntimeError.
+        """
         self._engine = None
+        if self._chat_template is not None:
+            self._chat_template.close()
         if self.config.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -204,41 +236,35 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _build(self, make_model: type[LLaDA]) -> LLaDA:
+        config = self.config
+        try:
+            return make_model(self.model_config, config.dtype, config.device, config.max_model_len)
+        except RuntimeError as error:  # torch's own, where memory that was free is not there
+            raise ValueError(f"{config.model} cannot be allocated on {config.device}: {reason(error)}") from error
+
     def _add(self, number: int, prompt: Prompt, params: SamplingParams | None) -> int:
         try:
             return self.engine.add_request(prompt, params)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
 
-    def _check_tokenizer(self) -> None:
-        size = self.model_config.vocab_size
-        if self.tokenizer is not None and len(self.tokenizer) > size:
-            raise ValueError(
-                f"the tokenizer of {self.tokenizer.name_or_path} has {len(self.tokenizer)} tokens, "
-                f"the model's vocab_size is only {size}: they do not belong together"
-            )
+
+def _refuse_unknown(owner: str, given: dict[str, Any], first: str) -> None:
+    names = (first, "sampling_params", "use_tqdm", "on_finish")
+    refuse_unknown(owner, given, names, _OF_SAMPLING | GENERATE_HINTS)
 
 
-def _conversations(messages: object) -> list[list[dict[str, str]]]:
-    """One conversation, or several, as a list of conversations, checked."""
-    if not isinstance(messages, list | tuple):
-        raise ValueError(f"messages must be a list of {_MESSAGE}, got {type(messages).__name__}")
-    if not messages:
-        raise ValueError("chat needs at least one message, got an empty list")
-    conversations = [messages] if isinstance(messages[0], dict) else messages
-    for i, conversation in enumerate(conversations):
-        if not isinstance(conversation, list | tuple):
-            raise ValueError(f"conversation {i}: it must be a list of {_MESSAGE}, got {type(conversation).__name__}")
-        if not conversation:
-            raise ValueError(f"conversation {i}: it has no messages")
-        for j, message in enumerate(conversation):
-            if not isinstance(message, dict):
-                raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE}, got {type(message).__name__}")
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise ValueError(
-                    f"conversation {i}: message {j} must be {_MESSAGE} with strings, got the keys {list(message)}"
-                )
-    return conversations
+def _one_each(params: object, count: int) -> Sequence[SamplingParams | None]:
+    """sampling_params for each of `count` prompts; that each is one is seen when it is added."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, list | tuple):
+        got = type(params).__name__
+        raise ValueError(f"sampling_params must be a SamplingParams or one for each prompt, got {got}")
+    if len(params) != count:
+        raise ValueError(f"there are {count} prompts but {len(params)} params; give one, or one each")
+    return params
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -248,58 +274,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
-
-
-def _read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str]:
-    """-> the checkpoint's folder (None for a shape known by name), its config.json, and a name for errors."""
-    dummy = config.load_format == "dummy"
-    if dummy and config.model in SHAPES:
-        return None, SHAPES[config.model], str(config.model)
-    if config.model in SHAPES and not Path(config.model).is_dir():
-        raise ValueError(f"{config.model!r} is a shape's name, for random weights: pass load_format='dummy' with it")
-    files = ["config.json"] if dummy else ["*.json", "*.safetensors", "*.jinja"]
-    folder = _fetch("checkpoint", config.model, config.revision, files)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a JSON object is expected, got {type(raw).__name__}")
-    return folder, raw, str(path)
-
-
-def _fetch(what: str, name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
-    """A local folder as it is; anything else is looked for on the Hub. what: "checkpoint" or "tokenizer"."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is for a Hub name, and {str(name)!r} is a local folder")
-        return path
-    if path.is_absolute() or path.exists() or str(name).startswith("."):
-        raise ValueError(f"the {what} {str(name)!r} is no folder; a {what}'s folder or a Hub name is expected")
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-    except Exception as error:  # the Hub's client lets its HTTP library's own errors through
-        message = f"the {what} {str(name)!r} is no local folder and could not be fetched from the Hub: {error}"
-        if what == "checkpoint":
-            message += "; for random weights of a published shape pass load_format='dummy' with one of "
-            message += f"{', '.join(SHAPES)}{nearest(str(name), SHAPES)}"
-        raise ValueError(message) from error
-
-
-def _load_tokenizer(config: EngineConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights."""
-    if config.tokenizer is not None:
-        folder = _fetch("tokenizer", config.tokenizer, None, ["*.json", "*.jinja"])
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder}: there is no tokenizer.json; the fast tokenizer's file is expected")
-    elif config.load_format == "dummy" or not (folder / "tokenizer.json").is_file():
-        return None
-    try:
-        # LLaDA's class, named outright: AutoTokenizer would look the model type up, which transformers does not know
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}") from error

@@ -1,11 +1,12 @@
 """What one request asks of the decoder."""
 
-import dataclasses
 from dataclasses import dataclass
 
-from blockinfer.checks import check_bool, check_choice, check_int, check_real, check_seed, refuse_unknown
+from blockinfer.checks import check_bool, check_choice, check_int, check_real, check_seed, refuse_unknown, shown
+from blockinfer.config import EngineConfig
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.hints import SAMPLING_HINTS
 from blockinfer.kernels.unmasking import Rank
 
 
@@ -25,7 +26,9 @@ class SamplingParams:
         whose probability is 1 even when that of all others is summed in float32.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
         samples from their softmax at that temperature. At most 1e6.
-    seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report.
+    seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
+        depends on besides the position in the output, the step and the token: requests of one seed share their noise,
+        and the same prompt with the same params gives the same sample. For other samples give other seeds, or none.
     stop_token_ids: these end a request besides the checkpoint's own, and do so under ignore_eos too.
     ignore_eos: the checkpoint's own stop tokens do not end the request.
     logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md: the first forbids the EOS token; the second
@@ -52,7 +55,8 @@ class SamplingParams:
     confidence_eos_eot_inf: bool = False
 
     def __new__(cls, *args, **options):
-        refuse_unknown("SamplingParams", options, [field.name for field in dataclasses.fields(cls)])
+        hints = dict.fromkeys(EngineConfig.__dataclass_fields__, "it is an option of LLM") | SAMPLING_HINTS
+        refuse_unknown("SamplingParams", options, cls.__dataclass_fields__, hints)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class SamplingParams:
         check_real("temperature", self.temperature, 0.0, 1e6)
         check_seed(self.seed)
         if not isinstance(self.stop_token_ids, list | tuple | None):
-            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {shown(self.stop_token_ids)}")
         for token_id in self.stop_token_ids or ():
             check_int("every one of stop_token_ids", token_id, 0)
         if self.stop_token_ids is not None:
@@ -85,7 +89,9 @@ class SamplingParams:
             if rule.option != name:
                 readers = [other for other, spec in RULES.items() if spec.option == name]
                 read_by = f"only {' and '.join(readers)} does" if readers else "no rule does"
-                raise ValueError(f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={value}")
+                raise ValueError(
+                    f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={shown(value)}"
+                )
         if self.confidence_eos_eot_inf and rule.rank == Rank.POSITION:
             raise ValueError(f"unmasking {self.unmasking!r} does not read confidence_eos_eot_inf; leave it False")
 

@@ -1,40 +1,79 @@
 """Weights into a model's parameters: from safetensors, every tensor accounted for, or random."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockinfer.models.llada import LLaDA
+from blockinfer.checks import reason, shown
+from blockinfer.config import ModelConfig
+from blockinfer.files import is_file, is_plain_name, read_json
+from blockinfer.models.llada import LLaDA, published_shapes
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDINGS, _HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
-def load_weights(model: LLaDA, folder: Path) -> None:
-    """Fills the model from `folder`'s safetensors, converting to the model's dtype.
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint; dtype as safetensors writes it."""
 
-    Raises ValueError when a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen, not
-    floating point or not finite in the model's dtype; the message names the files and tensors.
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of `folder`'s safetensors by name: those that the config asks for, and, where embeddings are tied, a
+    head of their shape besides. Only the files' headers are read, and nothing is built.
+
+    Raises ValueError where a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen or
+    not floating point; the message names the files and tensors.
     """
-    wanted = model.checkpoint_tensors()
-    holders = _tensor_files(folder)
-    problems = _named("missing", wanted.keys() - holders.keys()) + _named("unexpected", holders.keys() - wanted.keys())
-    for name in sorted(wanted.keys() & holders.keys()):
-        path, shape, dtype = holders[name]
-        if shape != list(wanted[name].shape):
-            problems.append(f"{name} in {path.name} has shape {shape}, the config asks for {list(wanted[name].shape)}")
+    stored = _stored_tensors(folder)
+    if config.n_layers > len(stored):
+        raise ValueError(
+            f"{folder}: the config asks for n_layers={config.n_layers}, and there are {len(stored)} tensors"
+        )
+    wanted = _published_shapes(config)
+    optional = {_HEAD: wanted[_EMBEDDINGS]} if config.weight_tying else {}
+    problems = _named("missing", wanted.keys() - stored.keys())
+    wanted |= optional
+    problems += _named("unexpected", stored.keys() - wanted.keys())
+    for name in sorted(wanted.keys() & stored.keys()):
+        path, shape, dtype = stored[name]
+        if shape != wanted[name]:
+            problems.append(f"{name} in {path.name} has shape {list(shape)}, the config asks for {list(wanted[name])}")
         elif dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} in {path.name} has dtype {dtype}, which is not a plain floating point type")
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{folder}: the weights do not fit the config: {shown}")
-    for path in sorted({path for path, _, _ in holders.values()}):
-        with _open(path) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                wanted[name].copy_(shard.get_tensor(name))
-                if not wanted[name].isfinite().all():
-                    raise ValueError(f"{path}: {name} has values that are NaN or infinite in {wanted[name].dtype}")
+        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{folder}: the weights do not fit the config: {listed}")
+    return stored
+
+
+def load_weights(model: LLaDA, stored: dict[str, StoredTensor]) -> None:
+    """Fills the model from what `find_weights` found, converting to the model's dtype.
+
+    Raises ValueError where a tensor is not finite in the model's dtype, where a head beside tied embeddings differs
+    from them, or where a file cannot be read after all.
+    """
+    wanted = model.checkpoint_tensors()
+    for path in sorted({tensor.path for tensor in stored.values()}):
+        names = [name for name, tensor in stored.items() if tensor.path == path and name in wanted]
+        for name, tensor in zip(names, _read(path, names), strict=True):
+            wanted[name].copy_(tensor)
+            # that is NaN where one value is
+            if not torch.stack(wanted[name].aminmax()).isfinite().all():
+                raise ValueError(f"{path}: {name} has values that are NaN or infinite in {wanted[name].dtype}")
+    for name in stored.keys() - wanted.keys():
+        (head,) = _read(stored[name].path, [name])
+        if not torch.equal(head.to(model.wte), model.wte):
+            raise ValueError(
+                f"{stored[name].path}: {name} differs from {_EMBEDDINGS}, and the config's weight_tying is true"
+            )
 
 
 def randomize(model: LLaDA, seed: int) -> None:
@@ -47,47 +86,67 @@ def randomize(model: LLaDA, seed: int) -> None:
             parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def _tensor_files(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """name -> (file, shape, safetensors dtype) of every tensor of the checkpoint."""
+def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    model, layer = published_shapes(config)
+    shapes = {f"model.transformer.{name}.weight": shape for name, shape in model.items()}
+    for i in range(config.n_layers):
+        shapes |= {f"model.transformer.blocks.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     index = folder / _INDEX
-    if index.is_file():
+    if is_file(index):
         weight_map = _weight_map(index)
         paths = [folder / name for name in sorted(set(weight_map.values()))]
-    elif (folder / _SINGLE).is_file():
-        weight_map, paths = None, [folder / _SINGLE]
+    elif is_file(folder / _SINGLE):
+        weight_map, paths = {}, [folder / _SINGLE]
     else:
         raise ValueError(f"{folder}: there is neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read")
-    holders: dict[str, tuple[Path, list[int], str]] = {}
+    stored: dict[str, StoredTensor] = {}
     for path in paths:
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"{path}: this shard is named in {_INDEX}, but there is no such file")
         with _open(path) as shard:
-            for name in shard.keys():  # noqa: SIM118
-                if name in holders:
-                    raise ValueError(f"{path}: tensor {name} is in {holders[name][0].name} too")
+            for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if name in stored:
+                    raise ValueError(f"{path}: tensor {shown(name)} is in {stored[name].path.name} too")
                 entry = shard.get_slice(name)
-                holders[name] = (path, entry.get_shape(), entry.get_dtype())
-    for name, file in (weight_map or {}).items():
-        if name not in holders:
-            raise ValueError(f"{folder / file}: {_INDEX} promises tensor {name} here, but it is not in the file")
-    return holders
+                stored[name] = StoredTensor(path, tuple(entry.get_shape()), entry.get_dtype())
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise ValueError(f"{folder / file}: {_INDEX} promises tensor {shown(name)} here, but it is not in the file")
+    return stored
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not a safetensors index with a weight_map: {error!r}") from error
+    """name -> file; each is one of the index's own folder. It may be a link: the Hub's cache is made of them."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: not a safetensors index with a weight_map of names and files")
+    for name, file in weight_map.items():
+        if not is_plain_name(file):
+            raise ValueError(f"{index}: {shown(name)} is in {shown(file)}, which is no plain file name")
+    return weight_map
 
 
-def _open(path: Path) -> safe_open:
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
+    """Whatever safetensors raises meanwhile is a ValueError that names the file."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file (truncated or damaged?): {error}") from error
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file (truncated or damaged?): {reason(error)}") from error
+
+
+def _read(path: Path, names: list[str]) -> Iterator[torch.Tensor]:
+    with _open(path) as shard:
+        for name in names:
+            yield shard.get_tensor(name)
 
 
 def _named(what: str, names: set[str]) -> list[str]:
-    shown = sorted(names)
-    return [f"{len(shown)} {what}: {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"] if shown else []
+    listed = ", ".join(name if len(name) < 100 and name.isprintable() else shown(name) for name in sorted(names)[:4])
+    return [f"{len(names)} {what}: {listed}{', ...' if len(names) > 4 else ''}"] if names else []

@@ -48,6 +48,20 @@ def test_outputs_come_in_the_order_of_the_prompts(llm):
     assert sorted(seen) == [o.request_id for o in outputs] and seen != sorted(seen)
 
 
+def test_sampling_params_is_a_keyword_too(llm):
+    expected = generate(llm, "abc")[0].outputs
+    assert llm.generate("abc", sampling_params=GREEDY, use_tqdm=False)[0].outputs == expected
+    conversation = [{"role": "user", "content": "hi"}]
+    by_place, by_name = llm.chat(conversation, GREEDY), llm.chat(conversation, sampling_params=[GREEDY], use_tqdm=False)
+    assert by_place[0].outputs == by_name[0].outputs and len(by_name[0].outputs[0].token_ids) == 12
+
+
+def test_requests_of_one_seed_share_their_noise(llm):
+    seeded = dataclasses.replace(GREEDY, temperature=1.0, seed=7)
+    first, second = generate(llm, [[1, 2], [1, 2]], seeded)
+    assert first.outputs == second.outputs
+
+
 def test_text_is_the_decoded_tokens(llm):
     completion = generate(llm, "abc")[0].outputs[0]
     assert completion.index == 0
@@ -246,7 +260,7 @@ def test_a_hub_name_is_fetched_without_its_code(checkpoint, monkeypatch):
         asked.append((name, revision, allow_patterns))
         return str(checkpoint)
 
-    monkeypatch.setattr("blockinfer.llm.snapshot_download", fetch)
+    monkeypatch.setattr("blockinfer.checkpoint.snapshot_download", fetch)
     with LLM("some/model", revision="v2", device="cpu") as llm:
         assert llm.tokenizer is not None and len(generate(llm, "hi")) == 1
     ((name, revision, patterns),) = asked
@@ -256,7 +270,7 @@ def test_a_hub_name_is_fetched_without_its_code(checkpoint, monkeypatch):
 
 def test_a_dummy_of_a_hub_name_fetches_its_config_alone(checkpoint, monkeypatch):
     asked = []
-    monkeypatch.setattr("blockinfer.llm.snapshot_download", lambda *a, **k: asked.append(k) or str(checkpoint))
+    monkeypatch.setattr("blockinfer.checkpoint.snapshot_download", lambda *a, **k: asked.append(k) or str(checkpoint))
     with LLM("some/model", load_format="dummy", device="cpu"):
         assert [k["allow_patterns"] for k in asked] == [["config.json"]]
 
@@ -273,6 +287,21 @@ def test_a_prompt_in_a_dict(llm):
     by_name, plain, both = generate(llm, [{"prompt": "hi"}, "hi", {"prompt": "x", "prompt_token_ids": [5]}])
     assert by_name.outputs == plain.outputs and by_name.prompt_token_ids == plain.prompt_token_ids
     assert (both.prompt, both.prompt_token_ids) == ("x", [5])
+
+
+def test_a_position_needs_a_token_that_it_can_become(tmp_path):
+    """The first checkpoint's only token is EOS, the second's the mask."""
+    for name, ids, flag in (("eos", (0, 1), True), ("mask", (1, 0), False)):
+        folder = write_checkpoint(
+            tmp_path / name, vocab_size=1, embedding_size=2, eos_token_id=ids[0], mask_token_id=ids[1]
+        )
+        with LLM(folder, device="cpu") as llm:
+            with pytest.raises(
+                ValueError, match="vocab_size=1 leaves no token to predict besides the mask token" + ".*EOS" * flag
+            ):
+                llm.generate([1], SamplingParams(logits_eos_inf=flag))
+            if flag:
+                assert llm.generate([1], use_tqdm=False)[0].outputs[0].stop_reason == 0
 
 
 def test_eos_flags_need_an_eos_token(tmp_path):

@@ -1,6 +1,7 @@
 """Every wrong checkpoint gets an error that says what is wrong, where, and what was expected."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from blockinfer import LLM
 from tests.checkpoints import write_checkpoint, write_tokenizer
 
-WTE = "model.transformer.wte.weight"
+WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,23 @@ WTE = "model.transformer.wte.weight"
             {"architectures": ["LLaDAMoEModelLM"]},
             "'LLaDAMoEModelLM' is not implemented, only LLaDAModelLM is",
         ),
+        ({"architectures": ["LLaDA2MoeModelLM"]}, "'LLaDA2MoeModelLM' is not implemented, only LLaDAModelLM is$"),
+        ({"n_layers": 10**9}, "n_layers must be at most 10000, got 1000000000"),
+        ({"n_layers": 10**4}, "the config asks for n_layers=10000, and there are 21 tensors"),
+        ({"d_model": 2**30}, r"attn_norm.weight in .* has shape \[32\], the config asks for \[1073741824\];"),
+        (
+            {"vocab_size": 2**31 - 1, "embedding_size": None},
+            r"shape \[300, 32\], the config asks for \[2147483647, 32\]",
+        ),
+        ({"vocab_size": 10**400}, r"vocab_size must be at most 2147483647, got 1000.*\.\.\. .401 characters"),
+        ({"mlp_hidden_size": 2**63}, "mlp_hidden_size must be at most 2147483647, got 9223372036854775808"),
+        (
+            {"max_sequence_length": 2**31 - 1},
+            r"GB are free: .* GB to work with .max_num_seqs=32, max_model_len=2147483647",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number, got 1000.*401 characters"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, got nan"),
+        ({"eos_token_id": 10**400}, "eos_token_id=10000.*is outside the 300 embeddings"),
         ({"architectures": None}, "architectures must be a list of one name"),
         ({"architectures": "LLaDAModelLM"}, "architectures must be a list of one name"),
         ({"d_model": None}, "config.json: d_model is missing"),
@@ -60,7 +78,7 @@ WTE = "model.transformer.wte.weight"
         ({"weight_tying": []}, "weight_tying must be true or false, got"),
         ({"n_layers": 3}, "9 missing: model.transformer.blocks.2.attn_norm.weight"),
         ({"n_layers": 1}, "9 unexpected: model.transformer.blocks.1.attn_norm.weight"),
-        ({"weight_tying": True}, "1 unexpected: model.transformer.ff_out.weight"),
+        ({"weight_tying": True}, "model.transformer.ff_out.weight differs from model.transformer.wte.weight, and"),
         ({"mlp_hidden_size": 64}, r"ff_out.weight in model.safetensors has shape \[32, 48\], the config asks for"),
         ({"n_kv_heads": 2}, r"k_proj.weight in model.safetensors has shape \[32, 32\], the config asks for \[16, 32\]"),
         (
@@ -77,6 +95,12 @@ def test_configs(checkpoint, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         LLM(tmp_path, device="cpu")
+
+
+def _strange_id(path):
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = 5_000_000
+    path.write_text(json.dumps(content))
 
 
 def _truncate(path):
@@ -98,6 +122,36 @@ def _edit(change):
         ("config.json", lambda p: p.unlink(), "there is no config.json; a checkpoint in the Hugging Face format"),
         ("config.json", lambda p: p.write_text("{"), "config.json: not valid JSON"),
         ("config.json", lambda p: p.write_text("[]"), "a JSON object is expected, got list"),
+        ("config.json", lambda p: p.write_text("[" * 10**5), "config.json: not valid JSON: it is nested too deeply"),
+        ("config.json", lambda p: p.write_bytes(b"\xff"), "config.json: not valid JSON: 'utf-8' codec can't decode"),
+        ("config.json", lambda p: p.write_text('{"a": ' + "1" * 5000 + "}"), "config.json: not valid JSON: Exceeds"),
+        (
+            "config.json",
+            lambda p: os.truncate(p, 10**8 + 1),
+            "config.json: 100000001 bytes, more than the 100000000 of",
+        ),
+        ("tokenizer.json", lambda p: p.write_text("[" * 10**5), "the tokenizer cannot be loaded: maximum recursion"),
+        ("tokenizer.json", _strange_id, "has a token of id 5000000, the model's vocab_size is only 300"),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text("[" * 10**5),
+            "_config.json: not valid JSON: it is nested too",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text("[]"),
+            "tokenizer_config.json: a JSON object is expected, got",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text('{"fast_tokenizer_files": ["tokenizer.json", "../x/tokenizer.4.0.0.json"]}'),
+            r"fast_tokenizer_files must be plain file names, got \['tokenizer.json', '../x/",
+        ),
+        (
+            "tokenizer_config.json",
+            lambda p: p.write_text('{"eos_token": 5}'),
+            "the tokenizer cannot be loaded: Special",
+        ),
         ("tokenizer.json", lambda p: p.write_text("{}"), "the tokenizer cannot be loaded"),
         ("model.safetensors", lambda p: p.unlink(), "there is neither model.safetensors nor"),
         ("model.safetensors", _truncate, "model.safetensors: not a whole safetensors file"),
@@ -140,7 +194,7 @@ def test_damaged_files(checkpoint, tmp_path, file, damage, message):
             "named in .*but there is no such file",
         ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "not a safetensors index with a weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("nonsense"), "not a safetensors index"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("nonsense"), "index.json: not valid JSON"),
         (
             lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(
                 (f / "model-00001-of-00003.safetensors").read_bytes()
@@ -155,6 +209,31 @@ def test_damaged_shards(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         LLM(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_head_stored_beside_tied_embeddings(tmp_path, shards):
+    folder = write_checkpoint(tmp_path, weight_tying=True, shards=shards)
+    with LLM(folder, device="cpu") as llm:
+        expected = llm.generate([1, 2], use_tqdm=False)[0].outputs
+    first = sorted(folder.glob("*.safetensors"))[0]
+    head = load_file(first)[WTE].clone()
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    index = folder / "model.safetensors.index.json"
+    if shards > 1:
+        content = json.loads(index.read_text())
+        content["weight_map"][HEAD] = last.name
+        index.write_text(json.dumps(content))
+    _edit(lambda t: t.update({HEAD: head}))(last)
+    with LLM(folder, device="cpu") as llm:
+        assert llm.generate([1, 2], use_tqdm=False)[0].outputs == expected
+    head[3, 4] += 1e-3
+    _edit(lambda t: t.update({HEAD: head}))(last)
+    with pytest.raises(ValueError, match=f"{HEAD} differs from {WTE}, and the config's weight_tying is true"):
+        LLM(folder, device="cpu")
+    _edit(lambda t: t.update({HEAD: head[:-1].clone()}))(last)
+    with pytest.raises(ValueError, match=f"{HEAD} in .* has shape .60, 32., the config asks for .61, 32."):
+        LLM(folder, device="cpu")
 
 
 def test_strings_and_chat_without_a_tokenizer(tmp_path):
@@ -182,11 +261,19 @@ NO_FOLDER = "is no folder; a checkpoint's folder or a Hub name is expected"
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no-such-model-here", HUB), ("a/b/c", HUB), ("/no/such/folder", NO_FOLDER), ("./here", NO_FOLDER)],
+    [
+        ("no-such-model-here", HUB),
+        ("a/b/c", HUB),
+        ("/no/such/folder", NO_FOLDER),
+        ("./here", NO_FOLDER),
+        ("/dev/null", NO_FOLDER),
+        ("a" * 100 + "/b" * 3000, "cannot be looked for: .* File name too long"),
+        ("~nobody-of-that-name/x", "cannot be looked for: Could not determine home directory"),
+    ],
 )
 def test_a_model_that_is_nowhere(name, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"'{name}' {message}"):
+    with pytest.raises(ValueError, match=f"{name[:60]}.* {message}"):
         LLM(name, device="cpu")
 
 
@@ -216,6 +303,6 @@ def test_a_download_that_breaks_off(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("peer closed connection")
 
-    monkeypatch.setattr("blockinfer.llm.snapshot_download", broken)
+    monkeypatch.setattr("blockinfer.checkpoint.snapshot_download", broken)
     with pytest.raises(ValueError, match=f"'some/model' {HUB}: peer closed connection"):
         LLM("some/model", device="cpu")

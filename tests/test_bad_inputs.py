@@ -50,8 +50,32 @@ from blockinfer import LLM, SamplingParams
             "'sequential' does not read confidence_eos_eot_inf",
         ),
         ({"max_token": 5}, TypeError, "unknown option 'max_token'; did you mean 'max_tokens'?"),
-        ({"top_p": 0.9}, TypeError, "unknown option 'top_p'"),
-        ({"n": 2}, TypeError, "unknown option 'n'"),
+        ({"top_p": 0.9}, TypeError, "unknown option 'top_p'; there is no such filter here: temperature alone shapes"),
+        ({"n": 2}, TypeError, "unknown option 'n'; a request has one output: pass the prompt as often as you want"),
+        ({"gen_length": 2}, TypeError, "unknown option 'gen_length'; it is called max_tokens here"),
+        ({"max_new_tokens": 2}, TypeError, "it is called max_tokens here"),
+        ({"steps": 2}, TypeError, "unknown option 'steps'; denoising_steps are those of one block"),
+        ({"block_size": 2}, TypeError, "it is called block_length here"),
+        ({"remasking": "random"}, TypeError, "it is called unmasking here"),
+        ({"cfg_scale": 0.0}, TypeError, "there is no classifier-free guidance here"),
+        ({"max_model_len": 5}, TypeError, "unknown option 'max_model_len'; it is an option of LLM"),
+        ({"what": 5}, TypeError, "unknown option 'what'; it takes max_tokens, block_length, .*eot_inf$"),
+        ({"mode": "dual"}, ValueError, "got 'dual'; did you mean 'dual_cache'?"),
+        ({"mode": "a" * 1000}, ValueError, r"got 'aaaa.*\.\.\. .1002 characters.$"),
+        (
+            {"max_tokens": 10**5000},
+            ValueError,
+            "max_tokens must be below 2..64, got something of type int that cannot be shown",
+        ),
+        (
+            {"max_tokens": -(10**5000)},
+            ValueError,
+            "max_tokens must be at least 1, got something of type int that cannot be shown",
+        ),
+        ({"block_length": 2**64}, ValueError, "block_length must be below 2..64, got 18446744073709551616"),
+        ({"temperature": 10**400}, ValueError, "temperature must be a finite number, got 1000.*401 characters"),
+        ({"unmasking": "factor", "factor": 10**400}, ValueError, "factor must be a finite number, got 1000"),
+        ({"stop_token_ids": {1}}, ValueError, "stop_token_ids must be a list of token ids, got {1}"),
     ],
 )
 def test_sampling_params(options, error, message):
@@ -63,8 +87,25 @@ def test_sampling_params(options, error, message):
     ("options", "error", "message"),
     [
         ({"max_num_seq": 4}, TypeError, "LLM got an unknown option 'max_num_seq'; did you mean 'max_num_seqs'?"),
-        ({"gpu_memory_utilization": 0.9}, TypeError, "unknown option 'gpu_memory_utilization'"),
-        ({"trust_remote_code": True}, TypeError, "unknown option 'trust_remote_code'"),
+        (
+            {"gpu_memory_utilization": 0.9},
+            TypeError,
+            "'gpu_memory_utilization'; kv_cache_memory, in bytes, bounds the KV",
+        ),
+        (
+            {"trust_remote_code": True},
+            TypeError,
+            "'trust_remote_code'; a checkpoint's own code never runs; leave it out",
+        ),
+        ({"tensor_parallel_size": 2}, TypeError, "'tensor_parallel_size'; the model runs on one GPU"),
+        ({"block_size": 16}, TypeError, "'block_size'; it is called page_size here"),
+        ({"max_tokens": 16}, TypeError, "'max_tokens'; it is an option of SamplingParams"),
+        ({"gen_length": 16}, TypeError, "'gen_length'; in SamplingParams it is called max_tokens here"),
+        ({"device": "cpu:3"}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got 'cpu:3'"),
+        ({"device": 0}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got '0'"),
+        ({"max_num_seqs": 10**9}, ValueError, r"GB are free: .* GB to work with .max_num_seqs=1000000000"),
+        ({"kv_cache_memory": 10**5000}, ValueError, "kv_cache_memory must be below 2"),
+        ({"page_size": 2**63}, ValueError, "needs .* GB on cpu, .* for the KV cache .kv_cache_memory, page_size"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of auto, float64, .*got 'int8'"),
         ({"dtype": "float"}, ValueError, "got 'float'; did you mean"),
         ({"dtype": torch.int32}, ValueError, "dtype must be one of .*got torch.int32"),
@@ -82,7 +123,11 @@ def test_sampling_params(options, error, message):
         ({"page_size": 0}, ValueError, "page_size must be at least 1, got 0"),
         ({"page_size": 16.0}, ValueError, "page_size must be an integer, got 16.0"),
         ({"kv_cache_memory": 100}, ValueError, "a KV cache of 100 bytes holds no page; one of 16 tokens takes 8192"),
-        ({"kv_cache_memory": 2**62, "page_size": 2**40}, ValueError, "the KV cache of .* bytes cannot be allocated"),
+        (
+            {"kv_cache_memory": 2**62, "page_size": 2**40},
+            ValueError,
+            "needs 18,014,398.52 GB on cpu, .* GB are free: .* for the KV cache",
+        ),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 2**64}, ValueError, "seed must be below 2\\*\\*64"),
         ({"tokenizer": 5}, ValueError, "tokenizer must be a folder or a name on the Hub, got 5"),
@@ -136,6 +181,11 @@ def test_a_gpu_that_is_not_there(checkpoint):
         ([[1] * 200], "the prompt's 200 tokens and max_tokens=128 make 328, more than max_model_len=256"),
         (["x", "\ud800"], r"prompt 1: the prompt must be valid Unicode, got a lone surrogate, '\\ud800'"),
         (["x" * 300], "the prompt's 301 tokens and max_tokens=128 make 429"),
+        (["x", "x" * 10**8], "prompt 1: the prompt's 100000000 characters cannot fit max_model_len=256"),
+        (
+            [[10**5000]],
+            "prompt token 0 must be an integer from 0 to 299, got something of type int that cannot be shown",
+        ),
     ],
 )
 def test_prompts(llm, prompt, message):
@@ -169,7 +219,10 @@ def test_params_of_generate(llm, params, message):
         ([{"role": "user"}], "conversation 0: message 0 must be .*got the keys .'role'"),
         ([[{"role": "user", "content": "a"}], []], "conversation 1: it has no messages"),
         ([{"role": "user", "content": 5}], "conversation 0: message 0 must be"),
-        ([{"role": "user", "content": "\ud800"}], "conversation 0 must be valid Unicode, got a lone surrogate"),
+        (
+            [{"role": "user", "content": "\ud800"}],
+            "conversation 0: the prompt must be valid Unicode, got a lone surrogate",
+        ),
         ([{"role": "user", 1: 5}], "conversation 0: message 0 must be .*got the keys"),
         (["hi"], "conversation 0: it must be a list of .*, got str"),
         ([1, 2], "conversation 0: it must be a list of .*, got int"),
@@ -186,3 +239,51 @@ def test_a_request_that_the_pages_can_never_hold(checkpoint):
         with pytest.raises(ValueError, match="10 tokens and max_tokens=39 need 4 pages of 16 .* has 3"):
             llm.generate([1] * 10, SamplingParams(max_tokens=39))
         assert llm.generate([1] * 10, SamplingParams(max_tokens=38), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"params": SamplingParams()}, TypeError, "unknown option 'params'; it is called sampling_params here"),
+        ({"sampling_param": SamplingParams()}, TypeError, "'sampling_param'; it is called sampling_params here"),
+        ({"max_tokens": 5}, TypeError, "unknown option 'max_tokens'; it is an option of SamplingParams"),
+        ({"gen_length": 5}, TypeError, "unknown option 'gen_length'; in SamplingParams it is called max_tokens here"),
+        ({"lora_request": None}, TypeError, "unknown option 'lora_request'; there are no adapters here"),
+        ({"on_finished": print}, TypeError, "unknown option 'on_finished'; did you mean 'on_finish'?"),
+        ({"on_finish": 5}, ValueError, "on_finish must be a function of one output, got 5"),
+        ({"use_tqdm": None}, ValueError, "use_tqdm must be True or False, got None"),
+        (
+            {"sampling_params": 5},
+            ValueError,
+            "sampling_params must be a SamplingParams or one for each prompt, got int",
+        ),
+    ],
+)
+def test_options_of_generate_and_chat(llm, options, error, message):
+    options = {"use_tqdm": False} | options
+    with pytest.raises(error, match=message):
+        llm.generate([1], **options)
+    with pytest.raises(error, match=message):
+        llm.chat([{"role": "user", "content": "hi"}], **options)
+
+
+@pytest.mark.parametrize("request_id", [-1, None, "x", [1], 10**400])
+def test_an_id_that_no_request_has(llm, request_id):
+    with pytest.raises(ValueError, match="there is no unfinished request "):
+        llm.engine.abort(request_id)
+
+
+@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("encode", "prompt 0: the tokenizer cannot encode the prompt"), ("decode", "cannot decode the tokens of request")],
+)
+def test_a_tokenizer_that_fails(llm, monkeypatch, kind, method, message):
+    """The library's errors are bare Exceptions, or panics, which are none."""
+
+    def fail(*_, **__):
+        raise kind("Regex search error: retry-limit-in-match over")
+
+    monkeypatch.setattr(llm.tokenizer, method, fail)
+    with pytest.raises(ValueError, match=f"{message}.*: Regex search error"):
+        llm.generate("hi", SamplingParams(max_tokens=4), use_tqdm=False)

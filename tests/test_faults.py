@@ -1,10 +1,7 @@
 """What goes wrong while the engine runs: an error that names it, and an engine that can go on."""
 
 import dataclasses
-import inspect
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,53 +239,6 @@ def test_without_memory_for_a_prediction_nothing_is_revealed(llm, monkeypatch):
     while engine.has_unfinished():
         outputs += engine.step()
     assert [output.outputs for output in outputs] == expected
-
-
-def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
-    """The interrupt comes at the n-th line that the engine executes, for n all over a run but its clean-up."""
-    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
-    params = SamplingParams(max_tokens=4, block_length=2)
-    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
-    files = {"llm.py", "engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
-    source, first_line = inspect.getsourcelines(LLM.generate)
-    (clean_up,) = [first_line + i for i, line in enumerate(source) if line.strip() == "engine.abort_all()"]
-    lines = 0
-
-    def run(stop_at):
-        nonlocal lines
-        lines = 0
-
-        def trace(frame, event, _):
-            nonlocal lines
-            if Path(frame.f_code.co_filename).name not in files:
-                return None
-            cleans = frame.f_code.co_name in ("abort_all", "__init__") or frame.f_lineno == clean_up
-            if event == "line" and not cleans:
-                lines += 1
-                if lines == stop_at:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            return [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
-        finally:
-            sys.settrace(None)
-
-    former = sys.gettrace()
-    assert run(0) == expected
-    total = lines
-    assert total > 500
-    try:
-        for stop_at in range(40, total - 1, 7):
-            with pytest.raises(KeyboardInterrupt):
-                run(stop_at)
-            engine = llm.engine
-            assert not engine.has_unfinished() and engine.pool.num_free == engine.pool.num_pages
-        assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
-    finally:
-        sys.settrace(former)
 
 
 def test_an_abort_from_on_finish_is_reported(llm):

@@ -1,21 +1,21 @@
 """The engine's loop: requests in, one step at a time, finished requests out."""
 
-import math
-import os
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from blockinfer.checks import check_text
+from blockinfer.checks import check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
 from blockinfer.engine.graphs import ROW_TILE
-from blockinfer.engine.model_runner import ModelRunner, page_shape
+from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.sequence import Sequence
+from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
 from blockinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from blockinfer.sampling_params import SamplingParams
@@ -23,10 +23,16 @@ from blockinfer.sampling_params import SamplingParams
 Prompt = str | list[int] | dict[str, Any]
 
 _EOT = "<|eot_id|>"
+# More than a token can stand for.
+_MAX_CHARACTERS = 1000
 
 
 class Engine:
-    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens."""
+    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens.
+
+    A call that Ctrl-C cuts short leaves its work half done. The next call sees that, and puts every request back to the
+    start of its block, as a preemption does: no tokens change and no output is lost.
+    """
 
     def __init__(self, model: LLaDA, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.model = model
@@ -35,7 +41,8 @@ class Engine:
         eos_ids = list(model.config.eos_token_ids)
         eot_ids = [tokenizer.convert_tokens_to_ids(_EOT)] if tokenizer and _EOT in tokenizer.get_vocab() else []
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
-        self.runner = ModelRunner(model, config, _num_pages(model, config), eos_ids, eos_ids + eot_ids)
+        pages = num_pages(model.config, config, free_memory(config.device))
+        self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
         self.abort_all()
         self._next_id = 0
         self._seeds = random.Random(config.seed)
@@ -58,8 +65,9 @@ class Engine:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         sequence = Sequence(self._next_id, text, token_ids, params, seed, frozenset(stops))
         self._next_id += 1
-        self._sequences[sequence.request_id] = sequence
-        self.scheduler.add(sequence)
+        with self._whole():
+            self.scheduler.add(sequence)
+            self._sequences[sequence.request_id] = sequence
         return sequence.request_id
 
     def step(self) -> list[RequestOutput]:
@@ -69,6 +77,17 @@ class Engine:
         is at the latest the step that ends such a request's block. Nothing runs then; abort those, and the others,
         which have lost nothing, go on.
         """
+        with self._whole():
+            # kept until they are given out, which is the last thing that is done
+            self._finished = self._finished + self._step()
+            for output in self._finished:
+                self._drop(output.request_id)
+        try:
+            return self._finished
+        finally:
+            self._finished = []
+
+    def _step(self) -> list[RequestOutput]:
         self._check_finite()
         scheduled = self.scheduler.schedule()
         if not scheduled:
@@ -90,29 +109,58 @@ class Engine:
             sequence.finish_block(result.token_ids)
             if sequence.is_finished():
                 finished.append(self._output(sequence))
-                self.abort(sequence.request_id)
         return finished
 
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError where there is none of that id."""
-        if request_id not in self._sequences:
-            raise ValueError(f"there is no unfinished request {request_id!r}")
-        self.scheduler.release(self._sequences[request_id])
-        del self._sequences[request_id]
+        if not isinstance(request_id, int) or request_id not in self._sequences:
+            raise ValueError(f"there is no unfinished request {shown(request_id)}")
+        with self._whole():
+            self._drop(request_id)
 
     def abort_all(self) -> None:
-        """Drops every unfinished request.
-
-        Begins anew rather than taking each one out, so that it also mends what Ctrl-C has cut in half.
-        """
-        self._sequences: dict[int, Sequence] = {}
-        self.pool = PagePool(self.runner.num_pages, self.config.page_size)
-        row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
-        limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        self.scheduler = Scheduler(self.pool, *limits, row_tile)
+        """Drops every unfinished request, and mends what Ctrl-C has cut in half."""
+        self._begin_anew({}, [])
 
     def has_unfinished(self) -> bool:
-        return bool(self._sequences)
+        """Whether `step` has something to do, or something to give out that Ctrl-C kept it from giving out."""
+        return bool(self._sequences or self._finished)
+
+    def _drop(self, request_id: int) -> None:
+        # one that ended in a call that was cut short is not there any more
+        if request_id in self._sequences:
+            self.scheduler.release(self._sequences[request_id])
+            del self._sequences[request_id]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
+        if self._cut_short:
+            finished = {output.request_id: output for output in self._finished}
+            for i, sequence in self._sequences.items():
+                if sequence.is_finished() and i not in finished:
+                    finished[i] = self._output(sequence)
+            unfinished = {i: sequence for i, sequence in self._sequences.items() if i not in finished}
+            self._begin_anew(unfinished, list(finished.values()))
+        self._cut_short = True
+        try:
+            yield
+        except Exception:
+            self._cut_short = False
+            raise
+        self._cut_short = False
+
+    def _begin_anew(self, sequences: dict[int, Sequence], finished: list[RequestOutput]) -> None:
+        """With these requests waiting; what the engine has is replaced at once, at the end."""
+        pool = PagePool(self.runner.num_pages, self.config.page_size)
+        row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
+        limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
+        scheduler = Scheduler(pool, *limits, row_tile)
+        for sequence in sequences.values():
+            sequence.requeue()
+            scheduler.add(sequence)
+        self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
+        self._cut_short = False
 
     def _check_finite(self) -> None:
         """Raises FloatingPointError that names the running requests whose logits were not finite: their tokens would
@@ -134,7 +182,7 @@ class Engine:
         if not isinstance(prompt, dict):
             prompt = {"prompt_token_ids": prompt}
         if not prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
-            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
+            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {shown(list(prompt))}')
         text = prompt.get("prompt")
         if not isinstance(text, str | None):
             raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
@@ -143,8 +191,7 @@ class Engine:
         elif self.tokenizer is None:
             raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
         else:
-            check_text("the prompt", text or "")
-            token_ids = self.tokenizer.encode(text) if text else []
+            token_ids = self.tokenize(text) if text else []
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
         if not token_ids:
@@ -152,8 +199,19 @@ class Engine:
         limit = self.model.config.embedding_size
         for i, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {token_id!r}")
+                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
         return text, list(token_ids)
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""
+        check_text("the prompt", text)
+        # such a one is not worth the memory that its tokens take
+        if len(text) > _MAX_CHARACTERS * self.config.max_model_len:
+            raise ValueError(
+                f"the prompt's {len(text)} characters cannot fit max_model_len={self.config.max_model_len}"
+            )
+        with foreign_errors("the tokenizer cannot encode the prompt"):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
         total = prompt_len + params.max_tokens
@@ -168,6 +226,7 @@ class Engine:
                 f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
                 f"{self.pool.num_pages}; raise kv_cache_memory"
             )
+        self._check_candidates(params)
         for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
             if getattr(params, option) and not len(ids):
                 raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
@@ -175,12 +234,21 @@ class Engine:
         if outside:
             raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
 
+    def _check_candidates(self, params: SamplingParams) -> None:
+        """A position must have a token that it can become."""
+        config, mask_id = self.model.config, self.config.mask_token_id
+        forbidden = {mask_id, *config.eos_token_ids} if params.logits_eos_inf else {mask_id}
+        if len([i for i in forbidden if i < config.vocab_size]) == config.vocab_size:
+            tokens = "the mask token and, by logits_eos_inf, EOS" if params.logits_eos_inf else "the mask token"
+            raise ValueError(f"vocab_size={config.vocab_size} leaves no token to predict besides {tokens}")
+
     def _output(self, sequence: Sequence) -> RequestOutput:
         stop = sequence.stop_position()
         token_ids = sequence.output_token_ids[:stop]
         text = None
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request_id}"):
+                text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         now = time.perf_counter()
         return RequestOutput(
             request_id=sequence.request_id,
@@ -206,29 +274,3 @@ class Engine:
                 seed=sequence.seed,
             ),
         )
-
-
-def _num_pages(model: LLaDA, config: EngineConfig) -> int:
-    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
-    allows; without it, as far as 90 % of the GPU memory that a step leaves free, or half of a CPU machine's, does.
-
-    Raises ValueError when that is not one page.
-    """
-    page_bytes = math.prod(page_shape(model, config.page_size)) * config.dtype.itemsize
-    memory = config.kv_cache_memory or _available_memory(model, config)
-    num_pages = min(memory // page_bytes, config.max_num_seqs * -(-config.max_model_len // config.page_size))
-    if num_pages < 1:
-        raise ValueError(
-            f"a KV cache of {memory} bytes holds no page; one of {config.page_size} tokens takes {page_bytes}"
-        )
-    return num_pages
-
-
-def _available_memory(model: LLaDA, config: EngineConfig) -> int:
-    """Bytes for the KV cache."""
-    if config.device.type == "cuda":
-        # the widest moment of a layer: gate and up, their product, and a few hidden states
-        width = 3 * model.config.mlp_hidden_size + 8 * model.config.d_model
-        step = config.max_num_batched_tokens * width * config.dtype.itemsize
-        return max(0, int(torch.cuda.mem_get_info(config.device)[0] * 0.9) - step)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

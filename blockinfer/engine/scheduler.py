@@ -1,6 +1,7 @@
 """Who runs in the next step. Plain Python: requests wait, run, are preempted and come back; no tensors."""
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Collection
 from typing import NamedTuple
 
 from blockinfer.engine.page_pool import PagePool
@@ -27,12 +28,18 @@ class Scheduler:
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
-        self.waiting: deque[Sequence] = deque()
+        # by id, so that an abort need not look for its request
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # oldest first
         self._free_slots = list(range(max_num_seqs))[::-1]
 
+    @property
+    def waiting(self) -> Collection[Sequence]:
+        """The next to run first."""
+        return self._waiting.values()
+
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._waiting[sequence.request_id] = sequence
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next step's sequences, in the order they were added.
@@ -69,7 +76,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out, running or waiting; its pages and slot are free again."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
+            del self._waiting[sequence.request_id]
         else:
             self._stop_running(sequence)
 
@@ -83,10 +90,14 @@ class Scheduler:
                 sequence.pages += self.pool.allocate(shortage)
 
     def _admit(self) -> None:
-        while self.waiting and self._free_slots and self._shortage(self.waiting[0]) <= self.pool.num_free:
-            sequence = self.waiting.popleft()
+        while self._waiting and self._free_slots:
+            sequence = next(iter(self._waiting.values()))
+            shortage = self._shortage(sequence)
+            if shortage > self.pool.num_free:
+                break
+            del self._waiting[sequence.request_id]
             sequence.slot = self._free_slots.pop()
-            sequence.pages = self.pool.allocate(self._shortage(sequence))
+            sequence.pages = self.pool.allocate(shortage)
             self.running.append(sequence)
         self.running.sort(key=lambda s: s.request_id)
 
@@ -97,7 +108,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         sequence.restart_block()
-        self.waiting.appendleft(sequence)
+        self._waiting[sequence.request_id] = sequence
+        self._waiting.move_to_end(sequence.request_id, last=False)
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

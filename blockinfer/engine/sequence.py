@@ -76,9 +76,6 @@ class Sequence:
             self._plan = Plan(segments, rows, max(kv_len for _, _, kv_len in segments))
         return self._plan
 
-    def segments(self) -> list[Segment]:
-        return self.plan().segments
-
     def _state(self) -> BlockState:
         return BlockState(
             prompt_len=self.prompt_len,
@@ -130,6 +127,13 @@ class Sequence:
         self.step = 0
         self.num_cached = 0
         self._plan = None
+
+    def requeue(self) -> None:
+        """Out of slot and pages and back to the start of the current block, whatever a call that was cut short left."""
+        self.preemptions += self.slot is not None
+        self.slot, self.pages, self.on_device, self.broken = None, [], False, False
+        self.num_cached = 0
+        self._begin_block()
 
     def stop_position(self) -> int | None:
         """Where in the output the first stop token is, if any."""

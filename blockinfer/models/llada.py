@@ -1,5 +1,6 @@
 """Dense LLaDA (arXiv 2502.09992): a pre-norm transformer with RMSNorm, RoPE and SwiGLU, and no causal mask."""
 
+import math
 from functools import partial
 
 import torch
@@ -107,6 +108,22 @@ class LLaDA(nn.Module):
             parts |= {"attn_out": layer.attn_out, "ff_proj": gate, "up_proj": up, "ff_out": layer.ff_out}
             tensors |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
         return {f"model.transformer.{name}.weight": tensor for name, tensor in tensors.items()}
+
+
+def published_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """What `LLaDA.checkpoint_tensors` has, by arithmetic alone: of the model, and of each layer."""
+    d, kv_rows, mlp = config.d_model, config.n_kv_heads * config.head_dim, config.mlp_hidden_size
+    model = {"wte": (config.embedding_size, d), "ln_f": (d,)}
+    if not config.weight_tying:
+        model["ff_out"] = model["wte"]
+    layer = {"attn_norm": (d,), "ff_norm": (d,), "q_proj": (d, d), "k_proj": (kv_rows, d), "v_proj": (kv_rows, d)}
+    layer |= {"attn_out": (d, d), "ff_proj": (mlp, d), "up_proj": (mlp, d), "ff_out": (d, mlp)}
+    return model, layer
+
+
+def num_parameters(config: ModelConfig) -> int:
+    model, layer = (sum(map(math.prod, shapes.values())) for shapes in published_shapes(config))
+    return model + config.n_layers * layer
 
 
 def _weight(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from blockinfer.checks import nearest
+from blockinfer.checks import shown
 from blockinfer.models.llada import LLaDA
 
 MODELS: dict[str, type[LLaDA]] = {"LLaDAModelLM": LLaDA}
@@ -32,6 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def model_class(architecture: str, source: str) -> type[LLaDA]:
     """Raises ValueError for an architecture that is not implemented, naming those that are."""
     if architecture not in MODELS:
-        known = f"only {', '.join(MODELS)} is{nearest(architecture, MODELS)}"
-        raise ValueError(f"{source}: architecture {architecture!r} is not implemented, {known}")
+        # no nearest name: a checkpoint's is hardly mistyped, and LLaDA's relatives differ in one syllable
+        raise ValueError(
+            f"{source}: architecture {shown(architecture)} is not implemented, only {', '.join(MODELS)} is"
+        )
     return MODELS[architecture]

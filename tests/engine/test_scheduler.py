@@ -1,5 +1,7 @@
 """The scheduler and the page pool under any order of arrivals, finishes, aborts and preemptions. No tensors."""
 
+import time
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -121,6 +123,19 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     scheduled = scheduler.schedule()
     assert [entry.sequence for entry in scheduled] == [young, later]
     assert scheduled[-1].plan.segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
+
+
+def test_a_long_queue_is_aborted_from_its_back():
+    """Nobody looks for a request in the queue: 40,000 took 8 s so, and take 5 ms."""
+    scheduler = Scheduler(PagePool(6, 4), max_num_seqs=4, max_num_batched_tokens=100)
+    sequences = [make(i, 4) for i in range(40_000)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    start = time.perf_counter()
+    for sequence in reversed(sequences[1:]):
+        scheduler.release(sequence)
+    assert time.perf_counter() - start < 2
+    assert list(scheduler.waiting) == sequences[:1]
 
 
 def test_a_page_cannot_be_freed_twice():

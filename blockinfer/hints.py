@@ -1,0 +1,80 @@
+"""What the options of other programs are called here, for those who come from one: unknown option -> a hint.
+
+From LLaDA's generate.py, Fast-dLLM, dInfer, Dream, transformers and vLLM.
+"""
+
+
+def _is(name: str, *foreign: str) -> dict[str, str]:
+    return dict.fromkeys(foreign, f"it is called {name} here")
+
+
+_TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
+_PENALTY = "tokens are neither penalized nor favoured here"
+_ONE_EACH = "a request has one output: pass the prompt as often as you want answers, each with its seed"
+_CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
+_ONE_GPU = "the model runs on one GPU"
+
+SAMPLING_HINTS = {
+    **_is("max_tokens", "gen_length", "gen_len", "max_new_tokens", "max_gen_toks", "max_completion_tokens"),
+    "max_length": "max_tokens counts generated positions, without the prompt",
+    **_is("block_length", "block_size", "block_len"),
+    **dict.fromkeys(
+        ("steps", "diffusion_steps", "num_steps", "max_steps"),
+        "denoising_steps are those of one block, not of all blocks together",
+    ),
+    **_is("denoising_steps", "steps_per_block"),
+    **_is("unmasking", "remasking", "remask", "alg", "rule", "strategy"),
+    **_is("threshold", "confidence_threshold"),
+    **_is("temperature", "temp"),
+    "do_sample": "temperature=0 is greedy, above it samples",
+    **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p"), _TEMPERATURE),
+    **dict.fromkeys(
+        ("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty", "logit_bias"), _PENALTY
+    ),
+    **dict.fromkeys(
+        ("bad_words", "min_tokens", "allowed_token_ids", "logits_processors", "guided_decoding", "structured_outputs"),
+        "no token but EOS can be forbidden here (logits_eos_inf)",
+    ),
+    **dict.fromkeys(("n", "best_of", "num_return_sequences"), _ONE_EACH),
+    **dict.fromkeys(("num_beams", "use_beam_search"), "there is no beam search here"),
+    **dict.fromkeys(("logprobs", "prompt_logprobs"), "probabilities are not reported here"),
+    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "there is no classifier-free guidance here"),
+    **dict.fromkeys(("use_cache", "dual_cache", "prefix_cache", "cache", "if_cache_position"), _CACHE),
+    **dict.fromkeys(("stop", "stop_strings", "stop_sequences"), "there are no stop strings here, only stop_token_ids"),
+    "truncate_prompt_tokens": "prompts are never cut",
+    **_is("stop_token_ids", "eos_token_id", "eos_id", "stop_tokens"),
+    **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),
+    **_is("mask_token_id, an option of LLM,", "mask_id"),
+    **dict.fromkeys(("skip_special_tokens", "detokenize"), "text is decoded without special tokens"),
+}
+
+LLM_HINTS = {
+    **_is("model", "model_path", "model_name", "pretrained_model_name_or_path"),
+    **_is("dtype", "torch_dtype"),
+    **_is("device", "device_map"),
+    **_is("tokenizer", "tokenizer_path"),
+    **_is("mask_token_id", "mask_id"),
+    **_is("max_model_len", "max_seq_len", "max_length", "max_seq_length", "max_position_embeddings"),
+    **_is("max_num_seqs", "batch_size", "max_batch_size"),
+    **_is("page_size", "block_size"),
+    **dict.fromkeys(
+        ("gpu_memory_utilization", "num_gpu_blocks_override", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb"),
+        "kv_cache_memory, in bytes, bounds the KV cache; weights are never moved out",
+    ),
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_GPU),
+    **dict.fromkeys(("trust_remote_code", "code_revision"), "a checkpoint's own code never runs; leave it out"),
+    **dict.fromkeys(("quantization", "load_in_8bit", "load_in_4bit", "kv_cache_dtype"), "nothing is quantized here"),
+    "attn_implementation": "attention is this package's own",
+}
+
+GENERATE_HINTS = {
+    **_is("sampling_params", "params", "generation_config", "sampling_param"),
+    "prompt_token_ids": 'prompts may be lists of ids, or {"prompt_token_ids": [...]}',
+    **_is("use_tqdm", "progress", "verbose", "show_progress"),
+    "lora_request": "there are no adapters here",
+    "stream": "outputs come when they are finished; on_finish gets each one",
+    **dict.fromkeys(("chat_template", "tools", "tokenizer"), "the checkpoint's template and tokenizer are used"),
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message"), "a conversation is always continued by the assistant"
+    ),
+}

@@ -1,0 +1,123 @@
+"""What a model needs and what is free, in bytes, by arithmetic: known before anything is allocated."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from blockinfer.config import EngineConfig, ModelConfig
+from blockinfer.models.llada import num_parameters
+
+# A page's and a slot's bookkeeping in Python; a layer's modules.
+_PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
+# For each token of the vocabulary: the rows that go through the LM head at once, three times.
+_COLUMN_BYTES = 3 * 1024
+
+
+def check_fits(model: ModelConfig, config: EngineConfig) -> None:
+    """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
+    kv_cache_memory or else the least, one page."""
+    free = free_memory(config.device)
+    weights = num_parameters(model) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
+    working = _working_bytes(model, config)
+    pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
+    cache = pages * page_bytes(model, config)
+    if weights + working + cache > free:
+        dtype = str(config.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{config.model} needs {_gb(weights + working + cache)} on {config.device}, {_gb(free)} are free: "
+            f"{_gb(weights)} for the weights in {dtype}, {_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
+            f"{_gb(working)} to work with (max_num_seqs={config.max_num_seqs}, max_model_len={config.max_model_len}, "
+            f"max_num_batched_tokens={config.max_num_batched_tokens})"
+        )
+
+
+def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
+    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
+    allows; without it, as far as 90 % of what a step leaves free on a GPU, or half of what is free on a CPU, does.
+
+    free: bytes, once the weights are there. Raises ValueError when that is not one page.
+    """
+    memory = config.kv_cache_memory or _default_cache(model, config, free)
+    size = page_bytes(model, config)
+    pages = min(memory // size, config.max_num_seqs * -(-config.max_model_len // config.page_size))
+    if pages < 1:
+        raise ValueError(f"a KV cache of {memory} bytes holds no page; one of {config.page_size} tokens takes {size}")
+    return pages
+
+
+def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """K and V of page_size tokens in all layers."""
+    return 2 * model.n_layers * config.page_size * model.n_kv_heads * model.head_dim * config.dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """What can still be allocated: of a GPU's memory, or of the machine's and of what its cgroups leave."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return max(0, min([_machine_free(), *_cgroups_free()]))
+
+
+def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
+    if config.device.type == "cuda":
+        return max(0, int(free * 0.9) - _step_bytes(model, config))
+    return free // 2
+
+
+def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """The widest moment of a layer, gate and up, their product, and a few hidden states; and the LM head's."""
+    width = 3 * model.mlp_hidden_size + 10 * model.d_model
+    return config.max_num_batched_tokens * width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
+
+
+def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """What is kept for positions and slots, and what the largest step takes."""
+    slots, length = config.max_num_seqs + 1, config.max_model_len
+    # a position's token, whether it is masked, and what is read of it; a page's number
+    state = slots * (length * 17 + -(-length // config.page_size) * (8 + _PAGE_HOST_BYTES) + _SLOT_HOST_BYTES)
+    rotations = length * model.head_dim * max(4, config.dtype.itemsize)
+    return state + rotations + _step_bytes(model, config)
+
+
+def _machine_free() -> int:
+    """Linux's own estimate, caches that it would give up included; elsewhere all that there is."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroups_free(root: Path = Path("/")) -> Iterator[int]:
+    """What each cgroup above this process leaves, of version 1 or 2, and so in a container too: its limit less what is
+    used and no file's cache."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            top, limit, used, total = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            total = "total_"
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(top):
+                try:
+                    stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                    cached = int(stat[f"{total}inactive_file"]) + int(stat[f"{total}active_file"])
+                    yield int((place / limit).read_text()) - int((place / used).read_text()) + cached
+                except (OSError, ValueError, KeyError):  # no such group here, or "max": no limit
+                    continue
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"

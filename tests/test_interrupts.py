@@ -1,0 +1,157 @@
+"""Ctrl-C at any line of the engine: nothing hangs, nothing is lost, and no token changes."""
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockinfer import LLM, SamplingParams
+from tests.checkpoints import write_checkpoint
+
+PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
+
+
+def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
+    """The interrupt comes at the n-th line that the engine executes, for n all over a run but its clean-up."""
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+    params = SamplingParams(max_tokens=4, block_length=2)
+    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+    files = {"llm.py", "engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
+    source, first_line = inspect.getsourcelines(LLM.generate)
+    (clean_up,) = [first_line + i for i, line in enumerate(source) if line.strip() == "engine.abort_all()"]
+    lines = 0
+
+    def run(stop_at):
+        nonlocal lines
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if Path(frame.f_code.co_filename).name not in files:
+                return None
+            cleans = frame.f_code.co_name in ("abort_all", "__init__") or frame.f_lineno == clean_up
+            if event == "line" and not cleans:
+                lines += 1
+                if lines == stop_at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            return [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+        finally:
+            sys.settrace(None)
+
+    former = sys.gettrace()
+    assert run(0) == expected
+    total = lines
+    assert total > 500
+    try:
+        for stop_at in range(40, total - 1, 7):
+            with pytest.raises(KeyboardInterrupt):
+                run(stop_at)
+            engine = llm.engine
+            assert not engine.has_unfinished() and engine.pool.num_free == engine.pool.num_pages
+        assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+    finally:
+        sys.settrace(former)
+
+
+def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
+    """Whoever steps by hand goes on after it. The pages are few, so that requests are preempted, too."""
+    page_bytes = 2 * 2 * 32 * 8 * 4
+    options = dict(dtype="float64", max_num_seqs=3, page_size=4, kv_cache_memory=8 * page_bytes)
+    prompts, params = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], dataclasses.replace(PARAMS, max_tokens=8)
+    files = {"engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
+    with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
+        expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+        engine = llm.engine
+
+        def run(stop_at):
+            """-> whether there was an interrupt, at the stop_at-th line."""
+            lines = 0
+
+            def trace(frame, event, _):
+                nonlocal lines
+                path = Path(frame.f_code.co_filename)
+                if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
+                    return None
+                lines += event == "line"
+                if lines == stop_at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            ids = [engine.add_request(prompt, params) for prompt in prompts]
+            dropped = engine.add_request([9, 9], params)
+            outputs, interrupted, steps = {}, 0, 0
+            sys.settrace(trace)
+            while engine.has_unfinished():
+                steps += 1
+                assert steps < 100, "it hangs"
+                try:
+                    if dropped in engine._sequences and steps > 3:
+                        engine.abort(dropped)
+                    outputs |= {output.request_id: output.outputs for output in engine.step()}
+                except KeyboardInterrupt:
+                    interrupted += 1
+            sys.settrace(None)
+            assert [outputs[i] for i in ids] == expected
+            assert engine.pool.num_free == engine.pool.num_pages
+            return interrupted
+
+        former = sys.gettrace()
+        try:
+            stop_at = 1
+            while run(stop_at):
+                stop_at += 61
+        finally:
+            sys.settrace(former)
+        assert stop_at > 3000
+
+
+def test_a_second_ctrl_c_within_the_clean_up_of_the_first(llm):
+    """The first comes while requests run, the second at each line that is executed from then on."""
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    params = [dataclasses.replace(PARAMS, max_tokens=4 * i) for i in (1, 2, 3)]
+    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    def run(stop_at):
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if "blockinfer" not in frame.f_code.co_filename:
+                return None
+            lines += event == "line"
+            if lines == stop_at:
+                sys.settrace(None)
+                raise KeyboardInterrupt("the second")
+            return trace
+
+        def first(output):
+            frame = sys._getframe(1)
+            while frame.f_code.co_name != run.__name__:
+                frame.f_trace, frame = trace, frame.f_back
+            sys.settrace(trace)
+            raise KeyboardInterrupt("the first")
+
+        with pytest.raises(KeyboardInterrupt) as caught:
+            try:
+                llm.generate(prompts, params, use_tqdm=False, on_finish=first)
+            finally:
+                sys.settrace(None)
+        return str(caught.value)
+
+    former, engine, seen = sys.gettrace(), llm.engine, 0
+    try:
+        while run(seen + 1) == "the second":
+            seen += 1
+            assert not engine.has_unfinished() and engine.pool.num_free == engine.pool.num_pages
+            assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+    finally:
+        sys.settrace(former)
+    assert seen > 20
