@@ -126,7 +126,7 @@ def test_sampling_params(options, error, message):
         (
             {"kv_cache_memory": 2**62, "page_size": 2**40},
             ValueError,
-            "needs 18,014,398.52 GB on cpu, .* GB are free: .* for the KV cache",
+            "needs 18,014,398.53 GB on cpu, .* GB are free: .* for the KV cache",
         ),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 2**64}, ValueError, "seed must be below 2\\*\\*64"),

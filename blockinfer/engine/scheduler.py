@@ -32,6 +32,7 @@ class Scheduler:
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: list[Sequence] = []  # oldest first
         self._free_slots = list(range(max_num_seqs))[::-1]
+        self._steps = 0
 
     @property
     def waiting(self) -> Collection[Sequence]:
@@ -46,6 +47,7 @@ class Scheduler:
 
         Where the rows exceed max_num_batched_tokens, the sequences that ran least recently go first.
         """
+        self._steps += 1
         self._grow()
         self._admit()
         scheduled, rows = [], 0
@@ -60,7 +62,7 @@ class Scheduler:
         return scheduled
 
     def _in_whole_tiles(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Without the last few, where more sequences a tile of rows run then. They are the first in the next step.
+        """Without a few, where more sequences a tile of rows run then: each in turn, so that none falls behind.
 
         A commit's 32 rows would else make a step of 1,024 as long as one of 1,152.
         """
@@ -68,10 +70,16 @@ class Scheduler:
         whole = rows // self.row_tile
         if self.row_tile == 1 or rows % self.row_tile == 0 or whole < _MANY_TILES:
             return scheduled
-        kept = list(scheduled)
+        in_turn = sorted(scheduled, key=lambda entry: (entry.sequence.last_out, -entry.sequence.request_id))
+        number = 0
         while rows > whole * self.row_tile:
-            rows -= kept.pop().plan.rows
-        return kept if len(kept) * (whole + 1) > len(scheduled) * whole else scheduled
+            rows -= in_turn[number].plan.rows
+            number += 1
+        if (len(scheduled) - number) * (whole + 1) <= len(scheduled) * whole:
+            return scheduled
+        for sequence, _ in in_turn[:number]:
+            sequence.last_out = self._steps
+        return in_turn[number:]
 
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out, running or waiting; its pages and slot are free again."""
@@ -97,6 +105,7 @@ class Scheduler:
                 break
             del self._waiting[sequence.request_id]
             sequence.slot = self._free_slots.pop()
+            sequence.last_out = self._steps
             sequence.pages = self.pool.allocate(shortage)
             self.running.append(sequence)
         self.running.sort(key=lambda s: s.request_id)

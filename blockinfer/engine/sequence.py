@@ -47,6 +47,7 @@ class Sequence:
         self._masked_left = 0
         self.num_cached = 0
         self.last_run = -1
+        self.last_out = 0  # the scheduler's step that it sat out last, or in which it was admitted
         self.nfe = 0
         self.denoising_steps = 0
         self.preemptions = 0

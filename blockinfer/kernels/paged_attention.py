@@ -309,19 +309,20 @@ def _paged_attention_kernel(
             )
 
         whole_tile = inside
+        # a part without keys has a total of 0: its weight is 2 ** -inf and its output 0
+        denominator = tl.where(total > 0, total, 1.0)
+        output = acc / denominator[:, None]
         if SPLIT:
             whole_tile = inside & (parts == 1)
             if parts > 1:
-                # a part without keys has a total of 0: its weight is 2 ** -inf and its output 0
-                log_sum = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
+                log_sum = tl.where(total > 0, largest + tl.log2(denominator), -float("inf"))
                 log_sum = tl.where(total == total, log_sum, total)  # NaN stays NaN
-                output = acc / tl.where(total > 0, total, 1.0)[:, None]
                 place = (tl.load(tile_ptr + _PLACE) + part) * KV_HEADS + kv_head
                 at = place * BLOCK_M + m
                 tl.store(log_sums_ptr + at, log_sum)
                 tl.store(parts_ptr + at[:, None] * HEAD_DIM + d[None, :], output, mask=inside)
         out_at = out_ptr + (row[:, None] * HEADS + head[:, None]) * HEAD_DIM + d[None, :]
-        tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=whole_tile)
+        tl.store(out_at, output.to(out_ptr.dtype.element_ty), mask=whole_tile)
 
 
 @triton.jit

@@ -144,3 +144,41 @@ def test_a_page_cannot_be_freed_twice():
     pool.free(pages[:1])
     with pytest.raises(AssertionError, match="freed twice"):
         pool.free(pages)
+
+
+def running(scheduler, *rows):
+    """Sequences in modes and lengths that have so many rows in their next step."""
+    for number in rows:
+        scheduler.add(make(len(scheduler.running) + len(scheduler.waiting), number - 4, mode="vanilla", max_tokens=4))
+    return [entry.plan.rows for entry in scheduler.schedule()]
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([10] * 8, [10] * 8),  # whole tiles
+        ([10] * 8 + [5], [10] * 8 + [5]),  # 9 sequences in 9 tiles of 10, or 8 in 8
+        ([10] * 7 + [15], [10] * 7 + [15]),  # 8 in 9 tiles, or 7 in 8
+        ([5] * 17, [5] * 16),
+        ([10] * 7 + [5], [10] * 7 + [5]),  # too few tiles to matter
+    ],
+)
+def test_a_step_of_many_rows_leaves_out_those_that_begin_a_tile_for_few(rows, expected):
+    scheduler = Scheduler(PagePool(1000, 4), max_num_seqs=20, max_num_batched_tokens=1000, row_tile=10)
+    assert running(scheduler, *rows) == expected
+    # where each row costs its share, all run
+    scheduler = Scheduler(PagePool(1000, 4), max_num_seqs=20, max_num_batched_tokens=1000)
+    assert running(scheduler, *rows) == rows
+
+
+def test_each_is_left_out_in_turn():
+    scheduler = Scheduler(PagePool(1000, 4), max_num_seqs=20, max_num_batched_tokens=1000, row_tile=10)
+    left_out = []
+    running(scheduler, *[5] * 17)
+    for forward in range(1, 18):
+        scheduled = scheduler.schedule()
+        ran = {entry.sequence.request_id for entry in scheduled}
+        left_out += [set(range(17)) - ran]
+        for sequence, _ in scheduled:
+            sequence.ran(forward)
+    assert all(len(out) == 1 for out in left_out) and len(set.union(*left_out)) == 17
