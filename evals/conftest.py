@@ -17,7 +17,7 @@ from evals.graders import require
 from evals.kernels import table as kernel_table
 from evals.machine import device_name, slug
 from evals.paired import against_vanilla, losses
-from evals.record import question, table, write_comparison
+from evals.record import first_pass_line, intervals, loading_line, question, table, write_comparison
 from evals.resume import Generations
 from evals.settings import Case, Settings, read_settings
 from evals.steps import table as step_table
@@ -105,12 +105,20 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             stack.enter_context(llm)
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
-            suite = Suite(llm, settings, kept)
+            suite = Suite(llm, settings, kept, _timed(request.session))
         except (ValueError, ImportError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         request.config.stash[SUITE] = suite
         yield suite
+
+
+def _timed(session: pytest.Session) -> list[Case]:
+    """The configurations whose throughput tests were not deselected."""
+    tests = [item for item in session.items if item.path.name == "test_throughput.py"]
+    chosen = [tuple(item.callspec.params[k] for k in ("mode", "block_length", "unmasking")) for item in tests]
+    cases = settings_of(session.config).cases
+    return [case for case in cases if (case.mode, case.block_length, case.unmasking) in chosen]
 
 
 @pytest.fixture
@@ -181,8 +189,11 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     for line in table(list(suite.runs.values())):
         terminalreporter.write_line(line)
     terminalreporter.write_line(
-        "standard: vanilla_llada; accuracy with its 95 % interval; NFE: forwards summed over requests"
+        "standard: vanilla_llada; accuracy and ratios with 95 % intervals; NFE: forwards summed over requests"
     )
+    terminalreporter.write_line(loading_line(suite.loading))
+    if first := first_pass_line(list(suite.runs.values())):
+        terminalreporter.write_line(first)
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"written to {suite.settings.output}")
@@ -209,7 +220,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
         for run in suite.runs.values():
             case = run.case
             if (case.mode, case.block_length, case.unmasking) == tuple((benchmark["params"] or {}).values()):
-                info["against_vanilla"] = against_vanilla(run, list(suite.runs.values()))
+                runs = list(suite.runs.values())
+                info |= {"against_vanilla": against_vanilla(run, runs)} | intervals(run, runs)
 
 
 @pytest.hookimpl(optionalhook=True)
