@@ -261,8 +261,12 @@ class SpeedUp(NamedTuple):
     interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        known = "one round" if self.interval is None else "({:.2f}-{:.2f})".format(*self.interval)
-        return f"{self.value:.2f} {known}"
+        known = "one round" if self.interval is None else "({}-{})".format(*map(_short, self.interval))
+        return f"{_short(self.value)} {known}"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"
 
 
 def speed_up(run: Run | None, baseline: Run | None) -> SpeedUp | None:
@@ -299,7 +303,7 @@ def table(runs: list[Run]) -> list[str]:
 def first_pass_line(runs: list[Run]) -> str | None:
     """None where nothing was warmed up."""
     known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]
-    return f"seconds of the untimed run before, one batch with a step a block: {', '.join(known)}" if known else None
+    return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
 
 
 def _accuracy(run: Run) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.record import table
+from evals.record import SpeedUp, table
 from evals.rounds import Round, is_enough, ratio_factor, standard_error, steadiness
 
 
@@ -141,6 +141,18 @@ def test_rounds_that_captured_are_told_and_do_not_count(make_suite, chat_llm, mo
     assert timer.stats.stats.data == run.seconds and next(calls) == 5
     assert table([run])[-1] == f"block 8 is not steady: {info['unsteady']}"
     assert info["first_seconds"] > 0 and info["graphs"] == 0, "when it was loaded"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (SpeedUp(3.456, (3.0, 9.999)), "3.46 (3.00-10.00)"),
+        (SpeedUp(17.04, (12.34, 123.5)), "17.0 (12.3-124)"),
+        (SpeedUp(0.361, None), "0.36 one round"),
+    ],
+)
+def test_a_ratio_is_short_enough_for_its_column(ratio, text):
+    assert str(ratio) == text and len(text) < 18
 
 
 def test_what_was_timed_alone_in_one_round_has_no_interval(make_suite):

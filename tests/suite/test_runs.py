@@ -10,6 +10,7 @@ import torch
 
 from evals.configurations import KERNEL, STEP
 from evals.machine import device_name
+from evals.record import SpeedUp
 from evals.report.__main__ import main as report
 from evals.report.results import Configuration
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -72,7 +73,7 @@ def test_a_whole_run(tmp_path, folder):
     assert all(len(line) <= 125 for line in lines[: head + 6])
     low, high = info["interval_over_vanilla"]
     assert low < block["throughput"] / semi["throughput"] < high and info["steady"] is None
-    assert lines[head + 3].endswith(f"({low:.2f}-{high:.2f})")
+    assert lines[head + 3].endswith(str(SpeedUp(block["throughput"] / semi["throughput"], (low, high))))
     assert benchmarks["test_throughput[vanilla-8]"]["extra_info"]["interval_over_vanilla"] is None
     assert info["first_seconds"] > 0 and info["load_seconds"] > 0 and info["graphs"] == info["graph_bytes"] == 0
     assert "loaded in " in text.split("= blockinfer =")[1] and "capturing 0 CUDA graphs" in text
