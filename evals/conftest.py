@@ -222,6 +222,9 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
             for line in lines(timed):
                 terminalreporter.write_line(line)
     suite = config.stash.get(SUITE, None)
+    if suite is not None and not suite.runs and not suite.failed:
+        kept = "the same command goes on" if suite.settings.resume else "with --resume FILE its answers would be kept"
+        terminalreporter.write_line(f"blockinfer: stopped before a configuration was through; {kept}")
     if suite is None or not suite.runs:
         return
     about = suite.environment

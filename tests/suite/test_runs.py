@@ -183,6 +183,14 @@ def test_an_interrupt_loses_no_configuration_that_is_through(tmp_path, folder, i
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
 
 
+def test_what_was_stopped_before_anything_was_through_says_what_would_have_been_kept(tmp_path, folder, interrupt):
+    code, text, benchmarks, result = run_suite(
+        tmp_path, f"--model={folder}", "--mode=vanilla,block", *interrupt(1, 143)
+    )
+    assert code == 143 and not benchmarks and result is None and "Traceback" not in text
+    assert "stopped before a configuration was through; with --resume FILE its answers would be kept" in text
+
+
 def test_sigterm_loses_no_step_and_no_kernel_that_is_through(tmp_path, folder, interrupt, code=143):
     # two calls a case, the second one timed; the third case's was interrupted
     options = [f"--model={folder}", "-k=test_step", *interrupt(5, code)]
