@@ -62,6 +62,8 @@ class Configuration(BaseModel):
 
     tokens_per_second: Number | None = None
     relative_error: Number | None = None
+    interval_over_standard: tuple[Number, Number] | None = None
+    interval_over_vanilla: tuple[Number, Number] | None = None
     resumed: Count | None = None
     tokens_per_forward: Number | None = None
     nfe: Count | None = None
