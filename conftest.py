@@ -8,9 +8,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from evals.git import git_environment
+
 # Before triton is imported: where there is no GPU, its interpreter runs the kernels' tests.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Before a test or pytest-benchmark calls git: in a hook of git it would see the hook's repository and index.
+for variable in os.environ.keys() - git_environment().keys():
+    del os.environ[variable]
 
 
 def _at_least(minimum, number=int):

@@ -14,6 +14,7 @@ import transformers
 
 from blockinfer import RequestOutput
 from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
+from evals.git import git_environment
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
 from evals.prompts import PROMPTS_VERSION
@@ -166,7 +167,8 @@ def commit() -> str | None:
     try:
         command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
         folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        options = dict(cwd=folder, env=git_environment(), capture_output=True, text=True, check=True)
+        return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
