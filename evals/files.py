@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 StrPath = str | os.PathLike[str]
 
@@ -27,6 +28,13 @@ def text_argument(text: str) -> str:
 
 def path_argument(text: str) -> Path:
     return Path(text_argument(text))
+
+
+def show(text: str, file: TextIO) -> None:
+    """Prints it with what comes from files made harmless: a terminal's escape codes, and what it has no letter for."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    encoding = file.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def read_bytes(path: StrPath) -> bytes:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from evals.configurations import STANDARD, total_steps
-from evals.report.results import Configuration, Run
+from evals.results import Configuration, Run
 
 
 def baselines(c: Configuration, run: list[Configuration]) -> tuple[Configuration | None, Configuration | None]:

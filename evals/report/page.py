@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from evals.report.charts import History, Point, Scatter, history, scatter
 from evals.report.compare import baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.labels import shortened
-from evals.report.results import Configuration, Run
+from evals.results import Configuration, Run
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
