@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -247,9 +246,9 @@ def check_content(content: Any, path: StrPath) -> File:
             except ValidationError as error:
                 raise BadFile(f"{path}: {benchmark.name!r:.80}: extra_info: {_what(error)}") from error
     # what no field above is for
-    for where, value in _numbers(content, ""):
-        if not abs(value) <= 1e300:
-            raise BadFile(f"{path}: {where}: must be a number below 1e300, got {value!r:.60}")
+    bad = _bad_number(content)
+    if bad:
+        raise BadFile(f"{path}: {bad[0]}: must be a number below 1e300, got {bad[1]!r:.60}")
     when = checked.datetime if checked.datetime.tzinfo else checked.datetime.replace(tzinfo=UTC)
     commit = str(checked.commit_info.get("id") or "")[:12] or None
     return File(content, when, commit, checked.benchmarks, configurations)
@@ -314,12 +313,21 @@ def _misfit(c: Configuration) -> str | None:
     return None
 
 
-def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float | int):
-        yield where, value
-    elif isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _numbers(inner, f"{where}.{key}".removeprefix("."))
+def _bad_number(content: Any) -> tuple[str, float] | None:
+    """The first that no computing can use, and where it is."""
+    left = [((), content)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [((where, key), inner) for key, inner in items if not isinstance(inner, str | None)]
+        elif not abs(value) <= 1e300:
+            keys = []
+            while where:
+                where, key = where
+                keys.append(str(key))
+            return ".".join(reversed(keys)), value
+    return None
 
 
 def _values(benchmark: Benchmark) -> dict[str, Any]:
