@@ -1,9 +1,9 @@
 """The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +12,12 @@ from pytest_benchmark.session import PerformanceRegression
 
 from blockinfer import LLM
 from evals.compare import differences
+from evals.comparisons import check_collected, check_compared, check_option, tell_compared
 from evals.configurations import KERNEL, STEP, is_configuration
 from evals.graders import require
 from evals.kernels import table as kernel_table
 from evals.machine import device_name, slug
+from evals.outputs import add_failure, attempt, guard, tell_failures
 from evals.paired import against_vanilla, losses
 from evals.record import question, table, write_comparison
 from evals.resume import Generations
@@ -25,6 +27,7 @@ from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey[Suite]()
+WRITTEN = pytest.StashKey[bool]()  # the file of --output
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 
@@ -42,14 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = settings_of(config)
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
         config.option.benchmark_storage = f".benchmarks/{slug(device_name(settings.device))}"
-    compared = config.getoption("benchmark_compare")
-    if isinstance(compared, str) and compared.endswith(".json") and not Path(compared).is_file():
-        raise pytest.UsageError(f"--benchmark-compare: there is no file {compared!r}")
+    check_option(config.getoption("benchmark_compare"))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What pytest-benchmark itself says only after the whole run."""
     config = session.config
+    guard(config, config.pluginmanager.getplugin(BENCHMARKS))
     if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
         storage = config.getoption("benchmark_storage")
         raise pytest.UsageError(f"--benchmark-compare-fail: there is nothing to compare with; the history is {storage}")
@@ -74,6 +76,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # the steps have a model of their own, and the kernels none
     order = {"test_accuracy.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
     items.sort(key=lambda item: order.get(item.path.name, 0))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    check_collected(session, session.config.pluginmanager.getplugin(BENCHMARKS))
 
 
 def close_suite(config: pytest.Config) -> None:
@@ -150,7 +156,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         yield
     except PerformanceRegression:
         config.pluginmanager.getplugin("session").exitstatus = pytest.ExitCode.TESTS_FAILED
+    except Exception as error:
+        # a damaged file to compare with, say: the suite's own tables do not depend on it
+        add_failure(config, f"pytest-benchmark's tables: {type(error).__name__}: {error}")
     _write_tables(terminalreporter, config)
+    tell_compared(config, terminalreporter, config.pluginmanager.getplugin(BENCHMARKS))
+    tell_failures(config, terminalreporter)
 
 
 def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -185,7 +196,8 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     )
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"written to {suite.settings.output}")
+    if config.stash.get(WRITTEN, False):
+        terminalreporter.write_line(f"written to {suite.settings.output}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -195,8 +207,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     benchmarks = session.config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and benchmark.extra_info]
     suite = session.config.stash.get(SUITE, None)
-    if suite is not None and suite.runs:
-        write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+    if suite is not None and suite.runs and suite.settings.output != os.devnull:
+        with attempt(session.config, "--output"):
+            write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+            session.config.stash[WRITTEN] = True
     return (yield)
 
 
@@ -225,7 +239,8 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info, compared_benchmark) -> None:
-    there = compared_benchmark["machine_info"].get("device", "a device that its file does not name")
+    check_compared(config, compared_benchmark)
+    there = compared_benchmark.get("machine_info", {}).get("device", "a device that its file does not name")
     if there != machine_info["device"]:
         raise pytest.UsageError(
             f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"

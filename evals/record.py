@@ -14,6 +14,7 @@ import transformers
 
 from blockinfer import RequestOutput
 from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
+from evals.files import write_output
 from evals.git import git_environment
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
@@ -174,7 +175,10 @@ def commit() -> str | None:
 
 
 def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict[str, Any]) -> None:
-    """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them."""
+    """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them.
+
+    Raises BadOutput.
+    """
     block = next((run for run in runs if run.case.mode == "block"), None)
     standard, semi = baselines((block or runs[0]).case, runs)
     result = {
@@ -193,7 +197,7 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
         },
         "environment": about,
     }
-    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_output(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:

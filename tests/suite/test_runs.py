@@ -156,6 +156,34 @@ def test_ctrl_c_loses_no_configuration_that_is_through(tmp_path, folder, monkeyp
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
 
 
+LOSE = """
+import os, shutil
+from blockinfer import LLM
+
+generate = LLM.generate
+
+def loses(*args, **options):
+    shutil.rmtree(os.environ["LOST"], ignore_errors=True)
+    return generate(*args, **options)
+
+LLM.generate = loses
+"""
+
+
+def test_an_output_that_can_no_longer_be_written_costs_neither_the_other_nor_the_tables(tmp_path, folder, monkeypatch):
+    (tmp_path / "lose.py").write_text(LOSE)
+    (lost := tmp_path / "lost").mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(tmp_path)]))
+    monkeypatch.setenv("LOST", str(lost))
+    options = [f"--model={folder}", "--mode=block", "-p", "lose", "-k=throughput", f"--output={lost}/file"]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert code == 1 and "1 passed" in text and "Traceback" not in text
+    assert list(benchmarks) == ["test_throughput[block-8]"] and result is None
+    shown, told = text.split("= what was lost =")
+    assert "= blockinfer =" in shown and " benchmark 'throughput'" in shown and "written to " not in shown
+    assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'" in told
+
+
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
     options = [
         f"--model={folder}",
