@@ -160,6 +160,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         # a damaged file to compare with, say: the suite's own tables do not depend on it
         add_failure(config, f"pytest-benchmark's tables: {type(error).__name__}: {error}")
     _write_tables(terminalreporter, config)
+    suite = config.stash.get(SUITE, None)
+    if suite is not None and suite.kept is not None and suite.kept.lost:
+        add_failure(config, suite.kept.told_lost())
     tell_compared(config, terminalreporter, config.pluginmanager.getplugin(BENCHMARKS))
     tell_failures(config, terminalreporter)
 
