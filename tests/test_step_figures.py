@@ -219,3 +219,14 @@ def test_stages_need_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert stages.main([]) == 2
     assert "this needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["no/stages.json", "/dev/null", "evals/llada_tiny/config.json"])
+def test_the_file_of_the_stages_is_tried_before_they_are_measured(path, capsys):
+    assert stages.main(["--json", path, "--model", "evals/llada_tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"stages: --json: '{path}' cannot be written: ") and error.count("\n") == 1
+    for option in ("--json", "--model"):
+        with pytest.raises(SystemExit):
+            stages.main([option, ""])
+        assert f"argument {option}: must not be empty, got ''" in capsys.readouterr().err
