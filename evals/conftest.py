@@ -112,7 +112,7 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
             suite = Suite(llm, settings, kept)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         request.config.stash[SUITE] = suite

@@ -36,7 +36,8 @@ def load_rows(
         # editors on Windows begin a file with a byte order mark
         lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the dataset {str(path)!r} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"the dataset {str(path)!r} cannot be read: {reason}") from error
     rows = {i: _row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()}
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
