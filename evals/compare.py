@@ -96,7 +96,9 @@ def compare(
     for name, before, after in matches:
         if "nfe" not in before:
             continue
-        if "nfe" not in after:
+        if after and "nfe" not in after:
+            raise NotComparable(f"{name}: the new file's extra_info has neither mode nor nfe")
+        if not after:
             result.worse.append(f"{name}: the new file has no figures for it, so its run failed")
             continue
         result.lines.append(f"{name:<{width}}" + _figures(before, after))

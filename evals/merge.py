@@ -16,7 +16,7 @@ from typing import Any
 from evals.configurations import RESUMED
 from evals.files import check_output, path_argument, show, write_output
 from evals.paired import Paired, stored
-from evals.results import check_whole, read_file
+from evals.results import check_content, check_whole, read_file
 from evals.wilson import wilson_interval
 
 Json = dict[str, Any]
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_output(options.out, options.shards)
         result = merge([(str(path), read(path)) for path in options.shards])
-        write_output(options.out, json.dumps(result, indent=4, allow_nan=False) + "\n")
+        text = json.dumps(result, indent=4, allow_nan=False) + "\n"
+        # what each file may say, their sum may not
+        check_content(json.loads(text), "the sum of the shards")
+        write_output(options.out, text)
     except ValueError as error:
         show(f"merge: {error}", sys.stderr)
         return 2

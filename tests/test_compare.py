@@ -182,6 +182,11 @@ def test_a_case_that_only_has_figures_in_the_old_file_fails(compare):
     def empty(benchmarks):
         benchmarks[BLOCK]["extra_info"] = {}
 
+    def other(benchmarks):
+        benchmarks[BLOCK]["extra_info"] = {"index": 1}
+
+    code, printed = compare(other)
+    assert code == NOT_COMPARABLE and f"{BLOCK}: the new file's extra_info has neither mode nor nfe" in printed
     code, printed = compare(empty)
     assert code == WORSE and f"{BLOCK}: the new file has no figures for it, so its run failed" in printed
 
