@@ -7,6 +7,7 @@ import argparse
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,23 @@ def write_output(path: StrPath, content: str | bytes) -> None:
     """
     with replacing(path) as part, open(part, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_measured(path: StrPath, content: str | bytes) -> None:
+    """The same of what took long to measure: where it cannot be written, it is put in the folder of temporary files.
+
+    Raises BadOutput then too, which says where it is.
+    """
+    try:
+        write_output(path, content)
+    except BadOutput as error:
+        folder = os.path.realpath(tempfile.gettempdir())
+        elsewhere = os.path.join(folder, f"{secrets.token_hex(4)}-{os.path.basename(path)[-200:]}")
+        try:
+            write_output(elsewhere, content)
+        except BadOutput:
+            raise error from None
+        raise BadOutput(f"{error}; it is in {elsewhere!r} instead") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pytest_benchmark.session import BenchmarkSession
 from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import safe_dumps
 
-from evals.files import BadOutput, check_folder, check_output, check_target, write_output
+from evals.files import BadOutput, check_folder, check_output, check_target, write_measured
 
 FAILURES = pytest.StashKey[list[str]]()
 
@@ -53,7 +53,7 @@ def guard(config: pytest.Config, session: BenchmarkSession) -> None:
 
     def save_json(output_json: dict[str, Any]) -> None:
         with attempt(config, "--benchmark-json"):
-            write_output(session.json, safe_dumps(output_json, ensure_ascii=True, indent=4))
+            write_measured(session.json, safe_dumps(output_json, ensure_ascii=True, indent=4))
             session.logger.info(f"Wrote benchmark data in: {session.json}", purple=True)
 
     def save(output_json: dict[str, Any], name: str, save=storage.save) -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from blockinfer import RequestOutput
 from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
-from evals.files import write_output
+from evals.files import write_measured
 from evals.git import git_environment
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
@@ -197,7 +197,7 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
         },
         "environment": about,
     }
-    write_output(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_measured(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:

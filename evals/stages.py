@@ -21,7 +21,7 @@ from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.models.registry import SHAPES
-from evals.files import BadOutput, check_output, path_argument, text_argument, write_output
+from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
 from evals.machine import gpu_name
 from evals.record import commit
 from evals.steps import WARM_UPS, Case, Timed, random_prompts, timed_run
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         content = {key: value for key, value in about.items() if key != "json"} | info
         try:
-            write_output(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            write_measured(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
         except BadOutput as error:
             print(f"stages: --json: {error}", file=sys.stderr)
             return 2

@@ -9,7 +9,16 @@ import stat
 import pytest
 
 from evals import files
-from evals.files import BadOutput, check_folder, check_output, check_target, read_bytes, replacing, write_output
+from evals.files import (
+    BadOutput,
+    check_folder,
+    check_output,
+    check_target,
+    read_bytes,
+    replacing,
+    write_measured,
+    write_output,
+)
 
 
 @pytest.fixture
@@ -143,6 +152,20 @@ def test_a_folder_in_which_no_file_can_be_made_is_refused_at_the_start(tmp_path,
     for check, path in [(check_output, before), (check_output, tmp_path / "new"), (check_folder, tmp_path)]:
         with pytest.raises(BadOutput, match="cannot be written: Permission denied"):
             check(path)
+
+
+def test_what_was_measured_is_put_elsewhere(tmp_path, before, monkeypatch):
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(elsewhere))
+    write_measured(before, "after")
+    assert before.read_text() == "after" and not names(elsewhere)
+    with pytest.raises(BadOutput, match="there is no folder .*; it is in '.*/elsewhere/.*-out.json' instead"):
+        write_measured(tmp_path / "no" / "out.json", "measured")
+    (path,) = elsewhere.iterdir()
+    assert path.read_text() == "measured"
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: "/none")
+    with pytest.raises(BadOutput, match="there is no folder '.*/no'$"):
+        write_measured(tmp_path / "no" / "out.json", "measured")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,6 +1,7 @@
 """pytest-benchmark's histories and comparisons, with the suite's hooks around a test that always takes a second."""
 
 import json
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -114,14 +115,17 @@ def test_a_history_that_cannot_be_written_costs_nothing_else(suite, pytester, tm
     assert json.loads(out.read_text())["benchmarks"][0]["name"] == "test_it"
 
 
-def test_a_file_that_can_no_longer_be_written_costs_nothing_else(suite, pytester, tmp_path):
+def test_a_file_that_can_no_longer_be_written_costs_nothing_else(suite, pytester, tmp_path, monkeypatch):
     (lost := tmp_path / "lost").mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     (test,) = pytester.path.glob("test_*.py")
     test.write_text(test.read_text() + f"\ndef test_last():\n    import os; os.rmdir({str(lost)!r})\n")
     code, text = suite(f"--benchmark-json={lost}/out.json", "--benchmark-storage=mine", "--benchmark-autosave")
     assert code == 1 and "2 passed" in text and "Name (time in s)" in text and "Traceback" not in text
     assert f"--benchmark-json: '{lost}/out.json' cannot be written: there is no folder" in text
     assert len(saved(pytester.path / "mine")) == 1
+    (elsewhere,) = tmp_path.glob("*-out.json")
+    assert f"it is in '{elsewhere}' instead" in text and json.loads(elsewhere.read_text())["benchmarks"]
 
 
 def test_as_fast_as_the_baseline_passes(suite, baseline):

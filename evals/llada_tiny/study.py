@@ -22,7 +22,7 @@ from pydantic_core import from_json
 
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.decoding.modes import MODES
-from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_output
+from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
 from evals.llada_tiny.evaluate import final_answer, heldout_rows
 from evals.llada_tiny.problems import SOURCES
 from evals.paired import Paired
@@ -260,7 +260,7 @@ def _write(contents: dict[Path, str]) -> list[str]:
     failures = []
     for path, content in contents.items():
         try:
-            write_output(path, content)
+            write_measured(path, content)
         except BadOutput as error:
             failures.append(str(error))
     return failures

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,13 +176,16 @@ def test_an_output_that_can_no_longer_be_written_costs_neither_the_other_nor_the
     (lost := tmp_path / "lost").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(tmp_path)]))
     monkeypatch.setenv("LOST", str(lost))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     options = [f"--model={folder}", "--mode=block", "-p", "lose", "-k=throughput", f"--output={lost}/file"]
     code, text, benchmarks, result = run_suite(tmp_path, *options)
     assert code == 1 and "1 passed" in text and "Traceback" not in text
     assert list(benchmarks) == ["test_throughput[block-8]"] and result is None
     shown, told = text.split("= what was lost =")
     assert "= blockinfer =" in shown and " benchmark 'throughput'" in shown and "written to " not in shown
-    assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'" in told
+    assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'; it is in '" in told
+    kept = Path(told.split("it is in '")[1].split("' instead")[0])
+    assert kept.parent == tmp_path and json.loads(kept.read_text())["blockinfer"]["total_tokens"] > 0
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
