@@ -8,16 +8,22 @@ from pytest_benchmark.session import BenchmarkSession
 
 from evals.configurations import is_configuration
 from evals.outputs import add_failure
-from evals.results import BadFile, check_content
+from evals.results import BadFile, check_content, read_file
 
 # Of the other run's statistics what pytest-benchmark's tables need.
 _STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
 
 
 def check_option(compared: Any) -> None:
-    """Raises pytest.UsageError for a file that is not there. A number, or the beginning of one, is a run's of the
-    history."""
-    if not isinstance(compared, str) or os.path.isfile(compared):
+    """Raises pytest.UsageError for a file that is not there or is none of --benchmark-json, of which pytest-benchmark
+    only warns. A number, or the beginning of one, is a run's of the history."""
+    if not isinstance(compared, str):
+        return
+    if os.path.isfile(compared):
+        try:
+            read_file(compared)
+        except BadFile as error:
+            raise pytest.UsageError(f"--benchmark-compare: {error}") from error
         return
     # of deeper paths pytest-benchmark's history knows nothing, and ends in a traceback
     if compared.endswith(".json") or compared.count("/") > 1:

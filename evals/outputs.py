@@ -29,15 +29,16 @@ def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
         path = option(name)
         if path is None or (name == "--output" and path == os.devnull):
             continue
-        # a shell's empty variable, once it is a path
-        said = "" if os.fspath(path) == "." else f" {os.fspath(path)!r}"
+        # as an argument of the type Path, what an unset variable of a shell has left empty is this
+        if os.fspath(path) == ".":
+            raise pytest.UsageError(f"{name} must name a file, got a folder, or nothing")
         try:
             if name == "--resume":
                 check_target(path, inputs)
             else:
                 check_output(path, inputs)
         except BadOutput as error:
-            raise pytest.UsageError(f"{name}: {error}" if said else f"{name} must name a file, got a folder") from error
+            raise pytest.UsageError(f"{name}: {error}") from error
         inputs = [*inputs, path]
 
 

@@ -255,11 +255,13 @@ def test_another_version_of_torch_is_a_warning(suite, baseline):
             "there is nothing to compare with; the history is .benchmarks/nvidia-h200",
         ),
         (["--benchmark-compare", FAIL], "there is nothing to compare with; the history is .benchmarks/nvidia-h200"),
-        (["--benchmark-compare=pytest.ini", FAIL], "there is nothing to compare with"),
+        (["--benchmark-compare=pytest.ini"], "pytest.ini: is no JSON of pytest-benchmark: Invalid JSON"),
+        (["--benchmark-compare=deep.json"], "deep.json: is no JSON of pytest-benchmark: Invalid JSON: recursion limit"),
         ([FAIL], "there is nothing to compare with"),
     ],
 )
-def test_nothing_to_compare_with_ends_the_run_before_it_begins(suite, options, message):
+def test_nothing_to_compare_with_ends_the_run_before_it_begins(suite, pytester, options, message):
+    (pytester.path / "deep.json").write_text("[" * 100_000)
     code, text = suite(*options)
     assert code == 4 and "INTERNALERROR" not in text and "1 passed" not in text
     assert message in next(line for line in text.splitlines() if line.startswith("ERROR: --benchmark-compare"))

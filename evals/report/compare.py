@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from evals.configurations import STANDARD, total_steps
-from evals.results import Configuration, Run
+from evals.results import Run
+from evals.schema import Configuration
 
 Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration | None]]
 

@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from evals.report.charts import History, Point, Scatter, history, scatter
 from evals.report.compare import Baselines, baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.labels import shortened
-from evals.results import Configuration, Run
+from evals.results import Run
+from evals.schema import Configuration
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")

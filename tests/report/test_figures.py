@@ -14,7 +14,7 @@ from evals.report import page
 from evals.report.charts import Point, history, scatter
 from evals.report.compare import baselines, names, on_frontier, speed_up
 from evals.report.labels import MARK, Box, shortened, width_of
-from evals.results import Configuration
+from evals.schema import Configuration
 from evals.settings import SUITE_MODES, Case
 from tests.report.sample import info
 

@@ -12,7 +12,7 @@ import torch
 from evals.configurations import KERNEL, STEP
 from evals.machine import device_name
 from evals.report.__main__ import main as report
-from evals.results import Configuration
+from evals.schema import Configuration
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MATH, MMLU, QA, write
 
