@@ -105,8 +105,8 @@ def pytest_cmdline_main(config):
     for option, value in pairwise(given):
         path = value.partition("::")[0]
         if option in _MAY_SWALLOW and (os.path.isdir(path) or (path.endswith(".py") and os.path.isfile(path))):
-            tests = f"give {value} before it, or write {option}={value} where that is meant"
-            raise pytest.UsageError(f"{option} takes {value!r} for its own value: {tests}")
+            meant = "" if option == "--benchmark-compare" else f", or write {option}={value} where that is meant"
+            raise pytest.UsageError(f"{option} takes {value!r} for its own value: give {value} before it{meant}")
     compared, storage = config.getoption("benchmark_compare", None), config.getoption("benchmark_storage", None)
     if isinstance(compared, str) and os.path.isdir(compared):
         raise pytest.UsageError(f"--benchmark-compare: {compared!r} is a folder; name a file of --benchmark-json")

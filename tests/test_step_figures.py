@@ -20,6 +20,7 @@ from evals.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_time
 from evals.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
 from evals.test_steps import SIZES, measured_model
 from tests.checkpoints import write_checkpoint
+from tests.report.sample import info
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +141,12 @@ def test_the_model_that_is_measured(pytestconfig):
 
 def test_steps_are_not_compared(tmp_path):
     path = tmp_path / "out.json"
-    infos = {"test_ragged": {STEP: "ragged", "model_rows": 3}, "test_throughput[block-8]": {"nfe": 3}}
-    benchmarks = [{"name": name, "extra_info": info} for name, info in infos.items()]
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    infos = {
+        "test_ragged": {STEP: "ragged", "model_rows": 3},
+        "test_throughput[block-8]": info("block", peak_memory_gib=9.0),
+    }
+    benchmarks = [{"name": name, "extra_info": one} for name, one in infos.items()]
+    path.write_text(json.dumps({"benchmarks": benchmarks, "datetime": "2030-01-01"}))
     assert list(compare.read(str(path))) == ["test_throughput[block-8]"]
 
 
