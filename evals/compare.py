@@ -174,7 +174,9 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
             says = f"tokens/s is {ratio:.3f} times the old, {most:.3f} at most, below {1 - result.margin:g}"
             result.worse.append(f"{name}: {says}")
     peaks = before["peak_memory_gib"], after["peak_memory_gib"]
-    if None not in peaks and peaks[1] > peaks[0] * (1 + result.margin):
+    if peaks.count(None) == 1:
+        result.notes.append(f"{name}: one of the two does not know its peak memory, so it is not judged")
+    elif None not in peaks and peaks[1] > peaks[0] * (1 + result.margin):
         ratio = peaks[1] / peaks[0]
         result.worse.append(f"{name}: peak memory is {ratio:.3f} times the old, beyond {1 + result.margin:g}")
 

@@ -107,7 +107,7 @@ def _may_be_null(c: Configuration, field: str) -> bool:
         return c.resumed != 0
     if field == "accuracy":
         return c.weights != "checkpoint"
-    return field == "peak_memory_gib" and c.device != "cuda"
+    return field == "peak_memory_gib"
 
 
 def _misfit(c: Configuration) -> str | None:
