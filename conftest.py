@@ -87,6 +87,7 @@ def pytest_addoption(parser):
         help="repeat each timed run for so long at most (0 on a CPU, 60 on a GPU)",
     )
     add("--relative-error", type=_at_least(0, float), default=0.01, help="or until its mean is known so well (0.01)")
+    add("--steps-and-kernels", action="store_true", help="on a CPU too, small, to see that they run (on a GPU always)")
     add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
     resume = "a .jsonl file that keeps every generation; the same command again goes on from it (none)"
     add("--resume", type=text_argument, help=resume)

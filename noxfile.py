@@ -1,4 +1,5 @@
-"""The project's sessions: `nox -s` tests, evals, gate, screenshots, lint, slurm, gpu. What follows `--` is passed."""
+"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, lint, slurm, gpu. What follows `--` is
+passed."""
 
 import os
 import shutil
@@ -19,6 +20,13 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Unit and property tests, and the engine against its reference, on the CPU."""
     install(session)
+    session.run("pytest", "tests", *session.posargs)
+
+
+@nox.session(default=False)
+def floors(session: nox.Session) -> None:
+    """The tests with the lowest versions that pyproject.toml allows, but for torch and triton: .ci/floors.txt."""
+    session.install("-c", ".ci/floors.txt", "-e", ".[test]")
     session.run("pytest", "tests", *session.posargs)
 
 
@@ -81,7 +89,11 @@ def gpu(session: nox.Session) -> None:
     """Tests and evals on this machine's GPU, with the torch that is installed here."""
     if not shutil.which("nvidia-smi"):
         session.error("there is no GPU here: nvidia-smi is not on the PATH")
-    session.run("python3", "-m", "pytest", "tests", "evals", "--benchmark-json=out.json", *session.posargs)
+    # in pytest-xdist's workers there are no benchmarks, which the histories' tests make and the evals are
+    alone = "tests/test_history.py"
+    at_once = ["-n", "auto", "--maxprocesses=10", "--dist=loadfile", "--benchmark-disable"]
+    session.run("python3", "-m", "pytest", "tests", f"--ignore={alone}", *at_once, *session.posargs)
+    session.run("python3", "-m", "pytest", alone, "evals", "--benchmark-json=out.json", *session.posargs)
 
 
 @nox.session(default=False, venv_backend="none")

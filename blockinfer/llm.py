@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class LLM:
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
+        start = time.perf_counter()
         hints = _OF_SAMPLING | LLM_HINTS
         refuse_unknown("LLM", unknown, EngineConfig.__dataclass_fields__, hints)
         config = EngineConfig(
@@ -107,6 +109,7 @@ class LLM:
                 load_weights(network, stored)
         self._engine: Engine | None = Engine(network, self.config, self.tokenizer)
         self._chat_template = self.tokenizer and ChatTemplate(self.tokenizer)
+        self.load_seconds = time.perf_counter() - start
 
     def generate(
         self,

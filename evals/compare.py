@@ -35,8 +35,8 @@ MACHINE = ("device", "gpu", "cpu", "cpu_threads", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
 # What is judged, and what it takes to judge it.
 FIGURES = ("unmasking", "n", "nfe", "tokens_per_second", "peak_memory_gib", "accuracy")
-# What a time of one round is taken to be known to, as a share: on two cores that others used too, tokens/s of the same
-# code were up to 1.25 times as many in one of two such runs.
+# What a GPU's time of one round is taken to be known to, as a share. Of a CPU's nothing is known: on two cores that
+# others used too, tokens/s of the same code were up to 1.7 times as many in one of two such runs.
 ERROR_OF_ONE_ROUND = 0.1
 
 Info = dict[str, Any]
@@ -154,6 +154,8 @@ def _note_environment(matches: list[Match], result: Comparison) -> None:
         changes = {(b.get(key), a.get(key)) for _, b, a in matches if b.get(key) != a.get(key)}
         unjudged = ": tokens/s and memory are not judged" if key in MACHINE else ""
         result.notes += [f"{key} was {before}, is {after}{unjudged}" for before, after in sorted(changes, key=str)]
+    if any(_is_unknown_time(info) for _, *both in matches for info in both):
+        result.notes.append("on a CPU one round does not tell how well its time is known: tokens/s is not judged there")
     if any("nfe" in info and "rows_sha256" not in info for _, *both in matches for info in both):
         result.notes.append("a file does not hold a hash of its rows: that their text is the same is not certain")
 
@@ -166,7 +168,7 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
         result.notes.append(f"{name}: a resumed run has no speed, so tokens/s is not judged")
     elif not speeds[0]:
         result.notes.append(f"{name}: the old file has 0 tokens/s, so there is nothing to judge the new one's by")
-    else:
+    elif not _is_unknown_time(before) and not _is_unknown_time(after):
         ratio = speeds[1] / speeds[0]
         # 97.5 % confidence, as far as the rounds of one session can give it
         most = ratio * math.exp(1.96 * math.hypot(_error(before), _error(after)))
@@ -179,6 +181,12 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
     elif None not in peaks and peaks[1] > peaks[0] * (1 + result.margin):
         ratio = peaks[1] / peaks[0]
         result.worse.append(f"{name}: peak memory is {ratio:.3f} times the old, beyond {1 + result.margin:g}")
+
+
+def _is_unknown_time(info: Info) -> bool:
+    """Whether it has a speed of which nothing says how well it is known."""
+    on_cpu, speed = info.get("device") == "cpu", info.get("tokens_per_second")
+    return on_cpu and speed is not None and info.get("relative_error") is None
 
 
 def _error(info: Info) -> float:

@@ -46,6 +46,12 @@ def is_configuration(info: Mapping[str, Any]) -> bool:
     return KERNEL not in info and STEP not in info
 
 
+def has_figures(info: Mapping[str, Any]) -> bool:
+    """Whether a benchmark's extra_info is more than what was known before its run."""
+    figure = "fraction" if KERNEL in info else "ms_per_step" if STEP in info else None
+    return figure in info if figure else bool(info)
+
+
 def is_baseline(vanilla: Named, case: Named) -> bool:
     """Whether `vanilla` is semi-autoregressive decoding at the block length and rule of `case`."""
     return (vanilla.mode, vanilla.block_length, vanilla.unmasking) == ("vanilla", case.block_length, case.unmasking)

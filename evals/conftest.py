@@ -2,8 +2,12 @@
 
 import gc
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +17,13 @@ from pytest_benchmark.session import PerformanceRegression
 from blockinfer import LLM
 from evals.compare import differences
 from evals.comparisons import check_collected, check_compared, check_option, tell_compared
-from evals.configurations import KERNEL, STEP, is_configuration
+from evals.configurations import KERNEL, STEP, has_figures, is_configuration
 from evals.graders import require
 from evals.kernels import table as kernel_table
 from evals.machine import device_name, slug
 from evals.outputs import add_failure, attempt, guard, tell_failures
 from evals.paired import against_vanilla, losses
-from evals.record import question, table, write_comparison
+from evals.record import first_pass_line, intervals, loading_line, question, table, write_comparison
 from evals.resume import Generations
 from evals.settings import Case, Settings, read_settings
 from evals.steps import table as step_table
@@ -30,6 +34,13 @@ SUITE = pytest.StashKey[Suite]()
 WRITTEN = pytest.StashKey[bool]()  # the file of --output
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
+ENDING = pytest.StashKey[bool]()  # whether by SIGTERM; not there before the end
+# On a CPU they show only that all of this runs.
+OF_A_GPU = ("test_steps.py", "test_kernels.py")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from `timeout`, SLURM or a CI runner, ends the session as Ctrl-C does."""
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -46,6 +57,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
         config.option.benchmark_storage = f".benchmarks/{slug(device_name(settings.device))}"
     check_option(config.getoption("benchmark_compare"))
+    # who started this may have it ignored
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, partial(_terminate, config))
+        config.add_cleanup(partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
+
+
+def _terminate(config: pytest.Config, number: int, frame: Any) -> None:
+    # what is being written is not interrupted
+    if ENDING not in config.stash:
+        config.stash[ENDING] = True
+        raise Terminated("SIGTERM")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -71,11 +93,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _wants_steps_and_kernels(config):
+        named = {Path(arg.partition("::")[0]).absolute() for arg in config.args}
+        left_out = [item for item in items if item.path.name in OF_A_GPU and item.path not in named]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     # the timed runs first, for what is wrong with model or rows shows there; the accuracy tests read their generations;
     # the steps have a model of their own, and the kernels none
     order = {"test_accuracy.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
-    items.sort(key=lambda item: order.get(item.path.name, 0))
+    # on a CPU those of one rule run side by side: all are through before the next rule's begin
+    rules = list(dict.fromkeys(case.unmasking for case in settings_of(config).cases))
+    first = {item: rules.index(item.callspec.params["unmasking"]) for item in items if _is_throughput(item)}
+    items.sort(key=lambda item: (order.get(item.path.name, 0), first.get(item, 0)))
+
+
+def _is_throughput(item: pytest.Item) -> bool:
+    return item.path.name == "test_throughput.py" and hasattr(item, "callspec")
+
+
+def _wants_steps_and_kernels(config: pytest.Config) -> bool:
+    """Whether files that are not named by their paths take part."""
+    option = config.getoption
+    return settings_of(config).device == "cuda" or option("--steps-and-kernels") or bool(option("keyword"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -111,12 +151,20 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             stack.enter_context(llm)
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
-            suite = Suite(llm, settings, kept)
+            suite = Suite(llm, settings, kept, _timed(request.session))
         except (ValueError, ImportError, OSError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         request.config.stash[SUITE] = suite
         yield suite
+
+
+def _timed(session: pytest.Session) -> list[Case]:
+    """The configurations whose throughput tests were not deselected."""
+    tests = filter(_is_throughput, session.items)
+    chosen = [tuple(item.callspec.params[k] for k in ("mode", "block_length", "unmasking")) for item in tests]
+    cases = settings_of(session.config).cases
+    return [case for case in cases if (case.mode, case.block_length, case.unmasking) in chosen]
 
 
 @pytest.fixture
@@ -139,14 +187,17 @@ def refuse_others(request: pytest.FixtureRequest, asked: dict[str, Any]) -> None
             pytest.exit(message, returncode=pytest.ExitCode.USAGE_ERROR)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     settings = settings_of(config)
     weights = "random weights" if settings.is_dummy else settings.model
     where = "the GPU" if settings.device == "cuda" else "the CPU"
     small = " (the small model: pass --model for another)" if settings.is_tiny and not settings.is_dummy else ""
     part = f" (shard {settings.shard.index}/{settings.shard.of})" if settings.shard else ""
     number = f"{len(settings.rows)} rows{part}, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
-    return f"blockinfer: {weights}{small} on {where}, {number}"
+    lines = [f"blockinfer: {weights}{small} on {where}, {number}"]
+    if not _wants_steps_and_kernels(config):
+        lines.append("steps and kernels are for a GPU and left out here: name their files, or pass --steps-and-kernels")
+    return lines
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
@@ -170,16 +221,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
-    for title, marker, figure, lines in (
-        ("kernels", KERNEL, "fraction", kernel_table),
-        ("steps", STEP, "ms_per_step", step_table),
-    ):
-        timed = [b.extra_info for b in benchmarks if marker in b.extra_info and figure in b.extra_info]
+    for title, marker, lines in (("kernels", KERNEL, kernel_table), ("steps", STEP, step_table)):
+        timed = [b.extra_info for b in benchmarks if marker in b.extra_info and has_figures(b.extra_info)]
         if timed:
             terminalreporter.section(title)
             for line in lines(timed):
                 terminalreporter.write_line(line)
     suite = config.stash.get(SUITE, None)
+    if suite is not None and not suite.runs and not suite.failed:
+        kept = "the same command goes on" if suite.settings.resume else "with --resume FILE its answers would be kept"
+        terminalreporter.write_line(f"blockinfer: stopped before a configuration was through; {kept}")
     if suite is None or not suite.runs:
         return
     about = suite.environment
@@ -195,8 +246,11 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     for line in table(list(suite.runs.values())):
         terminalreporter.write_line(line)
     terminalreporter.write_line(
-        "standard: vanilla_llada; accuracy with its 95 % interval; NFE: forwards summed over requests"
+        "standard: vanilla_llada; accuracy and ratios with 95 % intervals; NFE: forwards summed over requests"
     )
+    terminalreporter.write_line(loading_line(suite.loading))
+    if first := first_pass_line(list(suite.runs.values())):
+        terminalreporter.write_line(first)
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
         terminalreporter.write_line(line)
     if config.stash.get(WRITTEN, False):
@@ -207,14 +261,17 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Before pytest-benchmark writes its file: what Ctrl-C left without a round, which it cannot write, or without
     figures is taken out."""
+    terminated = session.config.stash.setdefault(ENDING, False)
     benchmarks = session.config.pluginmanager.getplugin(BENCHMARKS).benchmarks
-    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and benchmark.extra_info]
+    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and has_figures(benchmark.extra_info)]
     suite = session.config.stash.get(SUITE, None)
     if suite is not None and suite.runs and suite.settings.output != os.devnull:
         with attempt(session.config, "--output"):
             write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
             session.config.stash[WRITTEN] = True
-    return (yield)
+    yield
+    if terminated:
+        session.exitstatus = 128 + signal.SIGTERM
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -226,7 +283,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
         for run in suite.runs.values():
             case = run.case
             if (case.mode, case.block_length, case.unmasking) == tuple((benchmark["params"] or {}).values()):
-                info["against_vanilla"] = against_vanilla(run, list(suite.runs.values()))
+                runs = list(suite.runs.values())
+                info |= {"against_vanilla": against_vanilla(run, runs)} | intervals(run, runs)
 
 
 @pytest.hookimpl(optionalhook=True)

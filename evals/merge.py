@@ -156,6 +156,7 @@ def _combine(infos: list[Json]) -> Json:
     return (
         sums
         | _speed(infos, tokens)
+        | _loading(infos)
         | {
             "rows_sha256": infos[0]["shard"]["rows"],
             "shard": None,
@@ -180,6 +181,20 @@ def _combine(infos: list[Json]) -> Json:
 def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
     weighted = [(i[key][source] * i["n_by_source"][source], source) for i in infos for source in i[key]]
     return {source: sum(value for value, s in weighted if s == source) / n for source, n in sources.items()}
+
+
+def _loading(infos: list[Json]) -> Json:
+    """The most of any shard, which one of an older commit does not know; ratios of merged times have no interval."""
+    known = ("first_seconds", "load_seconds", "capture_seconds", "graphs", "graph_bytes")
+    most = {key: max((i[key] for i in infos if i.get(key) is not None), default=None) for key in known}
+    unsteady = "; ".join(dict.fromkeys(i["unsteady"] for i in infos if i.get("unsteady"))) or None
+    steady = False if unsteady else True if all(i.get("steady") for i in infos) else None
+    return most | {
+        "steady": steady,
+        "unsteady": unsteady,
+        "interval_over_standard": None,
+        "interval_over_vanilla": None,
+    }
 
 
 def _speed(infos: list[Json], tokens: int) -> Json:

@@ -7,18 +7,19 @@ import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
-from blockinfer import RequestOutput
+from blockinfer import LLM, RequestOutput
 from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
 from evals.files import write_measured
 from evals.git import git_environment
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
 from evals.prompts import PROMPTS_VERSION
+from evals.rounds import Round, ratio_factor, standard_error
 from evals.rows import rows_hash
 from evals.settings import Case, Settings
 from evals.wilson import wilson_interval
@@ -30,7 +31,8 @@ class Run:
 
     forwards are the model's, each shared by several requests. grades is None with random weights. peak_memory_gib is
     the GPU's, None on a CPU. resumed is the number of outputs that an earlier run generated: where there are any,
-    seconds is empty, and forwards and peak_memory_gib are None.
+    seconds is empty, and forwards and peak_memory_gib are None. rounds, steady and unsteady are evals.rounds.Steadiness
+    of the rounds, first_seconds the time of the untimed run before them.
     """
 
     case: Case
@@ -40,6 +42,10 @@ class Run:
     forwards: int | None
     peak_memory_gib: float | None
     resumed: int = 0
+    rounds: list[Round] = dataclasses.field(default_factory=list)
+    steady: bool | None = None
+    unsteady: str | None = None
+    first_seconds: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -96,6 +102,25 @@ def question(case: Case, settings: Settings, truncated: int, environment: dict[s
     }
 
 
+def loading(llm: LLM) -> dict[str, float | int]:
+    """What was done before the first request: seconds until the model was ready, in them those in which CUDA graphs
+    were captured, how many, and their memory."""
+    stats = llm.stats
+    return {
+        "load_seconds": llm.load_seconds,
+        "capture_seconds": stats.capture_seconds,
+        "graphs": stats.graphs,
+        "graph_bytes": stats.graph_bytes,
+    }
+
+
+def loading_line(info: dict[str, Any]) -> str:
+    return (
+        f"loaded in {info['load_seconds']:.1f} s, of which {info['capture_seconds']:.1f} for capturing "
+        f"{info['graphs']} CUDA graphs, which take {info['graph_bytes'] / 1e9:.2f} GB"
+    )
+
+
 def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
     """One configuration's figures, as stored beside its timing. All numbers are finite; what is not known is None."""
     outputs = run.outputs
@@ -116,6 +141,9 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "seconds": run.median_seconds,
         "rounds": len(run.seconds),
         "relative_error": standard_error(run.seconds),
+        "steady": run.steady,
+        "unsteady": run.unsteady,
+        "first_seconds": run.first_seconds,
         "resumed": run.resumed,
         "latency_p50": None if run.resumed else latencies[len(latencies) // 2],
         "latency_p95": None if run.resumed else latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
@@ -221,43 +249,67 @@ def _figures(run: Run | None) -> dict[str, Any] | None:
     }
 
 
-def _ratios(run: Run | None, baseline: Run | None) -> dict[str, float] | None:
-    if run is None or baseline is None or not baseline.tokens or not run.seconds or not baseline.seconds:
+def _ratios(run: Run | None, baseline: Run | None) -> dict[str, Any] | None:
+    ratio = speed_up(run, baseline)
+    if ratio is None:
         return None
     return {
-        "throughput_speedup": run.tokens_per_second / baseline.tokens_per_second,
+        "throughput_speedup": ratio.value,
+        "throughput_speedup_interval": ratio.interval,
         "time_speedup": baseline.median_seconds / run.median_seconds,
     }
 
 
-def is_enough(seconds: list[float], max_seconds: float, relative_error: float) -> bool:
-    """Whether rounds of these seconds are enough: another would pass max_seconds, or the mean is known well enough."""
-    if sum(seconds) + statistics.fmean(seconds) > max_seconds:
-        return True
-    return len(seconds) >= 3 and standard_error(seconds) <= relative_error
+class SpeedUp(NamedTuple):
+    """A ratio of tokens/s and its 95 % interval, which is not known where either was timed once."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        known = "one round" if self.interval is None else "({}-{})".format(*map(_short, self.interval))
+        return f"{_short(self.value)} {known}"
 
 
-def standard_error(seconds: list[float]) -> float | None:
-    """The mean's standard error as a share of the mean; None for one round, which says nothing of it."""
-    if len(seconds) < 2:
+def _short(ratio: float) -> str:
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"
+
+
+def speed_up(run: Run | None, baseline: Run | None) -> SpeedUp | None:
+    """None where either is missing, was resumed, or has no tokens."""
+    if run is None or baseline is None or not baseline.tokens or not run.seconds or not baseline.seconds:
         return None
-    return statistics.stdev(seconds) / len(seconds) ** 0.5 / statistics.fmean(seconds)
+    value, factor = run.tokens_per_second / baseline.tokens_per_second, ratio_factor(run.rounds, baseline.rounds)
+    return SpeedUp(value, None if factor is None else (value / factor, value * factor))
+
+
+def intervals(run: Run, runs: list[Run]) -> dict[str, tuple[float, float] | None]:
+    """Of the speed-ups, as stored beside the figures; the run's own ratio to itself has none."""
+    ratios = [None if baseline is run else speed_up(run, baseline) for baseline in baselines(run.case, runs)]
+    standard, semi = [ratio and ratio.interval for ratio in ratios]
+    return {"interval_over_standard": standard, "interval_over_vanilla": semi}
 
 
 def table(runs: list[Run]) -> list[str]:
     """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
-    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>8}{'ms/fwd':>8}"
-    lines = [head + f"{'accuracy':>16}{'x standard':>12}{'x vanilla':>11}"]
+    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>7}{'ms/fwd':>7}"
+    lines = [head + f"{'accuracy':>15}{'x standard':>18}{'x vanilla':>18}"]
     for run in runs:
         case = run.case
-        standard, semi = baselines(case, runs)
         error = standard_error(run.seconds)
         speed, step = (f"{run.tokens_per_second:.1f}", f"{run.ms_per_forward:.1f}") if run.seconds else ("resumed", "-")
         line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{speed:>9}"
         line += f"{'-' if error is None else f'{100 * error:.1f}':>5}"
-        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>8}{step:>8}"
-        lines.append(line + f"{_accuracy(run):>16}{_times(run, standard):>12}{_times(run, semi):>11}")
+        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>7}{step:>7}{_accuracy(run):>15}"
+        lines.append(line + "".join(f"{_times(run, baseline):>18}" for baseline in baselines(case, runs)))
+    lines += [f"{run.case.mode} {run.case.block_length} is not steady: {run.unsteady}" for run in runs if run.unsteady]
     return lines
+
+
+def first_pass_line(runs: list[Run]) -> str | None:
+    """None where nothing was warmed up."""
+    known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]
+    return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
 
 
 def _accuracy(run: Run) -> str:
@@ -268,5 +320,7 @@ def _accuracy(run: Run) -> str:
 
 
 def _times(run: Run, baseline: Run | None) -> str:
-    ratios = _ratios(run, baseline)
-    return f"{ratios['throughput_speedup']:.2f}" if ratios else "-"
+    if run is baseline and run.seconds:
+        return "1"
+    ratio = speed_up(run, baseline)
+    return str(ratio) if ratio else "-"

@@ -83,6 +83,8 @@ class Configuration(BaseModel):
     tokens_per_second: Speed | None = None
     seconds: PositiveNumber | None = None
     relative_error: Share | None = None
+    interval_over_standard: tuple[Number, Number] | None = None
+    interval_over_vanilla: tuple[Number, Number] | None = None
     resumed: Count | None = None
     steps: Positive | None = None
     tokens_per_step: Number | None = None
@@ -131,6 +133,14 @@ class Configuration(BaseModel):
     ignore_eos: Flag | None = None
     batch_size: Positive | None = None
     rounds: Count | None = None
+
+    steady: Flag | None = None
+    unsteady: Text | None = None
+    first_seconds: Number | None = None
+    load_seconds: Number | None = None
+    capture_seconds: Number | None = None
+    graphs: Count | None = None
+    graph_bytes: Count | None = None
 
     def interval_at(self, source: str) -> Interval | None:
         """The 95 % interval of the accuracy at a source."""

@@ -24,7 +24,7 @@ from blockinfer.models.registry import SHAPES
 from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
 from evals.machine import gpu_name
 from evals.record import commit
-from evals.steps import WARM_UPS, Case, Timed, random_prompts, timed_run
+from evals.steps import Case, Timed, random_prompts, timed_run, warmed_up
 
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
 # The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
@@ -116,8 +116,7 @@ def table(info: dict[str, Any]) -> list[str]:
 
 def measure(llm: LLM, case: Case) -> dict[str, Any]:
     prompts, params = random_prompts(llm, case.lengths), case.params
-    for _ in range(WARM_UPS["cuda"]):
-        timed_run(llm, prompts, params)
+    warmed_up(llm, prompts, params)
     run, _ = timed_run(llm, prompts, params)
     # the profiler itself starts slowly, and what runs meanwhile can be lost
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True):

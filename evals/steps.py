@@ -1,5 +1,6 @@
 """What a denoising step is timed on, and what is stored of it."""
 
+import dataclasses
 import random
 import statistics
 import time
@@ -12,11 +13,10 @@ from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.config import ModelConfig
 from evals.configurations import STEP
 from evals.kernels import Ceilings
-from evals.record import environment, standard_error
+from evals.record import environment, loading_line
+from evals.rounds import Round, standard_error, steadiness
 from evals.settings import Settings
 
-# Whole untimed runs: at a shape's first step its kernels are compiled, at its second one its CUDA graph is captured.
-WARM_UPS = {"cuda": 2, "cpu": 1}
 # Of evals.record.environment: the rest is of the rows, which no step has.
 _ENVIRONMENT = (
     *("model", "load_format", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "torch", "cuda", "python"),
@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A run: its wall time, what the engine's counts rose by, the new tokens, and how often pages were taken."""
+    """A run: its wall time, what the engine's counts rose by, the new tokens, how often pages were taken, and what else
+    the engine did meanwhile."""
 
     seconds: float
     forwards: int
@@ -51,6 +52,12 @@ class Timed(NamedTuple):
     keys: int
     tokens: int
     preemptions: int
+    graphs: int = 0
+    compiled: int = 0
+
+    @property
+    def round(self) -> Round:
+        return Round(self.seconds, self.forwards, self.graphs, self.compiled)
 
     @property
     def ms_per_step(self) -> float:
@@ -85,7 +92,7 @@ def timed_run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     after = llm.stats
-    counted = ("forwards", "rows", "lm_head_rows", "keys")
+    counted = ("forwards", "rows", "lm_head_rows", "keys", "graphs", "compiled")
     counts = {name: getattr(after, name) - getattr(before, name) for name in counted}
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return Timed(seconds, **counts, tokens=tokens, preemptions=sum(o.metrics.preemptions for o in outputs)), outputs
@@ -136,8 +143,17 @@ def least_ms(run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings)
     }
 
 
-def figures(first_seconds: float, rounds: list[Timed]) -> dict[str, Any]:
-    """What is stored of a case: of its rounds the medians. first_seconds are of its first run, which nothing warmed."""
+def warmed_up(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
+    """Seconds of an untimed run, of as many requests as run at once, with a step a block."""
+    number = llm.config.max_num_seqs
+    quick = [dataclasses.replace(one, denoising_steps=1) for one in params[:number]]
+    return timed_run(llm, prompts[:number], quick)[0].seconds
+
+
+def figures(first_seconds: float, runs: list[Timed]) -> dict[str, Any]:
+    """What is stored of a case: of its steady rounds the medians. first_seconds are of the untimed run before them."""
+    steady, unsteady, left = steadiness([run.round for run in runs])
+    rounds = runs[-len(left) :]
     last = rounds[-1]
     return {
         "ms_per_step": statistics.median(run.ms_per_step for run in rounds),
@@ -146,6 +162,8 @@ def figures(first_seconds: float, rounds: list[Timed]) -> dict[str, Any]:
         "first_seconds": first_seconds,
         "rounds": len(rounds),
         "relative_error": standard_error([run.seconds for run in rounds]),
+        "steady": steady,
+        "unsteady": unsteady,
         "forwards": last.forwards,
         "model_rows": last.rows,
         "lm_head_rows": last.lm_head_rows,
@@ -178,10 +196,12 @@ def beside_uniform(info: dict[str, Any], case: Case, run: Timed) -> dict[str, An
 
 
 def agreement(alone: list[RequestOutput], together: list[RequestOutput]) -> dict[str, float]:
-    """Shares of the tokens and of the sequences that are equal; all are as long as their params say."""
-    pairs = [(a.outputs[0].token_ids, b.outputs[0].token_ids) for a, b in zip(alone, together, strict=True)]
+    """Shares of the tokens and of the sequences that are equal, of the first requests, which were sent alone as well;
+    all are as long as their params say."""
+    pairs = [(a.outputs[0].token_ids, b.outputs[0].token_ids) for a, b in zip(alone, together, strict=False)]
     equal = [one == other for a, b in pairs for one, other in zip(a, b, strict=True)]
     return {
+        "sequences_compared": len(pairs),
         "share_of_tokens_equal": statistics.fmean(equal),
         "share_of_sequences_equal": statistics.fmean(a == b for a, b in pairs),
     }
@@ -211,10 +231,14 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
         if "share_of_tokens_equal" in info:
             tokens, sequences = info["share_of_tokens_equal"], info["share_of_sequences_equal"]
             lines.append(
-                f"{info[STEP]}: {100 * tokens:.1f} % of the tokens and {100 * sequences:.1f} % of the sequences are "
-                f"those of requests sent one at a time"
+                f"{info[STEP]}: {100 * tokens:.1f} % of the tokens and {100 * sequences:.1f} % of the first "
+                f"{info['sequences_compared']} sequences are those of requests sent one at a time"
             )
-    lines.append("ms/step: wall time over forwards, the prompt's included; first s: the case's first run")
+    lines += [f"{info[STEP]} is not steady: {info['unsteady']}" for info in infos if info["unsteady"]]
+    lines.append(loading_line(first))
+    lines.append(
+        "ms/step: wall time over forwards, the prompt's included; first s: an untimed run before, a step a block"
+    )
     lines.append(
         "of the least: the share of ms/step that the device needs to read weights, keys and values at "
         f"{first['read_tb_per_s']:.3g} TB/s,"

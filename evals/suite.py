@@ -3,36 +3,47 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from tqdm.auto import tqdm
 
 from blockinfer import LLM, RequestOutput
 from evals.configurations import REFERENCE_IMPL
 from evals.graders import grade
-from evals.record import Run, environment, extra_info, is_enough
+from evals.lanes import Lane, side_by_side
+from evals.record import Run, environment, extra_info, loading
 from evals.reference_impl import ReferenceLLM
 from evals.resume import Generations, fingerprint, settings_hash
+from evals.rounds import Round, is_enough, record, steadiness
 from evals.rows import encode
 from evals.settings import Case, Settings
 
 
 class Suite:
-    """The session's model and measurements: each configuration is run once, and graded from the same generations."""
+    """The session's model and measurements: each configuration is run once, and graded from the same generations.
+
+    timed: the configurations whose times are asked for; on a CPU they run side by side.
+    """
 
     # what leaves pytest's capture, so that a terminal shows the progress
     uncaptured: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def __init__(self, llm: LLM, settings: Settings, kept: Generations | None = None) -> None:
+    def __init__(
+        self, llm: LLM, settings: Settings, kept: Generations | None = None, timed: Sequence[Case] = ()
+    ) -> None:
         self.llm = llm
         self.reference = None
         if any(case.mode == REFERENCE_IMPL for case in settings.cases):
             self.reference = ReferenceLLM(llm)
         self.settings = settings
+        self.timed = list(timed)
+        self._seconds: dict[Case, list[float]] = {}
+        self.loading = loading(llm)
         self.environment = environment(settings, llm.config.dtype)
         self.runs: dict[Case, Run] = {}
         self.failed: dict[Case, Exception] = {}
@@ -61,73 +72,140 @@ class Suite:
         self.reference = None
 
     def measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
-        """Runs a configuration, timed by `benchmark`: again and again until the mean is known or the time is over.
+        """Runs a configuration, again and again until its mean is known or the time is over, and hands its times to
+        `benchmark`. On a CPU all of its rule that are to be timed run side by side, at the first one's call.
 
         Without a benchmark it is run once. Raises what the engine or a grader raises.
         """
-        try:
-            self.runs[case] = self._measure(case, benchmark)
-        except Exception as error:
-            self.failed[case] = error
-            raise
+        if benchmark is None:
+            self._seconds_of(case, timed=False)
+        else:
+            record(benchmark, partial(self._seconds_of, case, timed=True))
+        if case in self.failed:
+            raise self.failed[case]
         return self.runs[case]
 
-    def _measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
-        seconds: list[float] = []
-        forwards: list[int] = []
-        outputs = list(self.found.get(case, [None] * len(self.prompts)))
-        resumed = len(outputs) - outputs.count(None)
-        on_gpu = self.settings.device == "cuda"
-        llm = self.reference if case.mode == REFERENCE_IMPL else self.llm
+    def _seconds_of(self, case: Case, timed: bool) -> list[float]:
+        """Of its rounds, which are made now or were made with another's."""
+        if case not in self._seconds:
+            together = [case]
+            if self.settings.device == "cpu" and timed and case in self.timed:
+                # ratios are of configurations at one rule
+                together = [other for other in self.timed if other.unmasking == case.unmasking]
+            self._measure(together, repeated=timed)
+        return self._seconds.pop(case)
 
-        def warm_up() -> None:
-            if resumed:
-                return
-            outputs[:] = [None] * len(outputs)
-            # one step a block: every shape but the schedule's length is the timed run's
-            params = dataclasses.replace(case.params, denoising_steps=1)
-            llm.generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-
-        def generate() -> None:
-            missing = [i for i, output in enumerate(outputs) if output is None]
-            prompts = [self.prompts[i] for i in missing]
-            keep = self.kept is not None and not seconds
-            on_finish = partial(self.kept.append, self.hashes[case]) if keep else None
-            before = llm.stats.forwards
-            start = time.perf_counter()
-            # ends with the token ids on the host, so the device is done
-            made = llm.generate(prompts, case.params, use_tqdm=sys.stderr.isatty(), on_finish=on_finish)
-            seconds.append(time.perf_counter() - start)
-            forwards.append(llm.stats.forwards - before)
-            for i, output in zip(missing, made, strict=True):
-                outputs[i] = output
-
+    def _measure(self, cases: list[Case], repeated: bool) -> None:
+        """Fills `runs`, or `failed`, and the seconds that `measure` hands on."""
+        takes = [_Take(case, list(self.found.get(case, [None] * len(self.prompts)))) for case in cases]
         with self.uncaptured():
             if self.kept is not None and not self.runs:
                 print(f"\n{self.resume_line()}")
-            if benchmark is None:
-                warm_up()
-                generate()
+            for take in takes:
+                with self._failing(take):
+                    # what is resumed is not timed: there is only the rest of it
+                    self._generate(take) if take.resumed else self._warm_up(take)
+            fresh = [take for take in takes if not take.resumed and take.case not in self.failed]
+            while fresh:
+                if len(fresh) > 1:
+                    self._generate_side_by_side(fresh)
+                else:
+                    with self._failing(fresh[0]):
+                        self._generate(fresh[0])
+                fresh = [take for take in fresh if take.case not in self.failed]
+                if not repeated or self._are_enough(fresh):
+                    break
+        for take in takes:
+            self._seconds[take.case] = [r.seconds for r in steadiness(take.rounds).rounds]
+            if take.case not in self.failed:
+                with self._failing(take):
+                    self.runs[take.case] = self._run(take)
+
+    @contextmanager
+    def _failing(self, take: "_Take") -> Iterator[None]:
+        """What is raised is the configuration's own: the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failed[take.case] = error
+
+    def _are_enough(self, takes: list["_Take"]) -> bool:
+        """All have as many rounds, the slowest one's."""
+        limits = self.settings.max_seconds, self.settings.relative_error
+        late = any(is_enough(take.rounds, limits[0], 0.0) for take in takes)
+        return late or all(is_enough(take.rounds, *limits) for take in takes)
+
+    def _warm_up(self, take: "_Take") -> None:
+        """One batch, one step a block."""
+        params = dataclasses.replace(take.case.params, denoising_steps=1)
+        start = time.perf_counter()
+        self._llm(take).generate(self.prompts[: self.settings.batch_size], params, use_tqdm=False)
+        take.first_seconds = time.perf_counter() - start
+        if self.settings.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _generate(self, take: "_Take") -> None:
+        """A round of one configuration: the prompts that have no generation yet, in the first one, then all."""
+        llm, missing = self._llm(take), take.missing
+        before, start = llm.stats, time.perf_counter()
+        # ends with the token ids on the host, so the device is done
+        made = llm.generate(
+            [self.prompts[i] for i in missing],
+            take.case.params,
+            use_tqdm=sys.stderr.isatty(),
+            on_finish=self._keep(take),
+        )
+        seconds, after = time.perf_counter() - start, llm.stats
+        counts = [getattr(after, name) - getattr(before, name) for name in ("forwards", "graphs", "compiled")]
+        take.add(Round(seconds, *counts), made)
+
+    def _generate_side_by_side(self, takes: list["_Take"]) -> None:
+        """A round of every configuration, a part of each at a time."""
+        prompts = len(takes) * len(self.prompts)
+        with tqdm(total=prompts, disable=not sys.stderr.isatty(), unit="request", dynamic_ncols=True) as progress:
+
+            def lane(take: _Take) -> Lane:
+                keep = self._keep(take)
+
+                def on_finish(output: RequestOutput) -> None:
+                    keep(output)
+                    progress.update()
+
+                return Lane(self._llm(take), self.prompts, take.case.params, on_finish)
+
+            lanes = {lane(take): take for take in takes}
+            failed = side_by_side(list(lanes))
+        for one, take in lanes.items():
+            if one in failed:
+                self.failed[take.case] = failed[one]
             else:
-                benchmark.pedantic(generate, setup=warm_up, rounds=1)
-                while not resumed and not is_enough(seconds, self.settings.max_seconds, self.settings.relative_error):
-                    warm_up()
-                    generate()
-                    if benchmark.enabled:
-                        benchmark.stats.update(seconds[-1])
+                take.add(one.round, one.outputs)
+
+    def _keep(self, take: "_Take") -> Callable[[RequestOutput], None]:
+        """Keeps a generation in the file of --resume, where there is one, in the first round."""
+        if self.kept is None or take.rounds:
+            return lambda output: None
+        return partial(self.kept.append, self.hashes[take.case])
+
+    def _llm(self, take: "_Take") -> LLM:
+        return self.reference if take.case.mode == REFERENCE_IMPL else self.llm
+
+    def _run(self, take: "_Take") -> Run:
         grades = None
         if not self.settings.is_dummy:
-            pairs = zip(self.settings.rows, outputs, strict=True)
+            pairs = zip(self.settings.rows, take.outputs, strict=True)
             grades = [grade(row, output.outputs[0].text) for row, output in pairs]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        if resumed:
-            return Run(case, outputs, grades, [], None, None, resumed)
-        return Run(case, outputs, grades, seconds, forwards[-1], peak)
+        if take.resumed:
+            return Run(take.case, take.outputs, grades, [], None, None, take.resumed)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.settings.device == "cuda" else None
+        steady, fault, rounds = steadiness(take.rounds)
+        forwards, seconds = rounds[-1].forwards, [r.seconds for r in rounds]
+        return Run(
+            take.case, take.outputs, grades, seconds, forwards, peak, 0, rounds, steady, fault, take.first_seconds
+        )
 
     def extra_info(self, run: Run) -> dict[str, Any]:
-        return extra_info(run, self.settings, self.truncated, self.environment)
+        return extra_info(run, self.settings, self.truncated, self.environment) | self.loading
 
     def resume_line(self) -> str:
         found = [output for outputs in self.found.values() for output in outputs]
@@ -146,6 +224,29 @@ class Suite:
         if case in self.runs:
             return self.runs[case]
         return self.measure(case, None)
+
+
+@dataclasses.dataclass
+class _Take:
+    """A configuration while it is measured: the generations that there are of its last round, and its rounds."""
+
+    case: Case
+    outputs: list[RequestOutput | None]
+    rounds: list[Round] = dataclasses.field(default_factory=list)
+    first_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self.resumed = len(self.outputs) - self.outputs.count(None)
+
+    @property
+    def missing(self) -> list[int]:
+        """The prompts of the next round: at first those without a generation, then all."""
+        return [i for i, output in enumerate(self.outputs) if output is None or self.rounds]
+
+    def add(self, one: Round, made: list[RequestOutput]) -> None:
+        for i, output in zip(self.missing, made, strict=True):
+            self.outputs[i] = output
+        self.rounds.append(one)
 
 
 def _room(llm: LLM) -> str:

@@ -1,9 +1,9 @@
 """What a denoising step costs, all of it: forward, confidence, unmasking, and the host's share.
 
 A case sends requests of random token ids to `LLM.generate`, all at once, and no stop token ends one. ms a step is the
-wall time over the forwards of the model, the prompt's among them. Two whole runs go before on a GPU: in the first one,
-whose time is stored as first_seconds, kernels are compiled, in the second one CUDA graphs are captured. Before the
-ragged requests it is one, in which most shapes come often. What an earlier case compiled or captured, a later one has.
+wall time over the forwards of the model, the prompt's among them. A short untimed run goes before, whose time is stored
+as first_seconds; a case is repeated until its mean is known to RELATIVE_ERROR or MAX_SECONDS are over. What is compiled
+or captured in a timed run is told, and does not count where others come after it (evals/rounds.py).
 
 Where --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the small
 one of the repository, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
@@ -24,9 +24,10 @@ from blockinfer import LLM
 from blockinfer.config import DTYPES
 from evals.conftest import close_suite, refuse_others, settings_of
 from evals.kernels import measure_ceilings
+from evals.record import loading
+from evals.rounds import is_enough, record, steadiness
 from evals.settings import Settings
 from evals.steps import (
-    WARM_UPS,
     Case,
     about,
     agreement,
@@ -38,11 +39,14 @@ from evals.steps import (
     ragged_lengths,
     random_prompts,
     timed_run,
+    warmed_up,
 )
 
 # What the weights of LLaDA-8B's shape and a KV cache of some requests need.
 FREE_GB = 24
-ROUNDS = {"cuda": 3, "cpu": 1}
+# A case's timed runs end where another would pass these, the longest after the first.
+MAX_SECONDS = {"cuda": 15.0, "cpu": 0.0}
+RELATIVE_ERROR = 0.005
 
 
 class Sizes(NamedTuple):
@@ -148,19 +152,27 @@ def environment(settings, llm):
 
 @pytest.fixture
 def measure(benchmark, llm, environment, settings, ceilings):
-    """measure(name, case, rounds, warm_ups): times it; its figures go to extra_info. -> the last round's outputs."""
+    """measure(name, case): times it; its figures go to extra_info. -> the last run's outputs."""
 
-    def measure(name, case, rounds, warm_ups=WARM_UPS[settings.device]):
+    def measure(name, case):
         benchmark.extra_info.update(about(name, case, llm, environment))
         prompts, params = random_prompts(llm, case.lengths), case.params
-        if settings.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        first, *_ = [timed_run(llm, prompts, params)[0] for _ in range(warm_ups)]
-        runs = []
-        benchmark.pedantic(lambda: runs.append(timed_run(llm, prompts, params)), rounds=rounds)
-        (last, outputs), itemsize = runs[-1], llm.config.dtype.itemsize
-        benchmark.extra_info.update(figures(first.seconds, [timed for timed, _ in runs]) | memory(llm))
-        benchmark.extra_info.update(least_ms(last, llm.model_config, itemsize, ceilings))
+        first_seconds, runs, outputs = [], [], []
+
+        def rounds():
+            first_seconds.append(warmed_up(llm, prompts, params))
+            if settings.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            limits = MAX_SECONDS[settings.device], RELATIVE_ERROR
+            while not runs or not is_enough([run.round for run in runs], *limits, least=2):
+                run, outputs[:] = timed_run(llm, prompts, params)
+                runs.append(run)
+            return [r.seconds for r in steadiness([run.round for run in runs]).rounds]
+
+        record(benchmark, rounds)
+        info = figures(*first_seconds, runs) | memory(llm) | loading(llm)
+        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings)
+        benchmark.extra_info.update(info)
         return outputs
 
     return measure
@@ -197,22 +209,24 @@ def short_requests(check, sizes):
 
 
 @pytest.mark.benchmark(group="steps")
-def test_step(requests, measure, settings, name):
-    measure(name, requests, ROUNDS[settings.device])
+def test_step(requests, measure, name):
+    measure(name, requests)
 
 
 @pytest.mark.benchmark(group="steps: ragged")
-def test_ragged(ragged_requests, measure, benchmark, llm, sizes, settings):
+def test_ragged(ragged_requests, measure, benchmark, llm, sizes):
     """Requests of many lengths, more than run at once: tokens/s beside those of `uniform`, prefill and tail in both."""
     prompts, params = random_prompts(llm, sizes.uniform.lengths), sizes.uniform.params
-    *_, uniform = [timed_run(llm, prompts, params)[0] for _ in range(WARM_UPS[settings.device] + 1)]
-    measure("ragged", ragged_requests, 1, warm_ups=1)
+    warmed_up(llm, prompts, params)
+    uniform, _ = timed_run(llm, prompts, params)
+    measure("ragged", ragged_requests)
     benchmark.extra_info.update(beside_uniform(benchmark.extra_info, sizes.uniform, uniform))
 
 
 @pytest.mark.benchmark(group="steps: agreement")
-def test_agreement(short_requests, measure, benchmark, llm):
-    """Whether requests at once get the tokens that they get alone: in low precision rounding can tip some."""
-    prompts, params = random_prompts(llm, short_requests.lengths), short_requests.params
-    alone = [timed_run(llm, [prompt], [one])[1][0] for prompt, one in zip(prompts, params, strict=True)]
-    benchmark.extra_info.update(agreement(alone, measure("agreement", short_requests, 1)))
+def test_agreement(short_requests, measure, benchmark, llm, sizes):
+    """Whether requests at once get the tokens that they get alone, `few` of them: in low precision rounding can tip
+    some."""
+    sent_alone = list(zip(random_prompts(llm, short_requests.lengths), short_requests.params, strict=True))[: sizes.few]
+    alone = [timed_run(llm, [prompt], [one])[1][0] for prompt, one in sent_alone]
+    benchmark.extra_info.update(agreement(alone, measure("agreement", short_requests)))

@@ -56,7 +56,7 @@ def test_a_result_is_not_worse_than_itself(compare):
     code, printed = compare()
     assert code == NOT_WORSE and printed.endswith("the new result is not worse\n")
     assert [line.split()[0] for line in printed.splitlines()[1:3]] == [VANILLA, BLOCK] and "3 -> 3" in printed
-    assert len(printed.splitlines()) == 4
+    assert "on a CPU one round does not tell" in printed and len(printed.splitlines()) == 5
 
 
 def test_what_is_compared_is_what_the_suite_stores(make_suite, tmp_path):
@@ -67,13 +67,27 @@ def test_what_is_compared_is_what_the_suite_stores(make_suite, tmp_path):
         assert (read | {"peak_memory_gib"}) - benchmark["extra_info"].keys() == {"shards"}
 
 
-def test_speed_is_judged_by_the_margin(compare):
+def test_speed_of_one_round_on_a_gpu_is_judged_by_the_margin(make_suite, tmp_path, capsys):
+    old, new = run(make_suite(), tmp_path / "old.json", [10, 5]), tmp_path / "new.json"
+    old.write_text(old.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+
+    def compare(factor, *options):
+        content = json.loads(old.read_text())
+        scaled("tokens_per_second", factor)({b["name"]: b for b in content["benchmarks"]})
+        new.write_text(json.dumps(content))
+        return main([str(old), str(new), *options]), capsys.readouterr().out
+
     # by exp(1.96 * sqrt(2) * 0.1) = 1.319, since a round says nothing of its error: 0.950 and 0.948 at most
-    assert compare(scaled("tokens_per_second", 0.7203))[0] == NOT_WORSE
-    code, printed = compare(scaled("tokens_per_second", 0.719))
+    assert compare(0.7203)[0] == NOT_WORSE
+    code, printed = compare(0.719)
     assert code == WORSE and f"WORSE {BLOCK}: tokens/s is 0.719 times the old, 0.949 at most, below 0.95" in printed
-    assert compare(scaled("tokens_per_second", 0.719), "--margin", "6")[0] == NOT_WORSE
-    assert compare(scaled("tokens_per_second", 3))[0] == NOT_WORSE
+    assert compare(0.719, "--margin", "6")[0] == NOT_WORSE
+    assert compare(3)[0] == NOT_WORSE
+
+
+def test_speed_of_one_round_on_a_cpu_is_not_judged(compare):
+    code, printed = compare(scaled("tokens_per_second", 0.1))
+    assert code == NOT_WORSE and "on a CPU one round does not tell how well its time is known" in printed
 
 
 def test_speed_of_many_rounds_is_judged_by_their_error(make_suite, tmp_path, capsys):
@@ -249,7 +263,7 @@ def test_another_machine_leaves_speed_and_memory_unjudged(compare):
     assert code == NOT_WORSE and "gpu was None, is NVIDIA H200: tokens/s and memory are not judged" in printed
     code, printed = compare(changed(gpu="NVIDIA H200", nfe=10**6))
     assert code == WORSE
-    code, printed = compare(changed(torch="9.9.9", tokens_per_second=0.1))
+    code, printed = compare(changed(torch="9.9.9", nfe=10**6))
     assert code == WORSE and ", is 9.9.9\n" in printed
 
 

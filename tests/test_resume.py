@@ -264,8 +264,7 @@ class Timer:
 
     enabled = False
 
-    def pedantic(self, function, setup, rounds):
-        setup()
+    def pedantic(self, function, rounds):
         function()
 
 

@@ -46,12 +46,33 @@ def test_ms_a_step_are_wall_time_over_forwards(monkeypatch, llm):
 
 
 def test_figures_are_medians_of_the_rounds_and_the_first_run_is_beside_them():
-    rounds = [Timed(seconds, 10, 80, 40, 700, tokens=20, preemptions=0) for seconds in (3.0, 1.0, 2.0)]
+    rounds = [Timed(seconds, 10, 80, 40, 700, tokens=20, preemptions=0) for seconds in (2.0, 1.0, 2.0, 3.0)]
     info = figures(9.0, rounds)
     assert info["ms_per_step"] == pytest.approx(200) and info["tokens_per_second"] == pytest.approx(10)
-    assert info["first_seconds"] == 9.0 and info["rounds"] == 3 and info["forwards"] == 10
-    assert figures(9.0, rounds[:1])["relative_error"] is None
+    assert info["first_seconds"] == 9.0 and info["rounds"] == 4 and info["forwards"] == 10
+    assert info["steady"] and info["unsteady"] is None
+    assert figures(9.0, rounds[:1])["relative_error"] is figures(9.0, rounds[:1])["steady"] is None
     json.dumps(info, allow_nan=False)
+
+
+def test_figures_are_of_the_rounds_after_one_that_captured_or_compiled():
+    rounds = [Timed(3.0, 10, 80, 40, 700, 20, 0, graphs=1, compiled=2)]
+    rounds += [Timed(seconds, 10, 80, 40, 700, 20, 0) for seconds in (1.0, 1.2)]
+    info = figures(9.0, rounds)
+    assert info["seconds"] == pytest.approx(1.1) and info["rounds"] == 2 and not info["steady"]
+    assert info["unsteady"] == "captured 1 CUDA graphs and compiled 2 kernels in round 1"
+
+
+def test_what_was_captured_in_a_run_is_counted(llm, monkeypatch):
+    case, run = Case("block", [(5, 8)], 8), llm.engine.runner.run
+
+    def captures(scheduled):
+        llm.engine.runner.stats.graphs += 1
+        return run(scheduled)
+
+    monkeypatch.setattr(llm.engine.runner, "run", captures)
+    timed, _ = timed_run(llm, random_prompts(llm, case.lengths), case.params)
+    assert timed.round.graphs == timed.forwards == 8 and timed.round.compiled == 0
 
 
 def test_what_a_step_takes_at_least(llm):
@@ -113,7 +134,7 @@ def test_agreement_counts_tokens_and_sequences():
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=list(ids))]) for ids in sequences]
 
     info = steps.agreement(outputs("abcd", "abcd"), outputs("abcd", "axcy"))
-    assert info == {"share_of_tokens_equal": 0.75, "share_of_sequences_equal": 0.5}
+    assert info == {"sequences_compared": 2, "share_of_tokens_equal": 0.75, "share_of_sequences_equal": 0.5}
 
 
 def test_memory_beside_weights_and_cache(monkeypatch, llm):

@@ -132,9 +132,18 @@ def columns(run: list[Configuration]) -> list[Column]:
 
 def _ratios(c: Configuration, of: Baselines) -> tuple[str | None, str | None]:
     """Over vanilla_llada and over vanilla."""
-    ratios = [speed_up(c, baseline) for baseline in of(c)]
-    standard, semi = (None if r is None else f"{r:,.2f}" for r in ratios)
-    return standard, semi
+    standard, semi = of(c)
+    return _ratio(c, standard, c.interval_over_standard), _ratio(c, semi, c.interval_over_vanilla)
+
+
+def _ratio(c: Configuration, baseline: Configuration | None, interval: tuple[float, float] | None) -> str | None:
+    """With its interval; a file of an older commit has none, but may say that there was one round."""
+    ratio = speed_up(c, baseline)
+    if ratio is None or c is baseline:
+        return None if ratio is None else f"{ratio:,.2f}"
+    if interval is not None:
+        return f"{ratio:,.2f} ({interval[0]:,.2f}–{interval[1]:,.2f})"
+    return f"{ratio:,.2f}" + " (one round)" * (1 in (c.rounds, baseline.rounds))
 
 
 def _rule(c: Configuration) -> str | None:

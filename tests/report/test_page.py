@@ -44,6 +44,17 @@ def test_the_table_holds_the_files_figures(report):
     }
 
 
+def test_a_ratio_stands_with_its_interval_or_says_that_there_was_one_round(report):
+    """In the table and in the headline; the ratio to itself has neither."""
+    intervals = {"interval_over_vanilla": [4.5, 6.25], "interval_over_standard": None}
+    root = report(results([info("vanilla_llada", rounds=1), info("vanilla"), info("block", **intervals)]))
+    standard, vanilla, block = table(root)
+    assert block["speed-up × vanilla"] == "5.28 (4.50–6.25)"
+    assert block["speed-up × vanilla_llada"] == "6.14 (one round)"
+    assert vanilla["speed-up × vanilla"] == standard["speed-up × vanilla_llada"] == "1.00"
+    assert "5.28 (4.50–6.25) × vanilla, 6.14 (one round) × vanilla_llada" in root.text
+
+
 def test_the_page_names_the_environment(report):
     root = report(results([info("block")]))
     (about,) = root.all(class_="about")

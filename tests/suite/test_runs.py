@@ -11,6 +11,7 @@ import torch
 
 from evals.configurations import KERNEL, STEP
 from evals.machine import device_name
+from evals.record import SpeedUp
 from evals.report.__main__ import main as report
 from evals.schema import Configuration
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -39,7 +40,8 @@ def run_suite(tmp_path, *options):
 
 
 def test_a_whole_run(tmp_path, folder):
-    code, text, benchmarks, result = run_suite(tmp_path, f"--model={folder}", "--mode=vanilla_llada,vanilla,block")
+    options = [f"--model={folder}", "--mode=vanilla_llada,vanilla,block", "--steps-and-kernels"]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
     assert code == 0, text
     kernels = {name: benchmarks.pop(name) for name in list(benchmarks) if KERNEL in benchmarks[name]["extra_info"]}
     steps = {name: benchmarks.pop(name) for name in list(benchmarks) if STEP in benchmarks[name]["extra_info"]}
@@ -68,8 +70,14 @@ def test_a_whole_run(tmp_path, folder):
         ["vanilla", "8"],
         ["block", "8"],
     ]
-    assert lines[head + 1].endswith("1.00" + f"{standard['throughput'] / semi['throughput']:>11.2f}")
-    assert all(len(line) <= 115 for line in lines[: head + 6])
+    assert f"{standard['throughput'] / semi['throughput']:.2f} (" in lines[head + 1]
+    assert all(len(line) <= 125 for line in lines[: head + 6])
+    low, high = info["interval_over_vanilla"]
+    assert low < block["throughput"] / semi["throughput"] < high and info["steady"] is None
+    assert lines[head + 3].endswith(str(SpeedUp(block["throughput"] / semi["throughput"], (low, high))))
+    assert benchmarks["test_throughput[vanilla-8]"]["extra_info"]["interval_over_vanilla"] is None
+    assert info["first_seconds"] > 0 and info["load_seconds"] > 0 and info["graphs"] == info["graph_bytes"] == 0
+    assert "loaded in " in text.split("= blockinfer =")[1] and "capturing 0 CUDA graphs" in text
 
     elsewhere = {"asked_block_length", "shards"}  # from the test's parameters, and from evals/merge.py
     assert set(Configuration.model_fields) - elsewhere <= set(info), "the report reads what the suite writes"
@@ -132,28 +140,47 @@ def _check_steps(steps, text):
 
 
 INTERRUPT = """
+import os
+import signal
+
+from evals import kernels
 from blockinfer import LLM
 
-generate, calls = LLM.generate, iter(range(100))
+function, calls = {where}, iter(range(1000))
 
 def interrupted(*args, **options):
-    # after the warm-up and the run of the first configuration, and the warm-up of the second
-    if next(calls) == 3:
-        raise KeyboardInterrupt
-    return generate(*args, **options)
+    if next(calls) == {call}:
+        {action}
+    return function(*args, **options)
 
-LLM.generate = interrupted
+{where} = interrupted
 """
+ACTIONS = {2: "raise KeyboardInterrupt", 143: "os.kill(os.getpid(), signal.SIGTERM)"}
 
 
-def test_ctrl_c_loses_no_configuration_that_is_through(tmp_path, folder, monkeypatch):
-    (tmp_path / "interrupt.py").write_text(INTERRUPT)
+@pytest.fixture
+def interrupt(tmp_path, monkeypatch):
+    """interrupt(call, code) -> options with which this call of a function ends the run, by what has that exit code."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(tmp_path)]))
-    options = [f"--model={folder}", "--mode=vanilla,block", "-p", "interrupt"]
-    code, text, benchmarks, result = run_suite(tmp_path, *options)
-    assert code == 2 and "KeyboardInterrupt" in text and "Traceback" not in text
-    assert list(benchmarks) == ["test_throughput[vanilla-8]"]
-    assert result["vanilla"]["total_tokens"] == benchmarks["test_throughput[vanilla-8]"]["extra_info"]["tokens"]
+
+    def write_plugin(call, code, where="LLM.generate"):
+        (tmp_path / "interrupt.py").write_text(INTERRUPT.format(call=call, action=ACTIONS[code], where=where))
+        return ["-p", "interrupt"]
+
+    return write_plugin
+
+
+@pytest.mark.parametrize("code", ACTIONS)
+def test_an_interrupt_loses_no_configuration_that_is_through(tmp_path, folder, interrupt, code):
+    """After the warm-ups and the runs of the first rule's configurations, and the first warm-up of the second's."""
+    options = [f"--model={folder}", "--mode=vanilla,block", "--unmasking=low_confidence,random", *interrupt(3, code)]
+    found, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert found == code and ("Terminated: SIGTERM" in text) == (code == 143) and "Traceback" not in text
+    names = [f"test_throughput[{mode}-8-low_confidence]" for mode in ("vanilla", "block")]
+    assert list(benchmarks) == names
+    assert result["vanilla"]["total_tokens"] == benchmarks[names[0]]["extra_info"]["tokens"]
+    assert result["comparison_over_vanilla"]["throughput_speedup_interval"]
+    assert "= blockinfer =" in text
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
 
 
@@ -186,6 +213,44 @@ def test_an_output_that_can_no_longer_be_written_costs_neither_the_other_nor_the
     assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'; it is in '" in told
     kept = Path(told.split("it is in '")[1].split("' instead")[0])
     assert kept.parent == tmp_path and json.loads(kept.read_text())["blockinfer"]["total_tokens"] > 0
+
+
+def test_what_was_stopped_before_anything_was_through_says_what_would_have_been_kept(tmp_path, folder, interrupt):
+    code, text, benchmarks, result = run_suite(
+        tmp_path, f"--model={folder}", "--mode=vanilla,block", *interrupt(1, 143)
+    )
+    assert code == 143 and not benchmarks and result is None and "Traceback" not in text
+    assert "stopped before a configuration was through; with --resume FILE its answers would be kept" in text
+
+
+def test_sigterm_loses_no_step_and_no_kernel_that_is_through(tmp_path, folder, interrupt, code=143):
+    # two calls a case, the second one timed; the third case's was interrupted
+    options = [f"--model={folder}", "-k=test_step", *interrupt(5, code)]
+    found, text, benchmarks, _ = run_suite(tmp_path, *options)
+    assert found == code and "= steps =" in text and "Traceback" not in text
+    assert list(benchmarks) == ["test_step[block-1x16]", "test_step[block-1x64]"]
+    assert all(benchmark["extra_info"]["ms_per_step"] > 0 for benchmark in benchmarks.values())
+
+    options = ["-k=test_attention", *interrupt(2, code, "kernels.figures")]
+    found, text, benchmarks, _ = run_suite(tmp_path, *options)
+    assert found == code and "= kernels =" in text and "Traceback" not in text
+    assert len(benchmarks) == 2 and all(b["extra_info"]["microseconds"] > 0 for b in benchmarks.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ([], True),
+        (["--steps-and-kernels"], False),
+        (["evals/test_steps.py::test_ragged", "evals/test_kernels.py"], False),
+        (["-k=test_step or test_attention"], False),
+    ],
+)
+def test_steps_and_kernels_are_left_out_on_a_cpu_unless_they_are_asked_for(tmp_path, options, left_out):
+    _, text, _, _ = run_suite(tmp_path, "--collect-only", "-q", "--mode=block", *options)
+    for name in ("test_steps.py::", "test_kernels.py::"):
+        assert (name not in text) == left_out
+    assert ("test_throughput.py::" in text) != any(option.startswith("-k=") for option in options)
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
