@@ -2,15 +2,24 @@
 
 import argparse
 import os
+from itertools import pairwise
 
 # Before torch is imported: with one of two cores busy, two spinning OpenMP threads were measured 47 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 import torch
+
+from evals.files import text_argument
+from evals.git import git_environment
 
 # Before triton is imported: where there is no GPU, its interpreter runs the kernels' tests.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Before a test or pytest-benchmark calls git: in a hook of git it would see the hook's repository and index.
+for variable in os.environ.keys() - git_environment().keys():
+    del os.environ[variable]
 
 
 def _at_least(minimum, number=int):
@@ -50,7 +59,7 @@ def _shard(text):
 def pytest_addoption(parser):
     group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
-    add("--dataset", help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
+    add("--dataset", type=text_argument, help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
     add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
     add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
     add("--shard", type=_shard, help="i/n: of these rows the i-th of n parts, from 1/n to n/n (all)")
@@ -62,11 +71,13 @@ def pytest_addoption(parser):
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
     add("--threshold", type=float, help="of the rule threshold (0.9)")
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
-    add("--model", help="checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)")
+    model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
+    add("--model", type=text_argument, help=model)
     add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights, speed only (auto)")
-    add("--tokenizer", help="tokenizer folder or Hub name (the model's; with dummy weights the small model's)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
-    add("--device", default="auto", help="auto, cpu or cuda (auto)")
+    tokenizer = "tokenizer folder or Hub name (the model's; with dummy weights the small model's)"
+    add("--tokenizer", type=text_argument, help=tokenizer)
+    add("--dtype", type=text_argument, default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
+    add("--device", type=text_argument, default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
     add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")
     add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")
@@ -78,5 +89,28 @@ def pytest_addoption(parser):
     add("--relative-error", type=_at_least(0, float), default=0.01, help="or until its mean is known so well (0.01)")
     add("--steps-and-kernels", action="store_true", help="on a CPU too, small, to see that they run (on a GPU always)")
     add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
-    add("--resume", help="a .jsonl file that keeps every generation; the same command again goes on from it (none)")
-    add("--output", default="benchmark_results.json", help="where the comparison is written (benchmark_results.json)")
+    resume = "a .jsonl file that keeps every generation; the same command again goes on from it (none)"
+    add("--resume", type=text_argument, help=resume)
+    output = "where the comparison is written, /dev/null for nowhere (benchmark_results.json)"
+    add("--output", type=text_argument, default="benchmark_results.json", help=output)
+
+
+# Options of pytest-benchmark that take the word after them, also where that is a folder of tests.
+_MAY_SWALLOW = ("--benchmark-compare", "--benchmark-histogram", "--benchmark-cprofile-dump", "--benchmark-netrc")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Refuses what pytest-benchmark would take for something else; without a folder, pytest would run the tests."""
+    given = [str(argument) for argument in config.invocation_params.args]
+    for option, value in pairwise(given):
+        path = value.partition("::")[0]
+        if option in _MAY_SWALLOW and (os.path.isdir(path) or (path.endswith(".py") and os.path.isfile(path))):
+            meant = "" if option == "--benchmark-compare" else f", or write {option}={value} where that is meant"
+            raise pytest.UsageError(f"{option} takes {value!r} for its own value: give {value} before it{meant}")
+    compared, storage = config.getoption("benchmark_compare", None), config.getoption("benchmark_storage", None)
+    if isinstance(compared, str) and os.path.isdir(compared):
+        raise pytest.UsageError(f"--benchmark-compare: {compared!r} is a folder; name a file of --benchmark-json")
+    for option, value in (("--benchmark-compare", compared), ("--benchmark-storage", storage)):
+        if isinstance(value, str) and not value.strip():
+            raise pytest.UsageError(f"{option} must not be empty")

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import os
 import random
 import re
 import sys
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.files import BadOutput, check_output, path_argument, write_output
 from evals.rows import Row
 
 if TYPE_CHECKING:
@@ -230,10 +232,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m evals.build_sample", description="Draw rows of the public test sets."
     )
-    made.add_argument("--out", required=True, type=Path, help="the file to write, JSON lines")
+    made.add_argument("--out", required=True, type=path_argument, help="the file to write, JSON lines")
     made.add_argument("--seed", type=int, default=0, help="which rows are drawn (0)")
     made.add_argument("--per-source", type=int, default=50, help="rows of each set (50)")
-    made.add_argument("--from", type=Path, dest="folder", metavar="DIR", help="local copies of the sets (the Hub)")
+    made.add_argument(
+        "--from", type=path_argument, dest="folder", metavar="DIR", help="local copies of the sets (the Hub)"
+    )
     return made
 
 
@@ -241,14 +245,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.per_source < 1:
         parser().error(f"--per-source must be at least 1, got {options.per_source}")
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        parser().error(f"--out must be a file in a folder that exists, got {str(options.out)!r}")
-    if options.folder and not options.folder.is_dir():
+    if options.folder and not os.path.isdir(options.folder):
         parser().error(f"--from must be a folder, got {str(options.folder)!r}")
+    try:
+        check_output(options.out, [options.folder] if options.folder else [])
+    except BadOutput as error:
+        parser().error(f"--out: {error}")
     try:
         rows = build(options.per_source, options.seed, options.folder)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        options.out.write_bytes(lines.encode())
+        write_output(options.out, lines)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"build_sample: {error}")
     revisions = "\n".join(dict.fromkeys(f"  {row['revision']}" for row in rows))

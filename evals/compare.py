@@ -7,17 +7,17 @@ row by row, and whether every case is still there. Exit codes: 0 not worse, 1 wo
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from evals.configurations import RESUMED, is_configuration
+from evals.files import show, text_argument
 from evals.gate.judge import nfe_fault
 from evals.paired import Paired
+from evals.results import BadFile, check_whole, read_file
 from evals.wilson import wilson_interval
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
@@ -33,6 +33,8 @@ STEP_QUESTION = ("requests", "prompt_tokens", "new_tokens", "max_num_seqs")
 # Where one of these differs, speed and memory say nothing of the code. Those of SOFTWARE are merely told.
 MACHINE = ("device", "gpu", "cpu", "cpu_threads", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
+# What is judged, and what it takes to judge it.
+FIGURES = ("unmasking", "n", "nfe", "tokens_per_second", "peak_memory_gib", "accuracy")
 # What a GPU's time of one round is taken to be known to, as a share. Of a CPU's nothing is known: on two cores that
 # others used too, tokens/s of the same code were up to 1.7 times as many in one of two such runs.
 ERROR_OF_ONE_ROUND = 0.1
@@ -59,15 +61,17 @@ class Comparison:
 def read(path: str) -> dict[str, Info]:
     """The extra_info of each benchmark of a result file but for kernels and steps, by name. Raises NotComparable."""
     try:
-        benchmarks = json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
-        infos = [(benchmark["name"].removesuffix(RESUMED), benchmark["extra_info"]) for benchmark in benchmarks]
-        found = {name: info for name, info in infos if is_configuration(info)}
-    except (OSError, ValueError) as error:
-        raise NotComparable(f"{path} cannot be read: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise NotComparable(f"{path} is no file that --benchmark-json wrote: {error!r}") from error
-    if not any("nfe" in info for info in found.values()):
-        raise NotComparable(f"{path} holds no figures of pytest evals/: no benchmark has nfe in its extra_info")
+        file = read_file(path)
+        check_whole(file, path, FIGURES)
+    except BadFile as error:
+        raise NotComparable(str(error)) from error
+    if not file.configurations:
+        raise NotComparable(f"{path}: holds no figures of pytest evals/: no benchmark has nfe in its extra_info")
+    found: dict[str, Info] = {}
+    for benchmark in file.benchmarks:
+        name, info = benchmark.name.removesuffix(RESUMED), benchmark.extra_info
+        if is_configuration(info) and found.setdefault(name, info) is not info:
+            raise NotComparable(f"{path}: holds two benchmarks of the name {name}")
     return found
 
 
@@ -92,7 +96,9 @@ def compare(
     for name, before, after in matches:
         if "nfe" not in before:
             continue
-        if "nfe" not in after:
+        if after and "nfe" not in after:
+            raise NotComparable(f"{name}: the new file's extra_info has neither mode nor nfe")
+        if not after:
             result.worse.append(f"{name}: the new file has no figures for it, so its run failed")
             continue
         result.lines.append(f"{name:<{width}}" + _figures(before, after))
@@ -132,7 +138,7 @@ def differences(before: Info, after: Info) -> list[str]:
 
 
 def _ids(info: Info) -> list[str]:
-    return [row[0] for row in info.get("rows", [])]
+    return [row[0] for row in info.get("rows") or []]
 
 
 def _check_comparable(matches: list[Match]) -> None:
@@ -160,6 +166,8 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
     speeds = before["tokens_per_second"], after["tokens_per_second"]
     if None in speeds:
         result.notes.append(f"{name}: a resumed run has no speed, so tokens/s is not judged")
+    elif not speeds[0]:
+        result.notes.append(f"{name}: the old file has 0 tokens/s, so there is nothing to judge the new one's by")
     elif not _is_unknown_time(before) and not _is_unknown_time(after):
         ratio = speeds[1] / speeds[0]
         # 97.5 % confidence, as far as the rounds of one session can give it
@@ -168,7 +176,9 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
             says = f"tokens/s is {ratio:.3f} times the old, {most:.3f} at most, below {1 - result.margin:g}"
             result.worse.append(f"{name}: {says}")
     peaks = before["peak_memory_gib"], after["peak_memory_gib"]
-    if None not in peaks and peaks[1] > peaks[0] * (1 + result.margin):
+    if peaks.count(None) == 1:
+        result.notes.append(f"{name}: one of the two does not know its peak memory, so it is not judged")
+    elif None not in peaks and peaks[1] > peaks[0] * (1 + result.margin):
         ratio = peaks[1] / peaks[0]
         result.worse.append(f"{name}: peak memory is {ratio:.3f} times the old, beyond {1 + result.margin:g}")
 
@@ -240,8 +250,8 @@ def _percent(text: str) -> float:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m evals.compare", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("old", help="a file of pytest evals/ --benchmark-json")
-    add("new", help="a later one")
+    add("old", type=text_argument, help="a file of pytest evals/ --benchmark-json")
+    add("new", type=text_argument, help="a later one")
     add("--margin", type=_percent, default=0.05, help="percent by which tokens/s may fall and peak memory rise (5)")
     add("--max-accuracy-loss", type=_percent, default=0.03, help="points of accuracy that a case may lose (3)")
     add("--allow-missing", action="store_true", help="a case that is gone is no failure")
@@ -255,10 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         old, new = read(options.old), read(options.new)
         result = compare(old, new, options.margin, options.max_accuracy_loss, options.allow_missing)
     except NotComparable as error:
-        print(f"compare: these cannot be compared: {error}", file=sys.stderr)
+        show(f"compare: these cannot be compared: {error}", sys.stderr)
         return NOT_COMPARABLE
-    print("\n".join([*result.lines, *result.notes, *(f"WORSE {text}" for text in result.worse)]))
-    print("the new result is worse" if result.worse else "the new result is not worse")
+    show("\n".join([*result.lines, *result.notes, *(f"WORSE {text}" for text in result.worse)]), sys.stdout)
+    show("the new result is worse" if result.worse else "the new result is not worse", sys.stdout)
     return WORSE if result.worse else NOT_WORSE
 
 

@@ -1,6 +1,7 @@
 """The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
 
 import gc
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from pytest_benchmark.session import PerformanceRegression
 
 from blockinfer import LLM
 from evals.compare import differences
+from evals.comparisons import check_collected, check_compared, check_option, tell_compared
 from evals.configurations import KERNEL, STEP, has_figures, is_configuration
 from evals.graders import require
 from evals.kernels import table as kernel_table
 from evals.machine import device_name, slug
+from evals.outputs import add_failure, attempt, guard, tell_failures
 from evals.paired import against_vanilla, losses
 from evals.record import first_pass_line, intervals, loading_line, question, table, write_comparison
 from evals.resume import Generations
@@ -28,6 +31,7 @@ from evals.suite import Suite
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey[Suite]()
+WRITTEN = pytest.StashKey[bool]()  # the file of --output
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
 ENDING = pytest.StashKey[bool]()  # whether by SIGTERM; not there before the end
@@ -48,14 +52,11 @@ def settings_of(config: pytest.Config) -> Settings:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Before pytest-benchmark's own, which opens its storage and reads what --benchmark-compare names."""
-    config.add_cleanup(partial(_close_json, config))
     # here a usage error ends the session with one line; during collection it would be a traceback
     settings = settings_of(config)
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
         config.option.benchmark_storage = f".benchmarks/{slug(device_name(settings.device))}"
-    compared = config.getoption("benchmark_compare")
-    if isinstance(compared, str) and compared.endswith(".json") and not Path(compared).is_file():
-        raise pytest.UsageError(f"--benchmark-compare: there is no file {compared!r}")
+    check_option(config.getoption("benchmark_compare"))
     # who started this may have it ignored
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, partial(_terminate, config))
@@ -69,17 +70,10 @@ def _terminate(config: pytest.Config, number: int, frame: Any) -> None:
         raise Terminated("SIGTERM")
 
 
-def _close_json(config: pytest.Config) -> None:
-    """pytest-benchmark 5.2 opens its file at once, and closes it only where it writes it; 5.3 opens it then."""
-    for options in (config.option, config.known_args_namespace):
-        file = getattr(options, "benchmark_json", None)
-        if hasattr(file, "close"):
-            file.close()
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     """What pytest-benchmark itself says only after the whole run."""
     config = session.config
+    guard(config, config.pluginmanager.getplugin(BENCHMARKS))
     if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
         storage = config.getoption("benchmark_storage")
         raise pytest.UsageError(f"--benchmark-compare-fail: there is nothing to compare with; the history is {storage}")
@@ -124,6 +118,10 @@ def _wants_steps_and_kernels(config: pytest.Config) -> bool:
     return settings_of(config).device == "cuda" or option("--steps-and-kernels") or bool(option("keyword"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    check_collected(session, session.config.pluginmanager.getplugin(BENCHMARKS))
+
+
 def close_suite(config: pytest.Config) -> None:
     """For who needs the GPU's memory, which the suite's engine has until its last test."""
     if SUITE in config.stash:
@@ -154,7 +152,7 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
             suite = Suite(llm, settings, kept, _timed(request.session))
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         request.config.stash[SUITE] = suite
@@ -209,7 +207,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         yield
     except PerformanceRegression:
         config.pluginmanager.getplugin("session").exitstatus = pytest.ExitCode.TESTS_FAILED
+    except Exception as error:
+        # a damaged file to compare with, say: the suite's own tables do not depend on it
+        add_failure(config, f"pytest-benchmark's tables: {type(error).__name__}: {error}")
     _write_tables(terminalreporter, config)
+    suite = config.stash.get(SUITE, None)
+    if suite is not None and suite.kept is not None and suite.kept.lost:
+        add_failure(config, suite.kept.told_lost())
+    tell_compared(config, terminalreporter, config.pluginmanager.getplugin(BENCHMARKS))
+    tell_failures(config, terminalreporter)
 
 
 def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -247,7 +253,8 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
         terminalreporter.write_line(first)
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"written to {suite.settings.output}")
+    if config.stash.get(WRITTEN, False):
+        terminalreporter.write_line(f"written to {suite.settings.output}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -258,8 +265,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     benchmarks = session.config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and has_figures(benchmark.extra_info)]
     suite = session.config.stash.get(SUITE, None)
-    if suite is not None and suite.runs:
-        write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+    if suite is not None and suite.runs and suite.settings.output != os.devnull:
+        with attempt(session.config, "--output"):
+            write_comparison(suite.settings.output, list(suite.runs.values()), suite.settings, suite.environment)
+            session.config.stash[WRITTEN] = True
     yield
     if terminated:
         session.exitstatus = 128 + signal.SIGTERM
@@ -291,7 +300,8 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info, compared_benchmark) -> None:
-    there = compared_benchmark["machine_info"].get("device", "a device that its file does not name")
+    check_compared(config, compared_benchmark)
+    there = compared_benchmark.get("machine_info", {}).get("device", "a device that its file does not name")
     if there != machine_info["device"]:
         raise pytest.UsageError(
             f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"

@@ -6,47 +6,71 @@ run at once, each on a device of its own; tokens/s follow from it, and latencies
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from evals.configurations import RESUMED, is_configuration
+from evals.configurations import RESUMED
+from evals.files import check_output, path_argument, show, write_output
 from evals.paired import Paired, stored
+from evals.results import check_content, check_whole, read_file
 from evals.wilson import wilson_interval
 
 Json = dict[str, Any]
 
+# What is added up, besides the settings, which must agree.
+FIGURES = (
+    *("n", "tokens", "steps", "nfe", "prompts_truncated", "stopped", "resumed", "shard", "rows", "accuracy", "seconds"),
+    *("forwards", "rounds", "mean_prompt_tokens", "peak_memory_gib", "dataset_revisions"),
+    *("n_by_source", "accuracy_by_source", "score_by_source"),
+)
 
-def main(arguments: list[str] | None = None) -> None:
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with one sentence on stderr."""
     parser = argparse.ArgumentParser("python -m evals.merge", description="Merges the shards of a run into one file.")
-    parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument("shards", type=Path, nargs="+", help="what --benchmark-json wrote, of every shard")
+    parser.add_argument("out", type=path_argument, help="the file to write")
+    parser.add_argument("shards", type=path_argument, nargs="+", help="what --benchmark-json wrote, of every shard")
     options = parser.parse_args(arguments)
     try:
+        check_output(options.out, options.shards)
         result = merge([(str(path), read(path)) for path in options.shards])
-        # whole or not at all
-        part = options.out.with_name(options.out.name + ".part")
-        part.write_text(json.dumps(result, indent=4, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, options.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"merge: {error}")
+        text = json.dumps(result, indent=4, allow_nan=False) + "\n"
+        # what each file may say, their sum may not
+        check_content(json.loads(text), "the sum of the shards")
+        write_output(options.out, text)
+    except ValueError as error:
+        show(f"merge: {error}", sys.stderr)
+        return 2
     number = result["benchmarks"][0]["extra_info"]["n"]
-    print(f"{len(options.shards)} shards, {number} rows, {len(result['benchmarks'])} configurations: {options.out}")
+    about = f"{len(options.shards)} shards, {number} rows, {len(result['benchmarks'])} configurations"
+    show(f"{about}: {options.out}", sys.stdout)
+    return 0
 
 
 def read(path: Path) -> Json:
     """Without kernels and steps, which every shard times alike. Raises ValueError for a file that holds no shard."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["benchmarks"] = [b for b in content["benchmarks"] if is_configuration(b["extra_info"])]
-        shards = [benchmark["extra_info"]["shard"] for benchmark in content["benchmarks"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no file that --benchmark-json wrote: {error!r}") from error
-    if not shards or shards[0] is None:
-        raise ValueError(f"{path} holds no shard: the suite was not run with --shard")
-    return content
+    file = read_file(path)
+    shards = [configuration.shard for configuration in file.configurations.values()]
+    if not shards or None in shards:
+        raise ValueError(f"{path}: holds no shard: the suite was not run with --shard")
+    check_whole(file, path, FIGURES)
+    benchmarks = [file.content["benchmarks"][number] for number in file.configurations]
+    for benchmark, shard in zip(benchmarks, shards, strict=True):
+        where = f"{path}: {benchmark['name']!r:.80}"
+        lacks = [key for key in ("fullname", "group", "stats") if benchmark.get(key) is None]
+        if not lacks and benchmark["stats"].get("median") is None:
+            lacks = ["stats.median"]
+        if shard.positions is None or shard.rows is None:
+            lacks = ["extra_info: shard: positions or rows"]
+        if lacks:
+            raise ValueError(f"{where}: {lacks[0]}: a value is required, there is none")
+        if shard != shards[0]:
+            raise ValueError(f"{where}: extra_info: shard: another than that of {benchmarks[0]['name']!r:.80}")
+    return file.content | {"benchmarks": benchmarks}
 
 
 def merge(files: list[tuple[str, Json]]) -> Json:
@@ -81,11 +105,18 @@ def _check_shards(shards: list[tuple[str, Json]]) -> None:
     for path, shard in shards:
         paths[shard["index"]].append(path)
     faults = [f"shard {i} is there {len(same)} times: {', '.join(same)}" for i, same in paths.items() if same[1:]]
-    missing = [str(index) for index in range(1, base["of"] + 1) if index not in paths]
-    if missing:
-        faults.append(f"missing of {base['of']} shards: {', '.join(missing)}")
+    number = base["of"] - len(paths)
+    if number:
+        # the number of shards may be any, in a file that is damaged
+        missing = islice((str(index) for index in count(1) if index not in paths), min(number, 9))
+        more = ", ..." if number > 9 else ""
+        faults.append(f"missing of {base['of']} shards: {', '.join(missing)}{more}")
     if faults:
         raise ValueError("; ".join(faults))
+    positions = sorted(position for _, shard in shards for position in shard["positions"])
+    if positions != list(range(len(positions))):
+        names = ", ".join(path for path, _ in shards)
+        raise ValueError(f"shard.positions: not each row is there once in {names}")
 
 
 def _check_settings(name: str, benchmarks: dict[str, Json], paths: list[str]) -> None:
@@ -192,4 +223,4 @@ def _speed(infos: list[Json], tokens: int) -> Json:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,8 @@ import transformers
 
 from blockinfer import LLM, RequestOutput
 from evals.configurations import REFERENCE_IMPL, STANDARD, is_baseline, total_steps
+from evals.files import write_measured
+from evals.git import git_environment
 from evals.graders import GRADER_VERSIONS, Grade
 from evals.machine import cpu_name, gpu_name
 from evals.prompts import PROMPTS_VERSION
@@ -194,13 +196,17 @@ def commit() -> str | None:
     try:
         command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
         folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        options = dict(cwd=folder, env=git_environment(), capture_output=True, text=True, check=True)
+        return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict[str, Any]) -> None:
-    """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them."""
+    """The file of `--output`: `block` at its first block length, the standard decoding, and the ratios between them.
+
+    Raises BadOutput.
+    """
     block = next((run for run in runs if run.case.mode == "block"), None)
     standard, semi = baselines((block or runs[0]).case, runs)
     result = {
@@ -219,7 +225,7 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
         },
         "environment": about,
     }
-    Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_measured(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:

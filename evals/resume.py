@@ -4,62 +4,87 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
+import sys
 from array import array
 from collections import defaultdict
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic_core import from_json
 
 import blockinfer
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.outputs import CompletionOutput, RequestMetrics
+from evals.files import BadOutput, check_target, write_output
 
 _START = b'{"key": "'
+# A line that a power cut has left without its end is filled up with them, by some file systems.
+_FILL = b"\0 \t\r"
 
 
 class Generations:
-    """The file of `--resume`: a line per finished request, of any settings, with the key of what decided it."""
+    """The file of `--resume`: a line per finished request, of any settings, with the key of what decided it, and with a
+    hash of the line's other fields, which a damaged value does not have."""
 
     def __init__(self, path: str | Path) -> None:
-        """Reads `path`, made where it is missing; a last line that a kill has cut short is taken out of it.
+        """Reads `path`, made where it is missing. Damaged lines are moved to a file beside it, all but a last one that
+        a kill has cut short; what they held is generated again.
 
-        Raises ValueError for a file that cannot be written, that another run is writing, or that holds anything else.
+        Raises ValueError for a file that cannot be written, that another run is writing, or that is of something else.
         """
+        self.path = os.fspath(path)
+        # lines that could not be written, and why the last of them could not
+        self.lost, self.reason = 0, ""
+        self.damaged: list[int] = []
         try:
-            self._file = open(path, "a+b")
-        except OSError as error:
-            raise ValueError(f"--resume {path}: {error.strerror}") from error
-        try:
-            self._found = self._read()
-        except ValueError as error:
-            self._file.close()
-            raise ValueError(f"--resume {path}: {error}") from None
-
-    def _read(self) -> dict[str, list[tuple[CompletionOutput, RequestMetrics]]]:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError("another run is writing to it; wait for its end") from None
-        except OSError:
-            # some network file systems have no locks; lines are then appended without one
-            pass
-        self._file.seek(0)
-        content = self._file.read()
-        *lines, rest = content.split(b"\n")
-        cut_short = _START.startswith(rest[: len(_START)])
-        if not cut_short:
-            lines.append(rest)
-        found = defaultdict(list)
-        for number, line in enumerate(lines, 1):
+            self._file = _locked(check_target(path))
             try:
-                fields = json.loads(line)
-                generation = CompletionOutput(**fields["completion"]), RequestMetrics(**fields["metrics"])
-                found[fields["key"]].append(generation)
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"line {number} is no generation that the suite wrote") from None
-        if cut_short:
-            self._file.truncate(len(content) - len(rest))
+                self._found = self._read()
+            except BaseException:
+                self._file.close()
+                raise
+        except BadOutput as error:
+            raise ValueError(f"--resume: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--resume {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def _read(self) -> dict[str, list[dict[str, Any]]]:
+        content = self._file.readall()
+        *_, last = raw = content.split(b"\n")
+        lines = {number: line.strip(_FILL) for number, line in enumerate(raw, 1) if line.strip(_FILL)}
+        whole = {number: fields for number, line in lines.items() if (fields := _parsed(line)) is not None}
+        end = len(content) - len(last)
+        if len(raw) in whole:
+            # but for its end
+            end += len(last.rstrip(_FILL))
+        elif len(raw) in lines and _START.startswith(lines[len(raw)][: len(_START)]):
+            # it was being written
+            del lines[len(raw)]
+        self.damaged = [number for number in lines if number not in whole]
+        if self.damaged and not any(line.startswith(_START) for line in lines.values()):
+            raise ValueError(f"line {self.damaged[0]} is no generation that the suite wrote, and no other line is one")
+        if self.damaged:
+            self._set_aside(lines, whole)
+        elif end < len(content) or len(raw) in whole:
+            self._file.truncate(end)
+            self._file.write(b"\n" * (len(raw) in whole))
+        found = defaultdict(list)
+        for fields in whole.values():
+            found[fields["key"]].append(fields)
         return found
+
+    def _set_aside(self, lines: dict[int, bytes], whole: dict[int, dict[str, Any]]) -> None:
+        with open(check_target(f"{self.path}.damaged"), "ab") as file:
+            file.write(b"".join(lines[number] + b"\n" for number in self.damaged))
+            file.flush()
+            os.fsync(file.fileno())
+        write_output(self.path, b"".join(lines[number] + b"\n" for number in whole))
+        # the file of that name is another one now
+        self._file.close()
+        self._file = _locked(check_target(self.path))
 
     def __enter__(self) -> "Generations":
         return self
@@ -72,7 +97,8 @@ class Generations:
         same = self._found[_key(settings, prompt_token_ids)]
         if not same:
             return None
-        completion, metrics = same.pop(0)
+        fields = same.pop(0)
+        completion, metrics = CompletionOutput(**fields["completion"]), RequestMetrics(**fields["metrics"])
         return RequestOutput(-1, None, prompt_token_ids, [completion], True, metrics)
 
     @property
@@ -81,11 +107,64 @@ class Generations:
         return sum(len(same) for same in self._found.values())
 
     def append(self, settings: bytes, output: RequestOutput) -> None:
-        """The line survives the end of the process, not that of the machine."""
+        """The line survives the end of the process, not that of the machine. One that cannot be written is counted as
+        lost, and taken out: the run does not need it."""
         key = _key(settings, output.prompt_token_ids)
         line = {"key": key, "completion": vars(output.outputs[0]), "metrics": vars(output.metrics)}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        end = os.fstat(self._file.fileno()).st_size
+        left = memoryview(json.dumps(line | {"sha256": _hash(line)}).encode() + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(end)
+            self.lost, self.reason = self.lost + 1, error.strerror or str(error)
+            if self.lost == 1:
+                print(f"\nblockinfer: {self.told_lost()}", file=sys.stderr)
+
+    def told_damaged(self) -> str:
+        numbers = ", ".join(map(str, self.damaged[:9])) + ", ..." * (len(self.damaged) > 9)
+        lines = f"line {numbers} was" if len(self.damaged) == 1 else f"{len(self.damaged)} lines ({numbers}) were"
+        return f"{lines} damaged: moved to {self.path}.damaged, to be generated again"
+
+    def told_lost(self) -> str:
+        """What to do where lines could not be written."""
+        number = f"{self.lost} generation{'s' * (self.lost > 1)}"
+        return f"--resume {self.path}: {number} could not be kept: {self.reason}. The same command would make them anew"
+
+
+def _locked(path: str) -> FileIO:
+    """The file, for this run alone. Raises ValueError where another run has it."""
+    while True:
+        file = open(path, "a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError("another run is writing to it; wait for its end") from None
+        except OSError:
+            # some network file systems have no locks; lines are then appended without one
+            pass
+        file.seek(0)
+        # another run may have put a file in its place meanwhile
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            return file
+        file.close()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """What `append` wrote; None where it did not."""
+    try:
+        fields = from_json(line)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or fields.keys() != {"key", "completion", "metrics", "sha256"}:
+        return None
+    return fields if fields.pop("sha256") == _hash(fields) else None
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _key(settings: bytes, prompt_token_ids: list[int]) -> str:

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
+from evals.files import read_bytes
 from evals.prompts import messages
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -30,9 +33,11 @@ def load_rows(
     if unknown:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {unknown[0]!r}")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        # editors on Windows begin a file with a byte order mark
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the dataset {str(path)!r} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"the dataset {str(path)!r} cannot be read: {reason}") from error
     rows = {i: _row(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()}
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
@@ -63,24 +68,20 @@ def shard_positions(rows: list[Row], index: int, of: int) -> list[int]:
 
 
 def _row(line: str, where: str, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    row = _parse(line, where)
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is expected, got {type(row).__name__}")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: a string holds a lone surrogate, half a character: {error}") from error
     row.setdefault("id", f"row-{number}")
     if isinstance(row.get("choices"), str):
         row["choices"] = _choices(row["choices"], where)
     for field in ("id", "source", "question", "answer"):
         if isinstance(row.get(field), int | float) and field == "answer" and not isinstance(row["answer"], bool):
+            if not abs(row[field]) < 1e300:
+                raise ValueError(f"{where}: field 'answer' must be a number below 1e300, got {row[field]!r:.60}")
             row[field] = str(row[field])
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise ValueError(f"{where}: field {field!r} must be a string that is not empty, got {row.get(field)!r}")
+            got = f"{row.get(field)!r:.200}"
+            raise ValueError(f"{where}: field {field!r} must be a string that is not empty, got {got}")
     if row["source"] not in SOURCES:
         raise ValueError(f"{where}: field 'source' must be one of {', '.join(SOURCES)}, got {row['source']!r}")
     if not isinstance(row.get("revision", ""), str):
@@ -99,11 +100,17 @@ def _row(line: str, where: str, number: int) -> Row:
     return row
 
 
-def _choices(text: str, where: str) -> list[str] | None:
+def _parse(text: str, where: str) -> Any:
+    """Raises ValueError also for what is nested too deeply, and where a string holds half a character."""
     try:
-        return json.loads(text) if text else None
+        return from_json(text)
     except ValueError as error:
-        raise ValueError(f"{where}: field 'choices' is no JSON list: {error}") from error
+        half = "a string holds a lone surrogate, half a character" if "hex escape" in str(error) else "not valid JSON"
+        raise ValueError(f"{where}: {half}: {error}") from error
+
+
+def _choices(text: str, where: str) -> list[str] | None:
+    return _parse(text, f"{where}: field 'choices' is no JSON list") if text else None
 
 
 def _check_choices(row: Row, where: str) -> None:

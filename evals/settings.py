@@ -12,6 +12,7 @@ from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals.configurations import REFERENCE_IMPL, STANDARD, total_steps
+from evals.outputs import check_outputs
 from evals.rows import Row, load_rows, rows_hash, shard_positions
 
 SUITE_MODES = (STANDARD, *MODES)
@@ -93,11 +94,6 @@ def read_settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"--device cuda was asked for, but this torch ({torch.__version__}) sees no GPU")
     if option("--dtype") not in ("auto", *DTYPES):
         raise pytest.UsageError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option('--dtype')!r}")
-    for name in ("--output", "--benchmark-json", "--resume"):
-        # pytest-benchmark 5.2 has opened its file already
-        path = getattr(option(name), "name", option(name))
-        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-            raise pytest.UsageError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
     if option("--reference-impl") != option("--trust-remote-code"):
         raise pytest.UsageError(
             "--reference-impl runs the code that the checkpoint brings: read it, then pass --trust-remote-code with it"
@@ -110,6 +106,10 @@ def read_settings(config: pytest.Config) -> Settings:
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
     dataset = option("--dataset") or str(SAMPLE)
+    tokenizer = option("--tokenizer") or (str(TINY_MODEL) if dummy else None)
+    compared = option("--benchmark-compare")
+    inputs = [dataset, model, *filter(None, [tokenizer]), *([compared] if isinstance(compared, str) else [])]
+    check_outputs(option, inputs)
     number = option("--num-samples") or (None if on_gpu else 32)
     try:
         rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
@@ -119,7 +119,7 @@ def read_settings(config: pytest.Config) -> Settings:
     return Settings(
         model=model,
         load_format=option("--load-format"),
-        tokenizer=option("--tokenizer") or (str(TINY_MODEL) if dummy else None),
+        tokenizer=tokenizer,
         dtype=option("--dtype"),
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.models.registry import SHAPES
+from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
 from evals.machine import gpu_name
 from evals.record import commit
 from evals.steps import Case, Timed, random_prompts, timed_run, warmed_up
@@ -131,7 +131,12 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m evals.stages", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--model", default="llada-8b", help=f"a checkpoint, or a shape with random weights: {', '.join(SHAPES)}")
+    add(
+        "--model",
+        type=text_argument,
+        default="llada-8b",
+        help=f"a checkpoint, or a shape with random weights: {', '.join(SHAPES)}",
+    )
     add("--dtype", default="bfloat16", choices=DTYPES)
     add("--mode", default="block", choices=MODES)
     add("--unmasking", default="low_confidence", choices=RULES)
@@ -139,12 +144,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", type=int, default=128, help="tokens of each prompt, drawn at random (128)")
     add("--max-tokens", type=int, default=256, help="new tokens of each (256)")
     add("--block-length", type=int, default=32, help="(32)")
-    add("--json", type=Path, help="a file for the figures")
+    add("--json", type=path_argument, help="a file for the figures")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    try:
+        if options.json:
+            check_output(options.json, [options.model])
+    except BadOutput as error:
+        print(f"stages: --json: {error}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("stages: this needs a GPU, whose kernels it times; this torch sees none", file=sys.stderr)
         return 2
@@ -163,7 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(table(info)))
     if options.json:
         content = {key: value for key, value in about.items() if key != "json"} | info
-        options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        try:
+            write_measured(options.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        except BadOutput as error:
+            print(f"stages: --json: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -211,7 +211,8 @@ class Suite:
         found = [output for outputs in self.found.values() for output in outputs]
         others = f"; {self.kept.num_left} there are of other settings" if self.kept.num_left else ""
         number = len(found) - found.count(None)
-        return f"blockinfer: {number} of {len(found)} generations found in {self.settings.resume}{others}"
+        damaged = f"; {self.kept.told_damaged()}" if self.kept.damaged else ""
+        return f"blockinfer: {number} of {len(found)} generations found in {self.settings.resume}{others}{damaged}"
 
     def result(self, case: Case) -> Run:
         """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it.

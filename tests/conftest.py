@@ -11,6 +11,7 @@ from evals.resume import Generations
 from evals.settings import read_settings
 from evals.suite import Suite
 from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.options import Options
 from tests.test_rows import GSM, MMLU, QA, write
 
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
@@ -54,7 +55,7 @@ def chat_llm(tmp_path_factory):
 
 
 @pytest.fixture
-def make_suite(pytestconfig, tmp_path, chat_llm):
+def make_suite(tmp_path, chat_llm):
     """A suite of seven rows, two of which ask the same, and two configurations, a row at a time.
 
     `resume=` is its file, which the next suite finds closed.
@@ -66,16 +67,8 @@ def make_suite(pytestconfig, tmp_path, chat_llm):
     fixed |= {"block_length": [8], "batch_size": 1, "mode": ["vanilla", "block"]}
     fixed |= {"max_seconds": 600.0, "relative_error": 9.0}  # three rounds
 
-    class Config:
-        def __init__(self, changed):
-            self.changed = fixed | changed
-
-        def getoption(self, name):
-            key = name.removeprefix("--").replace("-", "_")
-            return self.changed[key] if key in self.changed else pytestconfig.getoption(name)
-
     def make(**changed):
-        settings = read_settings(Config(changed))
+        settings = read_settings(Options(**(fixed | changed)))
         opened.close()
         kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
         return Suite(chat_llm, settings, kept)

@@ -9,7 +9,7 @@ from evals.compare import NOT_WORSE, differences, main
 from evals.configurations import is_configuration
 from evals.machine import slug
 from evals.record import question
-from evals.report.results import read_run
+from evals.results import read_run
 from evals.settings import read_settings
 
 BASELINES = sorted((Path(__file__).parent.parent / "evals" / "baselines").glob("*.json"))

@@ -14,6 +14,8 @@ from evals.configurations import RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
+BY_SOURCE = ("n_by_source", "accuracy_by_source", "score_by_source")
+DAY = '"datetime": "2030-01-01"'
 VANILLA = "test_throughput[vanilla-8]"
 
 
@@ -106,7 +108,8 @@ def test_speed_of_many_rounds_is_judged_by_their_error(make_suite, tmp_path, cap
 
 
 def test_memory_is_judged_by_the_margin_where_both_know_it(compare, make_suite, tmp_path, capsys):
-    assert compare(changed(peak_memory_gib=9.0))[0] == NOT_WORSE
+    code, printed = compare(changed(peak_memory_gib=9.0))
+    assert code == NOT_WORSE and f"{BLOCK}: one of the two does not know its peak memory, so it is not" in printed
     old, new = (run(make_suite(), tmp_path / f"{name}.json", [10, 5]) for name in ("a", "b"))
     for path, gib in ((old, 10.0), (new, 10.6)):
         path.write_text(path.read_text().replace('"peak_memory_gib": null', f'"peak_memory_gib": {gib}'))
@@ -170,10 +173,12 @@ def test_random_weights_have_no_accuracy_to_judge(compare):
     def change(benchmarks):
         for benchmark in benchmarks.values():
             benchmark["extra_info"]["accuracy"] = None
-            del benchmark["extra_info"]["rows"]
+            del benchmark["extra_info"]["weights"]
 
     code, printed = compare(change)
     assert code == NOT_WORSE and "3 -> -" in printed
+    code, printed = compare(changed(accuracy=None))
+    assert code == NOT_COMPARABLE and f"{BLOCK}': extra_info: accuracy: a value is required, there is null" in printed
 
 
 def test_a_case_that_is_gone_fails_unless_it_is_allowed(compare):
@@ -192,6 +197,11 @@ def test_a_case_that_only_has_figures_in_the_old_file_fails(compare):
     def empty(benchmarks):
         benchmarks[BLOCK]["extra_info"] = {}
 
+    def other(benchmarks):
+        benchmarks[BLOCK]["extra_info"] = {"index": 1}
+
+    code, printed = compare(other)
+    assert code == NOT_COMPARABLE and f"{BLOCK}: the new file's extra_info has neither mode nor nfe" in printed
     code, printed = compare(empty)
     assert code == WORSE and f"{BLOCK}: the new file has no figures for it, so its run failed" in printed
 
@@ -218,7 +228,7 @@ def test_a_new_case_is_told(compare):
     ("figures", "message"),
     [
         ({"rows_sha256": "0"}, "rows_sha256 was "),
-        ({"n": 8}, "n was 7, is 8"),
+        (dict.fromkeys(("rows", "against_vanilla", *BY_SOURCE)) | {"n": 8}, "n was 7, is 8"),
         ({"prompts_version": 99}, "prompts_version was 1, is 99"),
         ({"denoising_steps": 16}, "denoising_steps was 32, is 16"),
         ({"model": "other"}, ", is other"),
@@ -260,7 +270,7 @@ def test_another_machine_leaves_speed_and_memory_unjudged(compare):
 def test_a_resumed_run_has_no_speed_to_judge(compare):
     def resume(benchmarks):
         benchmarks[BLOCK]["name"] += RESUMED
-        benchmarks[BLOCK]["extra_info"]["tokens_per_second"] = None
+        benchmarks[BLOCK]["extra_info"] |= {"tokens_per_second": None, "resumed": 3}
 
     code, printed = compare(resume)
     assert code == NOT_WORSE and f"{BLOCK}: a resumed run has no speed, so tokens/s is not judged" in printed
@@ -278,20 +288,22 @@ def test_a_merged_result_is_of_the_same_rows_as_a_whole_one(make_suite, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cannot be read: Expecting value"),
-        ("[]", "is no file that --benchmark-json wrote"),
-        ('{"benchmarks": [{"name": "a"}]}', "is no file that --benchmark-json wrote: KeyError('extra_info')"),
-        ('{"benchmarks": [{"name": "a", "extra_info": {}}]}', "holds no figures of pytest evals/"),
-        ('{"benchmarks": []}', "holds no figures of pytest evals/"),
+        ("", "is no JSON of pytest-benchmark: Invalid JSON: EOF while parsing"),
+        ("[]", "is no JSON of pytest-benchmark: Input should be a valid dictionary"),
+        ('{"benchmarks": [{}]}', "is no JSON of pytest-benchmark: datetime: Field required"),
+        (f'{{{DAY}, "benchmarks": [{{"extra_info": {{}}}}]}}', "benchmarks.0.name: Field required"),
+        (f'{{{DAY}, "benchmarks": [{{"name": "a", "extra_info": {{}}}}]}}', "holds no figures of pytest evals/"),
+        (f'{{{DAY}, "benchmarks": []}}', "holds no figures of pytest evals/"),
     ],
 )
 def test_files_of_something_else(tmp_path, capsys, text, message):
     path = tmp_path / "out.json"
     path.write_text(text)
     assert main([str(path), str(path)]) == NOT_COMPARABLE
-    assert f"{path} {message}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"compare: these cannot be compared: {path}: ") and message in error
     assert main([str(tmp_path / "none.json"), str(path)]) == NOT_COMPARABLE
-    assert "none.json cannot be read: " in capsys.readouterr().err
+    assert "none.json: cannot be read: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--margin", "--max-accuracy-loss"])

@@ -13,6 +13,7 @@ from evals import compare, kernels
 from evals.configurations import KERNEL
 from evals.kernels import Ceilings, Work, copies, figures, make_round, num_sets
 from evals.test_kernels import KNOWN_ON_H200
+from tests.report.sample import info
 
 CEILINGS = Ceilings(copy=4e12, read=5e12, matmul=600e12, sustained_matmul=500e12)
 
@@ -88,9 +89,12 @@ def test_copies_move_as_many_bytes():
 def test_kernels_are_not_compared(tmp_path):
     """Other shapes on another device are neither cases that are gone nor new ones."""
     path = tmp_path / "out.json"
-    infos = {"test_silu_mul[32]": {KERNEL: "SiLU x up", "dtype": "bfloat16"}, "test_throughput[block-8]": {"nfe": 3}}
-    benchmarks = [{"name": name, "extra_info": info} for name, info in infos.items()]
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    infos = {
+        "test_silu_mul[32]": {KERNEL: "SiLU x up", "dtype": "bfloat16"},
+        "test_throughput[block-8]": info("block", peak_memory_gib=9.0),
+    }
+    benchmarks = [{"name": name, "extra_info": one} for name, one in infos.items()]
+    path.write_text(json.dumps({"benchmarks": benchmarks, "datetime": "2030-01-01"}))
     assert list(compare.read(str(path))) == ["test_throughput[block-8]"]
 
 

@@ -1,12 +1,17 @@
 """--resume: what is kept, what is found again, and a suite that was stopped in the middle."""
 
 import dataclasses
+import errno
+import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import blockinfer
 from blockinfer import LLM, SamplingParams
@@ -56,33 +61,172 @@ def test_a_last_line_cut_anywhere_is_taken_out_and_written_anew(tmp_path, output
     path = tmp_path / "kept.jsonl"
     whole = write_lines(path, outputs[:2])
     one = whole.index(b"\n") + 1
-    for length in range(one, len(whole)):
-        path.write_bytes(whole[:length])
+    # a power cut leaves NULs where data was to come
+    for length, fill in [
+        *((length, b"") for length in range(one, len(whole) - 1)),
+        (one + 9, b"\0" * 99),
+        (one, b"\0"),
+    ]:
+        path.write_bytes(whole[:length] + fill)
         with Generations(path) as kept:
-            assert kept.num_left == 1 and path.read_bytes() == whole[:one]
+            assert kept.num_left == 1 and not kept.damaged and path.read_bytes() == whole[:one]
             kept.append(SETTINGS, outputs[1])
         assert path.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "content", [b"notes", b'{"a": 1}\n', b"\x00\x00", b"[]\n", b'{"key": "a", "completion": {}}\n']
-)
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n", b"\r\n", b"\0\0", b"\n\0\0\0", b"\n \n\t\n"])
+def test_what_is_only_the_end_of_a_whole_line_costs_nothing(tmp_path, outputs, ending):
+    path = tmp_path / "kept.jsonl"
+    whole = write_lines(path, outputs[:2])
+    path.write_bytes(whole.removesuffix(b"\n") + ending)
+    with Generations(path) as kept:
+        assert kept.num_left == 2 and not kept.damaged
+        kept.append(SETTINGS, outputs[2])
+    with Generations(path) as kept:
+        assert kept.num_left == 3 and not kept.damaged
+    path.write_bytes(whole.replace(b"\n", b"\n\0\0\0", 1))
+    with Generations(path) as kept:
+        assert kept.num_left == 2 and not kept.damaged
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"\n", b'{"key": "cut'])
+def test_a_file_that_no_whole_line_came_to_is_begun_anew(tmp_path, outputs, content):
+    path = tmp_path / "kept.jsonl"
+    path.write_bytes(content)
+    with Generations(path) as kept:
+        assert kept.num_left == 0 and not kept.damaged
+        kept.append(SETTINGS, outputs[0])
+    with Generations(path) as kept:
+        assert kept.num_left == 1 and not kept.damaged
+
+
+@pytest.mark.parametrize("content", [b"notes", b'{"a": 1}\n', b"[]\n", b"\xff\n", b"[" * 100_000])
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="kept.jsonl: line 1 is no generation that the suite wrote"):
         Generations(path)
-    assert path.read_bytes() == content
+    assert path.read_bytes() == content and [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path, outputs):
+DAMAGES = {
+    "text": (["completion"], {"text": None}),
+    "token_ids": (["completion"], {"token_ids": "abc"}),
+    "other token_ids": (["completion"], {"token_ids": [1, 2]}),
+    "finish_reason": (["completion"], {"finish_reason": 5}),
+    "nfe": (["metrics"], {"nfe": float("inf")}),
+    "negative nfe": (["metrics"], {"nfe": -5}),
+    "huge nfe": (["metrics"], {"nfe": 10**400}),
+    "null nfe": (["metrics"], {"nfe": None}),
+    "seconds": (["metrics"], {"total_seconds": float("nan")}),
+    "a field more": (["metrics"], {"more": 1}),
+    "key": ([], {"key": "x"}),
+    "no metrics": ([], {"metrics": None}),
+    "a field more on top": ([], {"more": 1}),
+    "hash": ([], {"sha256": None}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_named_and_set_aside_and_generated_again(tmp_path, outputs, damage):
+    path = tmp_path / "kept.jsonl"
+    first, second, third = write_lines(path, outputs).splitlines(keepends=True)
+    fields = json.loads(second)
+    inner, (way, change) = fields, DAMAGES[damage]
+    for key in way:
+        inner = inner[key]
+    inner |= change
+    damaged = json.dumps(fields).encode() + b"\n"
+    path.chmod(0o640)
+    path.write_bytes(first + damaged + third + b'{"key": "cut')
+    with Generations(path) as kept:
+        said = f"line 2 was damaged: moved to {path}.damaged, to be generated again"
+        assert kept.damaged == [2] and kept.told_damaged() == said
+        assert path.read_bytes() == first + third and (tmp_path / "kept.jsonl.damaged").read_bytes() == damaged
+        assert kept.take(SETTINGS, [1, 2, 3]) and kept.take(SETTINGS, [1, 2, 3]) and kept.take(SETTINGS, [4, 5]) is None
+        kept.append(SETTINGS, outputs[1])
+        # of the file that stands there now
+        with pytest.raises(ValueError, match="another run is writing to it"):
+            Generations(path)
+    assert path.read_bytes() == first + third + second and path.stat().st_mode & 0o777 == 0o640
+    with Generations(path) as kept:
+        assert not kept.damaged and kept.num_left == 3
+
+
+def test_many_damaged_lines_are_counted(tmp_path, outputs):
     path = tmp_path / "kept.jsonl"
     line = write_lines(path, outputs[:1])
-    damaged = line + b'{"key": "cut\n' + line + b'{"key": "cut'
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match="line 2 is no generation"):
-        Generations(path)
-    assert path.read_bytes() == damaged
+    path.write_bytes(b"notes\n" * 11 + line)
+    with Generations(path) as kept:
+        assert kept.num_left == 1 and kept.told_damaged().startswith(
+            "11 lines (1, 2, 3, 4, 5, 6, 7, 8, 9, ...) were dam"
+        )
+    path.write_bytes(b'{"key": "cut\n' + path.read_bytes())
+    with Generations(path) as kept:
+        assert kept.damaged == [1]
+    assert (tmp_path / "kept.jsonl.damaged").read_bytes() == b"notes\n" * 11 + b'{"key": "cut\n'
+
+
+@given(
+    st.floats(allow_nan=False, allow_infinity=False), st.text(st.characters(exclude_categories=["Cs"])), st.integers()
+)
+def test_what_is_kept_is_read_as_it_was(number, text, integer):
+    line = {"key": text, "completion": {"text": text, "token_ids": [integer]}, "metrics": {"total_seconds": number}}
+    assert resume._parsed(json.dumps(line | {"sha256": resume._hash(line)}).encode()) == line
+
+
+def test_a_line_that_cannot_be_written_costs_no_more_than_itself(tmp_path, outputs, capsys):
+    path = tmp_path / "kept.jsonl"
+    with Generations(path) as kept:
+        kept.append(SETTINGS, outputs[0])
+        one, file = path.read_bytes(), kept._file
+
+        class Full:
+            """Half a line fits."""
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, data):
+                if os.fstat(file.fileno()).st_size > len(one):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return file.write(data[:50])
+
+        kept._file = Full()
+        kept.append(SETTINGS, outputs[1])
+        assert path.read_bytes() == one
+        kept.append(SETTINGS, outputs[1])
+        kept._file = file
+        kept.append(SETTINGS, outputs[2])
+        said = f"--resume {path}: 2 generations could not be kept: No space left on device. The same command would"
+        assert kept.lost == 2 and kept.told_lost().startswith(said)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    with Generations(path) as kept:
+        assert kept.num_left == 2 and not kept.damaged
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/dev/null", "it is a device"),
+        ("", "it is a folder"),
+        ("no/kept.jsonl", "there is no folder"),
+        ("n" * 256, "File name too long"),
+    ],
+)
+def test_what_cannot_keep_anything_is_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=f"--resume: '.*' cannot be written: {message}"):
+        Generations(tmp_path / name)
+
+
+def test_a_link_to_the_file_stays_one(tmp_path, outputs):
+    path, link = tmp_path / "kept.jsonl", tmp_path / "link.jsonl"
+    whole = write_lines(path, outputs)
+    path.write_bytes(b'{"key": "cut\n' + whole)
+    link.symlink_to(path)
+    with Generations(link) as kept:
+        assert kept.num_left == 3 and link.is_symlink() and path.read_bytes() == whole
 
 
 def test_two_runs_cannot_write_to_one_file(tmp_path):

@@ -30,6 +30,13 @@ def test_rows_are_read_as_they_are(tmp_path):
     assert load_rows(write(tmp_path / "r", [GSM, "", MMLU, QA, drawn])) == [GSM, MMLU, QA, drawn]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = write(tmp_path / "r", [GSM, MMLU])
+    expected = load_rows(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_rows(path) == expected
+
+
 def test_line_separators_inside_a_string_do_not_end_the_row(tmp_path):
     row = GSM | {"question": "one\u2028two\x85three"}
     assert load_rows(write(tmp_path / "r", [json.dumps(row, ensure_ascii=False), MMLU])) == [row, MMLU]
@@ -61,6 +68,14 @@ def test_source_skip_and_number(tmp_path):
     [
         ("{", "r:2: not valid JSON"),
         (GSM | {"id": "b", "question": "\ud800?"}, "r:2: a string holds a lone surrogate"),
+        (GSM | {"id": "b", "question": "\udc00"}, "r:2: a string holds a lone surrogate"),
+        ('{"a": ' + "[" * 100_000, "r:2: not valid JSON: recursion limit exceeded"),
+        (f'{{"a": {"[" * 900}{"]" * 900}}}', "r:2: not valid JSON: recursion limit exceeded"),
+        (MMLU | {"choices": "[" * 900 + "]" * 900}, "r:2: field 'choices' is no JSON list: not valid JSON: recursion"),
+        (f'{{"id": "b", "answer": 1{"0" * 5000}}}', "r:2: not valid JSON: number out of range"),
+        (GSM | {"id": "b", "answer": 10**400}, "r:2: field 'answer' must be a number below 1e300, got 1000"),
+        (GSM | {"id": "b", "answer": float("nan")}, "r:2: field 'answer' must be a number below 1e300, got nan"),
+        (GSM | {"id": "b", "answer": float("inf")}, "r:2: field 'answer' must be a number below 1e300, got inf"),
         (GSM | {"id": "b", "answer": "three apples"}, "r:2: field 'answer' of a gsm8k row must be a number"),
         ("[1]", "r:2: a JSON object is expected, got list"),
         ({k: v for k, v in GSM.items() if k != "question"}, "r:2: field 'question' must be a string .*got None"),
@@ -94,8 +109,11 @@ def test_nothing_left_and_nothing_there(tmp_path):
         load_rows(path, skip=1)
     with pytest.raises(ValueError, match="source must be one of .*got 'mmlu2'"):
         load_rows(path, ["mmlu2"])
-    with pytest.raises(ValueError, match="cannot be read: .*No such file"):
-        load_rows(tmp_path / "nothing")
+    for name, message in [("nothing", "No such file"), ("n" * 256, "File name too long"), ("", "Is a directory")]:
+        with pytest.raises(ValueError, match=f"cannot be read: .*{message}"):
+            load_rows(tmp_path / name)
+    with pytest.raises(ValueError, match="the dataset '/dev/zero' cannot be read: .*it is a device"):
+        load_rows("/dev/zero")
 
 
 def test_a_long_context_loses_its_middle(checkpoint):

@@ -112,6 +112,12 @@ def test_a_merge_that_failed_is_made_up_for_without_a_shard(job):
     assert code == 0 and "shards to run: none of 3" in text and len(calls) == 1 and "evals.merge" in calls[0]
 
 
+def test_a_job_that_a_hook_of_git_submits_is_of_its_own_folder(job):
+    """The repository that the hook is of is this one."""
+    code, text, _ = job(GIT_DIR=str(Path(__file__).parents[1] / ".git"))
+    assert code == 0 and "job 7: commit unknown, 3 shards" in text
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "message"),
     [

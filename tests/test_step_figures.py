@@ -20,6 +20,7 @@ from evals.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_time
 from evals.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
 from evals.test_steps import SIZES, measured_model
 from tests.checkpoints import write_checkpoint
+from tests.report.sample import info
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,12 @@ def test_the_model_that_is_measured(pytestconfig):
 
 def test_steps_are_not_compared(tmp_path):
     path = tmp_path / "out.json"
-    infos = {"test_ragged": {STEP: "ragged", "model_rows": 3}, "test_throughput[block-8]": {"nfe": 3}}
-    benchmarks = [{"name": name, "extra_info": info} for name, info in infos.items()]
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    infos = {
+        "test_ragged": {STEP: "ragged", "model_rows": 3},
+        "test_throughput[block-8]": info("block", peak_memory_gib=9.0),
+    }
+    benchmarks = [{"name": name, "extra_info": one} for name, one in infos.items()]
+    path.write_text(json.dumps({"benchmarks": benchmarks, "datetime": "2030-01-01"}))
     assert list(compare.read(str(path))) == ["test_throughput[block-8]"]
 
 
@@ -241,3 +245,14 @@ def test_stages_need_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert stages.main([]) == 2
     assert "this needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["no/stages.json", "/dev/null", "evals/llada_tiny/config.json"])
+def test_the_file_of_the_stages_is_tried_before_they_are_measured(path, capsys):
+    assert stages.main(["--json", path, "--model", "evals/llada_tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"stages: --json: '{path}' cannot be written: ") and error.count("\n") == 1
+    for option in ("--json", "--model"):
+        with pytest.raises(SystemExit):
+            stages.main([option, ""])
+        assert f"argument {option}: must not be empty, got ''" in capsys.readouterr().err

@@ -6,11 +6,11 @@ python -m evals.llada_tiny.evaluate evals/llada_tiny --rows 100
 import argparse
 import random
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from evals.files import path_argument
 from evals.llada_tiny.data import Encoder
 from evals.llada_tiny.model import TinyLLaDA, attention_bias, load
 from evals.llada_tiny.problems import SOURCES, problem
@@ -184,7 +184,7 @@ def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict], settings: list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=path_argument)
     parser.add_argument("--rows", type=int, default=250, help="problems a source")
     parser.add_argument("--split", default="heldout")
     args = parser.parse_args()

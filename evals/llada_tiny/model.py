@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from evals.files import replacing, write_output
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -165,8 +167,9 @@ def config_json(shape: Shape) -> dict:
 def export(model: TinyLLaDA, folder: Path) -> None:
     """Write config.json and bf16 model.safetensors in the published format."""
     tensors = {f"model.{name}": weight.detach().cpu().bfloat16() for name, weight in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_json(model.shape), indent=2) + "\n")
+    with replacing(folder / "model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    write_output(folder / "config.json", json.dumps(config_json(model.shape), indent=2) + "\n")
 
 
 def load(folder: Path) -> TinyLLaDA:

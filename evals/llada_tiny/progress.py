@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from evals.files import replacing, write_output
 from evals.llada_tiny.data import Encoder
 from evals.llada_tiny.evaluate import heldout_rows, letters, lookups
 from evals.llada_tiny.model import TinyLLaDA
@@ -31,11 +32,11 @@ class Log:
         self.hits = torch.zeros(2, len(SOURCES) + 1, device=device)
         self.loss = torch.zeros((), device=device)
         self.path = out / "training.jsonl"
-        self.path.write_text(json.dumps(options) + "\n")
+        write_output(self.path, json.dumps(options) + "\n")
 
     def go_on(self, sums: list[Tensor], lines: list[str]) -> None:
         """From where a training stood, with the lines that its log had then."""
-        self.path.write_text("".join(lines))
+        write_output(self.path, "".join(lines))
         self.hits, self.loss = sums
 
     def add(self, loss: Tensor, right: Tensor, source: Tensor) -> None:
@@ -107,8 +108,8 @@ class State:
             "lines": log.path.read_text().splitlines(keepends=True),
         }
         # a kill while it is written leaves the one before
-        torch.save(state, self.path.with_suffix(".new"))
-        self.path.with_suffix(".new").replace(self.path)
+        with replacing(self.path) as part:
+            torch.save(state, part)
 
     @contextmanager
     def sigterm(self) -> Iterator[None]:
@@ -124,5 +125,4 @@ class State:
             signal.signal(signal.SIGTERM, before)
 
     def remove(self) -> None:
-        for path in (self.path, self.path.with_suffix(".new")):
-            path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)

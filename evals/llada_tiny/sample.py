@@ -6,8 +6,8 @@ python -m evals.llada_tiny.sample sample_200.jsonl
 import argparse
 import json
 import random
-from pathlib import Path
 
+from evals.files import BadOutput, path_argument, write_output
 from evals.llada_tiny.problems import SOURCES, problem
 
 SEED = 200
@@ -39,8 +39,11 @@ def sample_text() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
-    parser.parse_args().path.write_text(sample_text(), encoding="utf-8")
+    parser.add_argument("path", type=path_argument)
+    try:
+        write_output(parser.parse_args().path, sample_text())
+    except BadOutput as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,18 @@ computes in float32, on a GPU where there is one.
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.decoding.modes import MODES
+from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
 from evals.llada_tiny.evaluate import final_answer, heldout_rows
 from evals.llada_tiny.problems import SOURCES
 from evals.paired import Paired
@@ -187,11 +192,11 @@ def read(path: Path, about: dict) -> list[Result]:
     Raises ValueError where it is none or not whole, or of another model, machine or engine, of other rules or problems.
     """
     try:
-        kept = json.loads(path.read_text())
-        results = [Result(**result) for result in kept["results"]]
+        kept = from_json(read_bytes(path))
+        results = TypeAdapter(list[Result]).validate_python(kept["results"])
         other = [name for name in about if about[name] != kept["about"][name]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the study.json of a study ({error!r})") from error
+        raise ValueError(f"{path} is not the study.json of a study ({' '.join(str(error).split()):.200})") from error
     if other:
         raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
     if [(r.mode, r.rule) for r in results] != list(product(modes_of(results), about["rules"])):
@@ -201,13 +206,15 @@ def read(path: Path, about: dict) -> list[Result]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the checkpoint")
+    parser.add_argument("folder", type=path_argument, help="the checkpoint")
     parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
-    parser.add_argument("--add", type=Path, nargs="+", default=[], help="study.json of other modes, to stand before")
-    parser.add_argument("--out", type=Path, required=True, help="folder for study.md, study.svg and study.json")
+    parser.add_argument(
+        "--add", type=path_argument, nargs="+", default=[], help="study.json of other modes, put before"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for study.md, .svg and .json")
     return parser
 
 
@@ -218,7 +225,13 @@ def main() -> None:
     if unknown := set(modes) - set(MODES):
         parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
     rows = heldout_rows(args.rows, "heldout", args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    document_file, drawing_file, kept_file = (args.out / f"study.{kind}" for kind in ("md", "svg", "json"))
+    try:
+        check_folder(args.out)
+        for path in (document_file, drawing_file, kept_file):
+            check_output(path, args.add)
+    except BadOutput as error:
+        parser.error(f"--out: {error}")
     with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
         about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": [label(r) for r in RULES]}
         try:
@@ -234,9 +247,23 @@ def main() -> None:
             r = results[-1]
             print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
             kept = {"about": about, "results": [asdict(result) for result in results]}
-            (args.out / "study.json").write_text(json.dumps(kept))
-    (args.out / "study.md").write_text(document(results, args.rows))
-    (args.out / "study.svg").write_text(svg(results))
+            failures = _write({kept_file: json.dumps(kept)})
+    text = document(results, args.rows)
+    failures += _write({document_file: text, drawing_file: svg(results)})
+    if failures:
+        print(text)
+        sys.exit("study: " + "; ".join(failures))
+
+
+def _write(contents: dict[Path, str]) -> list[str]:
+    """Each on its own -> what could not be written."""
+    failures = []
+    for path, content in contents.items():
+        try:
+            write_measured(path, content)
+        except BadOutput as error:
+            failures.append(str(error))
+    return failures
 
 
 if __name__ == "__main__":

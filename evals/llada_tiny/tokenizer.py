@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from evals.files import BadOutput, check_folder, path_argument, replacing, write_output
 from evals.llada_tiny.problems import SOURCES, problem
 from evals.prompts import messages
 
@@ -72,7 +73,8 @@ def train_tokenizer(count: int = 60_000, seed: int = 0) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and the chat template."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with replacing(folder / "tokenizer.json") as part:
+        tokenizer.save(part)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -82,14 +84,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_output(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_output(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--out", type=path_argument, required=True, help="the folder to write to")
     folder = parser.parse_args().out
+    try:
+        check_folder(folder)
+    except BadOutput as error:
+        parser.error(f"--out: {error}")
     save_tokenizer(train_tokenizer(), folder)
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evals.files import BadOutput, check_folder, path_argument
 from evals.llada_tiny import data
 from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
 from evals.llada_tiny.evaluate import QUICK, heldout_rows, report
@@ -264,7 +265,7 @@ def new_shape(encoder: Encoder, sizes: dict[str, int]) -> Shape:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for config, tokenizer and weights")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for config, tokenizer and weights")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a smaller model")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default {FULL['steps']})")
     parser.add_argument("--rows", type=int, help=f"packed rows of {ROW} tokens a step (default {FULL['rows']})")
@@ -277,7 +278,10 @@ def main() -> None:
     options["workers"] = max(1, multiprocessing.cpu_count() - 1)
     options |= {name: value for name in ("steps", "rows") if (value := getattr(args, name))}
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        check_folder(args.out)
+    except BadOutput as error:
+        parser.error(f"--out: {error}")
     kept = State(args.out, options, every=0 if args.smoke else 60)
     try:
         state = kept.read(device)

@@ -3,10 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from evals.files import check_output, path_argument, show, write_output
 from evals.report.page import render
-from evals.report.results import BadFile, read_run
+from evals.results import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,27 +14,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals.report", description="One self-contained HTML page from a run of the suite."
     )
-    parser.add_argument("results", type=Path, help="the file of pytest evals/ --benchmark-json=FILE")
-    parser.add_argument("history", type=Path, nargs="*", help="such files of earlier runs, in any order")
-    parser.add_argument("-o", "--output", type=Path, default="report.html", help="the page (report.html)")
+    add = parser.add_argument
+    add("results", type=path_argument, help="the file of pytest evals/ --benchmark-json=FILE")
+    add("history", type=path_argument, nargs="*", help="such files of earlier runs, in any order")
+    add("-o", "--output", type=path_argument, default="report.html", help="the page (report.html)")
     given = parser.parse_intermixed_args(arguments)
     try:
-        if any(given.output.resolve() == path.resolve() for path in (given.results, *given.history)):
-            raise BadFile(f"{given.output}: is read for this page and cannot be its output too; choose another -o")
+        check_output(given.output, [given.results, *given.history])
         page = render(read_run(given.results), [read_run(path) for path in given.history])
-        given.output.write_bytes(page.encode("utf-8", "replace"))
-    except BadFile as error:
-        return _failed(str(error))
-    except OSError as error:
-        return _failed(f"{given.output}: cannot be written: {error.strerror}")
-    print(f"written to {given.output}")
+        write_output(given.output, page.encode("utf-8", "replace"))
+    except ValueError as error:
+        # names come from files
+        show(str(error).replace("\n", " "), sys.stderr)
+        return 2
+    show(f"written to {given.output}", sys.stdout)
     return 0
-
-
-def _failed(message: str) -> int:
-    # names come from files: neither line breaks nor a terminal's escape codes
-    print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message), file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

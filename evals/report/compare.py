@@ -1,23 +1,36 @@
 """Configurations beside each other: baselines, frontier, earlier runs, and the names that tell them apart."""
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from evals.configurations import STANDARD, total_steps
-from evals.report.results import Configuration, Run
+from evals.results import Run
+from evals.schema import Configuration
+
+Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration | None]]
 
 
-def baselines(c: Configuration, run: list[Configuration]) -> tuple[Configuration | None, Configuration | None]:
-    """What `c` is compared with, as evals.record.baselines: vanilla_llada in as many steps in all, and `vanilla`."""
-    same = [other for other in run if other.unmasking == c.unmasking]
-    standard = [other for other in same if other.mode == STANDARD and _same_steps(c, other)]
-    asked = c.asked_block_length
-    semi = [other for other in same if other.mode == "vanilla" and other.asked_block_length == asked]
-    return next(iter(standard), None), next(iter(semi), None)
+def baselines(run: list[Configuration]) -> Baselines:
+    """What each of the run is compared with, as evals.record.baselines: vanilla_llada in as many steps in all, and
+    `vanilla`; of several the first."""
+    standard: dict[tuple, Configuration] = {}
+    semi: dict[tuple, Configuration] = {}
+    for c in run:
+        if c.mode == STANDARD and _knows_steps(c):
+            standard.setdefault((c.unmasking, total_steps(c)), c)
+        if c.mode == "vanilla":
+            semi.setdefault((c.unmasking, c.asked_block_length), c)
+
+    def of(c: Configuration) -> tuple[Configuration | None, Configuration | None]:
+        steps = (c.unmasking, total_steps(c))
+        return standard.get(steps) if _knows_steps(c) else None, semi.get((c.unmasking, c.asked_block_length))
+
+    return of
 
 
-def _same_steps(a: Configuration, b: Configuration) -> bool:
-    known = {"denoising_steps", "max_tokens", "block_length"} <= a.model_fields_set & b.model_fields_set
-    return known and total_steps(a) == total_steps(b)
+def _knows_steps(c: Configuration) -> bool:
+    return {"denoising_steps", "max_tokens", "block_length"} <= c.model_fields_set
 
 
 def speed_up(c: Configuration, baseline: Configuration | None) -> float | None:
@@ -32,13 +45,18 @@ def on_frontier(run: list[Configuration]) -> list[bool]:
 
     A configuration whose speed or accuracy is not known is not on the frontier and keeps none off it.
     """
-    known = [(c.tokens_per_second, c.accuracy) for c in run]
-    points = [p for p in known if None not in p]
+    best = -1.0
+    frontier = set()
+    # from the fastest on, and of those the most accurate first
+    for point in sorted({(c.tokens_per_second, c.accuracy) for c in run if _is_drawn(c)}, reverse=True):
+        if point[1] > best:
+            frontier.add(point)
+            best = point[1]
+    return [(c.tokens_per_second, c.accuracy) in frontier for c in run]
 
-    def dominated(speed: float, accuracy: float) -> bool:
-        return any(s >= speed and a >= accuracy and (s, a) != (speed, accuracy) for s, a in points)
 
-    return [None not in p and not dominated(*p) for p in known]
+def _is_drawn(c: Configuration) -> bool:
+    return None not in (c.tokens_per_second, c.accuracy)
 
 
 # What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
@@ -86,17 +104,41 @@ def timeline(run: Run, history: list[Run]) -> tuple[list[Run], list[tuple[Run, s
     return comparable, others
 
 
-def series(c: Configuration, runs: list[Run]) -> list[float | None]:
-    """The tokens/s of this configuration in each of the runs; None where a run has it not."""
-    return [
-        next((o.tokens_per_second for o in run.configurations if not differing(c, o, IDENTITY)), None) for run in runs
-    ]
+def series(run: list[Configuration], runs: list[Run]) -> list[list[float | None]]:
+    """Of each configuration the tokens/s of the same one in each of the runs; None where a run has it not."""
+    by_run = [_same(run, other.configurations) for other in runs]
+    return [[None if c is None else c.tokens_per_second for c in found] for found in zip(*by_run, strict=True)]
+
+
+def _same(run: list[Configuration], others: list[Configuration]) -> list[Configuration | None]:
+    """Of each configuration the first of the others with the same identity, as far as both know theirs."""
+    first: dict[tuple, int] = {}
+    for number, other in enumerate(others):
+        first.setdefault(_identity(other), number)
+    # of those that know less there are few, in files of older versions
+    partial = [number for number, other in enumerate(others) if not _knows_itself(other)]
+    found = []
+    for c in run:
+        numbers = range(len(others))
+        if _knows_itself(c):
+            numbers = sorted({*partial, *({first[_identity(c)]} if _identity(c) in first else ())})
+        found.append(next((others[n] for n in numbers if not differing(c, others[n], IDENTITY)), None))
+    return found
+
+
+def _knows_itself(c: Configuration) -> bool:
+    return c.model_fields_set.issuperset(IDENTITY)
+
+
+def _identity(c: Configuration) -> tuple:
+    return tuple(getattr(c, field) for field in IDENTITY)
 
 
 def names(run: list[Configuration]) -> list[str]:
     """A short name for each configuration: its mode, and what it takes to tell it from the others."""
     lengths = {c.block_length for c in run if c.mode != STANDARD}
     rules = {(c.unmasking, c.rule_value) for c in run}
+    standards = Counter(c.unmasking for c in run if c.mode == STANDARD)
     result = []
     for c in run:
         parts = [c.mode]
@@ -104,10 +146,12 @@ def names(run: list[Configuration]) -> list[str]:
             parts.append(str(c.block_length))
         if len(rules) > 1 and c.unmasking is not None:
             parts.append(c.unmasking)
-        twins = [o for o in run if (o.mode, o.unmasking) == (c.mode, c.unmasking) and c.mode == STANDARD]
-        if len(twins) > 1 and c.denoising_steps is not None:
+        if c.mode == STANDARD and standards[c.unmasking] > 1 and c.denoising_steps is not None:
             parts.append(f"{c.denoising_steps} steps")
         result.append(" ".join(parts))
-    return [
-        f"{name} ({result[:i].count(name) + 1})" if result.count(name) > 1 else name for i, name in enumerate(result)
-    ]
+    number, times = Counter(result), Counter()
+    for i, name in enumerate(result):
+        times[name] += 1
+        if number[name] > 1:
+            result[i] = f"{name} ({times[name]})"
+    return result

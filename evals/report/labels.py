@@ -1,8 +1,10 @@
 """Labels beside the marks of a scatter: each as near as it fits without covering a mark or another label."""
 
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import NamedTuple
 
 SIZE = 12  # of a label's font, in pixels
 HEIGHT = SIZE + 3
@@ -10,8 +12,7 @@ ROUNDS = 3
 MARK = 7  # half a mark's width, with some room
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """In pixels, y downwards."""
 
     left: float
@@ -28,8 +29,32 @@ class Box:
         return inside and self.top >= other.top and self.bottom <= other.bottom
 
 
-@dataclass(frozen=True)
-class Label:
+class Boxes:
+    """Boxes, by the squares of a grid in which they lie: of hundreds only a few are near another one."""
+
+    SQUARE = 24  # pixels
+
+    def __init__(self, boxes: Iterable[Box] = ()) -> None:
+        self._near: dict[tuple[int, int], list[Box]] = defaultdict(list)
+        self.add(boxes)
+
+    def add(self, boxes: Iterable[Box]) -> None:
+        for box in boxes:
+            for square in self._squares(box):
+                self._near[square].append(box)
+
+    def meets(self, box: Box, but: Box | None = None) -> bool:
+        """Whether one of them meets `box`, `but` left out."""
+        near = (self._near[square] for square in self._squares(box) if square in self._near)
+        return any(other is not but and box.meets(other) for others in near for other in others)
+
+    def _squares(self, box: Box) -> Iterator[tuple[int, int]]:
+        columns = range(int(box.left // self.SQUARE), int(box.right // self.SQUARE) + 1)
+        rows = range(int(box.top // self.SQUARE), int(box.bottom // self.SQUARE) + 1)
+        return product(columns, rows)
+
+
+class Label(NamedTuple):
     """Text whose box begins at left and whose middle is at y; `leader` is the line to its mark, (x, y1, y2)."""
 
     text: str
@@ -68,12 +93,13 @@ def place(
     first. The first choice that labels every mark wins, else the one that labels most.
     """
     best: list[Label | None] = [None] * len(marks)
+    drawn = Boxes(lines)
     for texts in choices:
         for outwards in (1, -1):
             urgent = [0 if is_first else 1 for is_first in first]
             for _ in range(ROUNDS):
                 order = sorted(range(len(marks)), key=lambda i: (urgent[i], -outwards * marks[i][0]))
-                found = _place(marks, texts, order, area, lines, outwards)
+                found = _place(marks, texts, order, area, drawn, outwards)
                 if found.count(None) < best.count(None):
                     best = found
                 if None not in best:
@@ -88,28 +114,31 @@ def _place(
     texts: list[list[str]],
     order: list[int],
     area: Box,
-    lines: list[Box],
+    lines: Boxes,
     outwards: int,
 ) -> list[Label | None]:
-    taken = [Box(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in marks]
+    taken = Boxes(Box(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in marks)
     # a name without a leader, above or under another mark, would seem to be that mark's
     around = [Box(x - MARK, y - MARK - HEIGHT, x + MARK, y + MARK + HEIGHT) for x, y in marks]
+    foreign = Boxes(around)
     placed: list[Label | None] = [None] * len(marks)
     for i in order:
-        others = around[:i] + around[i + 1 :]
-        for label, boxes in _candidates(*marks[i], texts[i], outwards):
+        for name, (left, y), boxes in _candidates(*marks[i], texts[i], outwards):
             text, *leader = boxes
-            free = text.within(area) and not any(box.meets(other) for box in boxes for other in taken)
-            unclear = not leader and any(text.meets(other) for other in others)
-            if free and not unclear and not any(text.meets(line) for line in lines):
-                placed[i] = label
-                taken += boxes
+            if not text.within(area) or any(map(taken.meets, boxes)) or lines.meets(text):
+                continue
+            if leader or not foreign.meets(text, but=around[i]):
+                line = (marks[i][0], round(leader[0].top, 1), round(leader[0].bottom, 1)) if leader else None
+                placed[i] = Label(name, round(left, 1), round(y, 1), line)
+                taken.add(boxes)
                 break
     return placed
 
 
-def _candidates(x: float, y: float, texts: list[str], outwards: int) -> Iterator[tuple[Label, list[Box]]]:
-    """Beside the mark, above and under it, then away from it on a leader: the text's box, and the leader's.
+def _candidates(
+    x: float, y: float, texts: list[str], outwards: int
+) -> Iterator[tuple[str, tuple[float, float], list[Box]]]:
+    """Beside the mark, above and under it, then away from it on a leader: text, left and middle, its box, the leader's.
 
     Where marks are taken from right to left, outwards is 1: texts that begin at their leaders leave leaders further
     left their way. -1 is the mirror image.
@@ -119,14 +148,13 @@ def _candidates(x: float, y: float, texts: list[str], outwards: int) -> Iterator
         beside = [(x + MARK + 2, y), (x - MARK - 2 - width, y)]
         close = [(x - width / 2, y + side * (MARK + HEIGHT / 2)) for side in (-1, 1)]
         for left, middle in beside + close:
-            yield Label(text, round(left, 1), round(middle, 1), None), [_box(left, middle, width)]
+            yield text, (left, middle), [_box(left, middle, width)]
         begins, ends = (x - 1, x + 1 - width)[::outwards]
         for side, left in [(-1, begins), (1, ends), (-1, ends), (1, begins)]:
             for level in range(8):
                 middle = y + side * (MARK + HEIGHT * (level + 1))
                 begin, end = sorted((y + side * MARK, middle - side * HEIGHT / 2))
-                label = Label(text, round(left, 1), round(middle, 1), (x, round(begin, 1), round(end, 1)))
-                yield label, [_box(left, middle, width), Box(x - 1, begin, x + 1, end)]
+                yield text, (left, middle), [_box(left, middle, width), Box(x - 1, begin, x + 1, end)]
 
 
 def _box(left: float, middle: float, width: float) -> Box:

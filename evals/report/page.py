@@ -10,9 +10,10 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evals.report.charts import History, Point, Scatter, history, scatter
-from evals.report.compare import baselines, names, on_frontier, series, speed_up, timeline
+from evals.report.compare import Baselines, baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.labels import shortened
-from evals.report.results import Configuration, Run
+from evals.results import Run
+from evals.schema import Configuration
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
@@ -84,7 +85,7 @@ def render(run: Run, history_runs: list[Run]) -> str:
         marks=MARKS,
         about=about(run),
         fastest=max(measured, key=lambda row: row.c.tokens_per_second, default=None),
-        ratios=partial(_ratios, run=found),
+        ratios=partial(_ratios, of=baselines(found)),
         is_random=any(c.weights == "random" for c in found),
         scatters=_scatters(rows),
         not_drawn=[row.name for row in rows if None in (row.c.accuracy, row.c.tokens_per_second)],
@@ -108,8 +109,9 @@ def columns(run: list[Configuration]) -> list[Column]:
         return lambda c: None if getattr(c, name) is None else format(getattr(c, name), spec)
 
     def ratio(index: int) -> Callable[[Configuration], str | None]:
-        return lambda c: _ratios(c, run)[index]
+        return lambda c: _ratios(c, of)[index]
 
+    of = baselines(run)
     return [
         Column("block", "positions", field("block_length", "d")),
         Column("rule", "", _rule, is_number=False),
@@ -128,9 +130,9 @@ def columns(run: list[Configuration]) -> list[Column]:
     ]
 
 
-def _ratios(c: Configuration, run: list[Configuration]) -> tuple[str | None, str | None]:
+def _ratios(c: Configuration, of: Baselines) -> tuple[str | None, str | None]:
     """Over vanilla_llada and over vanilla."""
-    standard, semi = baselines(c, run)
+    standard, semi = of(c)
     return _ratio(c, standard, c.interval_over_standard), _ratio(c, semi, c.interval_over_vanilla)
 
 
@@ -228,7 +230,7 @@ def _sources(rows: list[Row]) -> list[Source]:
 def _histories(rows: list[Row], runs: list[Run]) -> list[tuple[Row, History]]:
     """A chart for each configuration that more than one run has measured."""
     commits = [_commit(run) for run in runs]
-    found = [(row, series(row.c, runs)) for row in rows]
+    found = zip(rows, series([row.c for row in rows], runs), strict=True)
     return [(row, history(values, commits)) for row, values in found if sum(v is not None for v in values) > 1]
 
 

@@ -44,8 +44,12 @@ def test_a_set_that_the_hub_does_not_give(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "{0}/no/rows.jsonl"], "--out must be a file in a folder that exists, got .*/no/rows.jsonl"),
-        (["--out", "{0}"], "--out must be a file in a folder that exists"),
+        (["--out", "{0}/no/rows.jsonl"], "--out: '.*/no/rows.jsonl' cannot be written: there is no folder '.*/no'"),
+        (["--out", "{0}"], "--out: '.*' cannot be written: it is a folder"),
+        (["--out", "/dev/null"], "--out: '/dev/null' cannot be written: it is a device"),
+        (["--out", "{0}/file", "--from", "{0}"], "--out: '.*/file' cannot be written: it is read too"),
+        (["--out", ""], "argument --out: must not be empty, got ''"),
+        (["--out", "{0}/rows", "--from", ""], "argument --from: must not be empty, got ''"),
         (["--out", "{0}/rows", "--per-source", "0"], "--per-source must be at least 1, got 0"),
         (["--out", "{0}/rows", "--from", "{0}/no"], "--from must be a folder, got .*/no'"),
         (["--out", "{0}/rows", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
@@ -53,6 +57,7 @@ def test_a_set_that_the_hub_does_not_give(tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_anything_is_read(options, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
     monkeypatch.setattr(evals.build_sample, "build", lambda *_: pytest.fail("the sets were read"))
     with pytest.raises(SystemExit) as error:
         main([option.format(tmp_path) for option in options])

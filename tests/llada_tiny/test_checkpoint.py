@@ -97,6 +97,8 @@ def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
     assert run("both", "--mode", "block", "--add", str(one)) == whole
     kept = json.loads(one.read_text())
     (tmp_path / "cut.json").write_text(json.dumps(kept | {"results": kept["results"][:1]}))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "other.json").write_text(json.dumps(kept | {"results": [kept["results"][0] | {"right": 3}]}))
     for options, message in (
         (["--rows", "1", "--add", str(one)], "is of another rows than this study"),
         (["--add", str(tmp_path / "one" / "study.md")], "study.md is not the study.json of a study"),
@@ -104,6 +106,11 @@ def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
         (["--mode", "block,vanilla", "--add", str(one)], "vanilla would be there twice"),
         (["--mode", "block", "--add", str(one), str(one)], "vanilla would be there twice"),
         (["--mode", "block,black"], "black is none of vanilla"),
+        (["--add", str(tmp_path / "deep.json")], "deep.json is not the study.json of a study (recursion limit"),
+        (["--add", str(tmp_path / "other.json")], "other.json is not the study.json of a study (1 validation error"),
+        (["--mode", "block", "--add", str(one), "--out", str(one.parent)], "study.json' cannot be written: it is read"),
+        (["--out", str(one)], "study.json' cannot be written: File exists"),
+        (["--out", ""], "argument --out: must not be empty, got ''"),
     ):
         with pytest.raises(SystemExit):
             run("other", *options)

@@ -14,7 +14,7 @@ from evals.report import page
 from evals.report.charts import Point, history, scatter
 from evals.report.compare import baselines, names, on_frontier, speed_up
 from evals.report.labels import MARK, Box, shortened, width_of
-from evals.report.results import Configuration
+from evals.schema import Configuration
 from evals.settings import SUITE_MODES, Case
 from tests.report.sample import info
 
@@ -46,7 +46,7 @@ def test_speed_ups_are_those_of_the_suite():
             configurations.append(Configuration(mode=mode, asked_block_length=block_length, **fields))
         for run, c in zip(runs, configurations, strict=True):
             expected = [None if r is None else runs.index(r) for r in record.baselines(run.case, runs)]
-            found = [None if b is None else configurations.index(b) for b in baselines(c, configurations)]
+            found = [None if b is None else configurations.index(b) for b in baselines(configurations)(c)]
             assert found == expected and expected[1] is not None
 
 
@@ -138,9 +138,9 @@ def test_speed_up_of_nothing_is_not_known():
 def test_baselines_of_unknown_steps_are_none():
     """A null is "no limit" and equals another; a field that the file lacks equals nothing."""
     standard, block = (Configuration(mode=m, max_tokens=64, block_length=64) for m in ("vanilla_llada", "block"))
-    assert baselines(block, [standard, block])[0] is None
+    assert baselines([standard, block])(block)[0] is None
     known = [c.model_copy(update={"denoising_steps": None}) for c in (standard, block)]
-    assert baselines(known[1], known)[0] is known[0]
+    assert baselines(known)(known[1])[0] is known[0]
 
 
 def test_names_are_cut_where_they_would_be_too_wide():

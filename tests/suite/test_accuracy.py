@@ -55,6 +55,14 @@ def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(
     assert floors(dataset=str(other)) == {False}
 
 
+@pytest.mark.parametrize(("mode", "why"), [("vanilla", "it is vanilla, what others"), ("block", "vanilla is not meas")])
+def test_what_is_not_judged_says_why(settings, mode, why):
+    (case,) = (s := settings(mode=[mode], unmasking=["threshold"])).cases
+    run = Run(case, [], [Grade(True, 1.0)] * len(s.rows), [1.0], 1, None)
+    with pytest.raises(pytest.skip.Exception, match=f"no floor is known for this configuration, and {why}"):
+        test_accuracy.test_accuracy(SimpleNamespace(settings=s, result=lambda _: run, runs={}), case, "all")
+
+
 @pytest.mark.parametrize(("lost", "fails"), [(0, False), (3, False), (4, True), (8, True)])
 @pytest.mark.parametrize("source", ["mmlu", "all"])
 def test_a_loss_against_vanilla_is_judged_on_the_same_rows(settings, source, lost, fails):

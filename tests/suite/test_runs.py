@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from evals.configurations import KERNEL, STEP
 from evals.machine import device_name
 from evals.record import SpeedUp
 from evals.report.__main__ import main as report
-from evals.report.results import Configuration
+from evals.schema import Configuration
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MATH, MMLU, QA, write
 
@@ -181,6 +182,37 @@ def test_an_interrupt_loses_no_configuration_that_is_through(tmp_path, folder, i
     assert result["comparison_over_vanilla"]["throughput_speedup_interval"]
     assert "= blockinfer =" in text
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
+
+
+LOSE = """
+import os, shutil
+from blockinfer import LLM
+
+generate = LLM.generate
+
+def loses(*args, **options):
+    shutil.rmtree(os.environ["LOST"], ignore_errors=True)
+    return generate(*args, **options)
+
+LLM.generate = loses
+"""
+
+
+def test_an_output_that_can_no_longer_be_written_costs_neither_the_other_nor_the_tables(tmp_path, folder, monkeypatch):
+    (tmp_path / "lose.py").write_text(LOSE)
+    (lost := tmp_path / "lost").mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(tmp_path)]))
+    monkeypatch.setenv("LOST", str(lost))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    options = [f"--model={folder}", "--mode=block", "-p", "lose", "-k=throughput", f"--output={lost}/file"]
+    code, text, benchmarks, result = run_suite(tmp_path, *options)
+    assert code == 1 and "1 passed" in text and "Traceback" not in text
+    assert list(benchmarks) == ["test_throughput[block-8]"] and result is None
+    shown, told = text.split("= what was lost =")
+    assert "= blockinfer =" in shown and " benchmark 'throughput'" in shown and "written to " not in shown
+    assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'; it is in '" in told
+    kept = Path(told.split("it is in '")[1].split("' instead")[0])
+    assert kept.parent == tmp_path and json.loads(kept.read_text())["blockinfer"]["total_tokens"] > 0
 
 
 def test_what_was_stopped_before_anything_was_through_says_what_would_have_been_kept(tmp_path, folder, interrupt):

@@ -1,9 +1,12 @@
 """The options of the suite, and the cases that they make."""
 
+from pathlib import Path
+
 import pytest
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from evals.settings import SAMPLE, TINY_MODEL
 
 
 def test_defaults_on_a_cpu(settings):
@@ -45,18 +48,39 @@ def test_skip_vanilla_and_dummy(settings):
     assert all(c.params.ignore_eos for c in dummy.cases)
 
 
+def test_what_stands_on_the_tests_command_line_is_for_the_evals_alone(settings, pytestconfig, monkeypatch):
+    """As `pytest tests evals --num-samples 2` has it."""
+    for name, value in [("num_samples", 2), ("mode", ["block"]), ("block_length", [8])]:
+        monkeypatch.setattr(pytestconfig.option, name, value)
+    assert len(settings().rows) == 4 and [c.block_length for c in settings().cases] == [32] * 6
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"mode": ["all", "block"]}, "--mode: 'all' stands alone, got all, block"),
-        ({"benchmark_json": "/no/such/out.json"}, "--benchmark-json must be a file in a folder that exists, got"),
+        ({"benchmark_json": Path("/no/such/out.json")}, "--benchmark-json: '.*' cannot be written: there is no folder"),
+        ({"benchmark_json": Path("")}, "--benchmark-json must name a file, got a folder"),
+        (
+            {"benchmark_json": Path("a"), "output": "a"},
+            "--benchmark-json: 'a' cannot be written: it is read too, as 'a'",
+        ),
+        ({"output": str(SAMPLE), "dataset": str(SAMPLE)}, "--output: '.*' cannot be written: it is read too"),
+        (
+            {"output": f"{TINY_MODEL}/config.json"},
+            "--output: '.*' cannot be written: it is read too, as '.*llada_tiny'",
+        ),
+        ({"output": "a", "benchmark_compare": "a"}, "--output: 'a' cannot be written: it is read too"),
+        ({"resume": "/dev/null"}, "--resume: '/dev/null' cannot be written: it is a device"),
+        ({"resume": "x" * 300}, "--resume: 'x*' cannot be written: File name too long"),
+        ({"resume": "a", "output": "a"}, "--resume: 'a' cannot be written: it is read too"),
         ({"mode": ["blok"]}, "--mode must be 'all' or names of vanilla_llada, .*got 'blok'; did you mean 'block'?"),
         ({"unmasking": ["greedy"]}, "--unmasking must be 'all' or names of .*got 'greedy'"),
         ({"source": ["mlu"]}, "source must be one of gsm8k, .*got 'mlu'"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float.*got 'int8'"),
         (
             {"output": "no/such/folder.json"},
-            "--output must be a file in a folder that exists, got 'no/such/folder.json'",
+            "--output: 'no/such/folder.json' cannot be written: there is no folder '.*no/such'",
         ),
         ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
         ({"dataset": "nothing.jsonl"}, "the dataset 'nothing.jsonl' cannot be read"),
@@ -71,6 +95,9 @@ def test_bad_options(settings, changed, message):
         settings(**changed)
 
 
+TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume")
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -80,6 +107,13 @@ def test_bad_options(settings, changed, message):
         ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
         ("--max-tokens=0", "argument --max-tokens: must be at least 1 and finite, got 0"),
         ("--num-samples=-1", "argument --num-samples: must be at least 1 and finite, got -1"),
+        *(
+            (f"--{name}={text}", f"argument --{name}: must not be empty, got '{text}'")
+            for name in TEXTS
+            for text in ("", " ")
+        ),
+        ("--source=", "argument --source: must be a comma list of at least one value, got ''"),
+        ("--mode=", "argument --mode: must be a comma list of at least one value, got ''"),
         ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
     ],
 )

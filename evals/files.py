@@ -1,0 +1,174 @@
+"""The files that a command is given: each is checked at its start, and written whole or not at all.
+
+Who reads and writes a run's files needs this, and needs no torch.
+"""
+
+import argparse
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+StrPath = str | os.PathLike[str]
+
+
+class BadOutput(ValueError):
+    """A file that cannot be written; the message is one sentence that names it."""
+
+
+def text_argument(text: str) -> str:
+    """An argparse type: a value that an unset variable of a shell has left empty is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
+def path_argument(text: str) -> Path:
+    return Path(text_argument(text))
+
+
+def show(text: str, file: TextIO) -> None:
+    """Prints it with what comes from files made harmless: a terminal's escape codes, and what it has no letter for."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    encoding = file.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def read_bytes(path: StrPath) -> bytes:
+    """Raises OSError, also for a folder and for a device, which may never end."""
+    with open(path, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+            raise OSError(0, "it is a device, no file")
+        return file.read()
+
+
+def check_target(path: StrPath, inputs: Iterable[StrPath] = ()) -> str:
+    """The file that `path` names, behind its links, as one that may be written; there need be none yet.
+
+    Raises BadOutput for a folder, for what is no regular file, where there is no folder for it, and for one of the
+    inputs: a file that the command reads, or a file in a folder that it reads.
+    """
+    target = os.path.realpath(path)
+    with _refusals(path):
+        mode = _mode(target)
+        folder = os.path.dirname(target)
+        if mode is None and _mode(folder) is None:
+            raise BadOutput(f"there is no folder {folder!r}")
+        if mode is not None and stat.S_ISDIR(mode):
+            raise BadOutput("it is a folder; name a file in it")
+        if mode is not None and not stat.S_ISREG(mode):
+            raise BadOutput("it is a device, a pipe or a socket; name a regular file")
+        for read in inputs:
+            if _is_read(target, read, exists=mode is not None):
+                raise BadOutput(f"it is read too, as {os.fspath(read)!r}; name another file")
+    return target
+
+
+def check_output(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
+    """What `write_output` will need at a command's end, tried at its start. Raises BadOutput."""
+    target = check_target(path, inputs)
+    with _refusals(path):
+        if os.path.exists(target):
+            open(target, "r+b").close()
+        os.unlink(_make_part(target))
+
+
+def check_folder(path: StrPath) -> None:
+    """Makes the folder where it is missing, and tries whether files can be made in it. Raises BadOutput."""
+    with _refusals(path):
+        os.makedirs(path, exist_ok=True)
+        os.unlink(_make_part(os.path.join(os.path.realpath(path), "file")))
+
+
+def write_output(path: StrPath, content: str | bytes) -> None:
+    """Text in UTF-8. The file is the old one or has all of the content, also where the machine goes down.
+
+    Raises BadOutput.
+    """
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_measured(path: StrPath, content: str | bytes) -> None:
+    """The same of what took long to measure: where it cannot be written, it is put in the folder of temporary files.
+
+    Raises BadOutput then too, which says where it is.
+    """
+    try:
+        write_output(path, content)
+    except BadOutput as error:
+        folder = os.path.realpath(tempfile.gettempdir())
+        elsewhere = os.path.join(folder, f"{secrets.token_hex(4)}-{os.path.basename(path)[-200:]}")
+        try:
+            write_output(elsewhere, content)
+        except BadOutput:
+            raise error from None
+        raise BadOutput(f"{error}; it is in {elsewhere!r} instead") from error
+
+
+@contextmanager
+def replacing(path: StrPath) -> Iterator[str]:
+    """The path of a file beside `path`, which takes its place when the block ends without an exception.
+
+    Links are followed, the file's permissions kept. Raises BadOutput; where the last step alone has failed, the file
+    beside is left, and the message names it.
+    """
+    target = check_target(path)
+    with _refusals(path):
+        mode = _mode(target)
+        part = _make_part(target)
+        mode = os.stat(part).st_mode if mode is None else mode
+        try:
+            yield part
+            with open(part, "r+b") as file:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
+                os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(part)
+            raise
+        try:
+            os.replace(part, target)
+        except OSError as error:
+            raise BadOutput(f"{_reason(error)}; what it was to hold is in {part!r}") from error
+
+
+@contextmanager
+def _refusals(path: StrPath) -> Iterator[None]:
+    """OSError, and a BadOutput that lacks the name, as one that has it."""
+    try:
+        yield
+    except (OSError, BadOutput) as error:
+        reason = _reason(error) if isinstance(error, OSError) else str(error)
+        raise BadOutput(f"{os.fspath(path)!r} cannot be written: {reason}") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _mode(path: str) -> int | None:
+    """None where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _make_part(target: str) -> str:
+    # a name of its own, since the target's may be as long as a name can be
+    part = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return part
+
+
+def _is_read(target: str, read: StrPath, exists: bool) -> bool:
+    if exists and os.path.isdir(read):
+        return os.path.commonpath([target, os.path.realpath(read)]) == os.path.realpath(read)
+    if exists and os.path.exists(read):
+        return os.path.samefile(target, read)
+    return target == os.path.realpath(read)

@@ -1,0 +1,17 @@
+"""The environment of the project's calls of git."""
+
+import os
+import subprocess
+
+
+def git_environment() -> dict[str, str]:
+    """os.environ without what makes git read or write another repository, or another index, than the folder's own.
+
+    A hook of git, and so all that it starts, has such variables: GIT_INDEX_FILE, GIT_DIR. git itself lists them.
+    Raises OSError where there is no git, and CalledProcessError for one older than 1.7.
+    """
+    if not any(name.startswith("GIT_") for name in os.environ):
+        return dict(os.environ)
+    command = ["git", "rev-parse", "--local-env-vars"]
+    local = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {name: value for name, value in os.environ.items() if name not in local}
