@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from blockinfer.kernels import linear as module
 from blockinfer.kernels.linear import Tiling, gated_linear, linear, linear_parts, skinny_linear_triton
 
-# of the norm of the error to that of the product
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# of the norm of the error to that of the product, which the output's rounding makes
+TOLERANCE = {torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# to that of what was summed in float32, which nearly cancels at times
+SUMMED = 1e-6
 
 
 def draw(seed, rows, columns, depth, dtype, device):
@@ -26,8 +28,19 @@ def exact(x, weight, gated):
     return gate / (1 + (-gate).exp()) * up
 
 
-def assert_near(out, expected, dtype):
-    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+def magnitudes(x, weight, gated):
+    """What is summed, without its signs; through a gate, by how much that moves the result at most."""
+    summed = x.double().abs() @ weight.double().abs().mT
+    if not gated:
+        return summed
+    (gate, up), (of_gate, of_up) = (x.double() @ weight.double().mT).chunk(2, dim=1), summed.chunk(2, dim=1)
+    # the slope of SiLU is at most 1.1
+    return 1.1 * of_gate * up.abs() + of_up * (gate / (1 + (-gate).exp())).abs()
+
+
+def assert_near(out, x, weight, gated, dtype):
+    expected, summed = exact(x, weight, gated), magnitudes(x, weight, gated)
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm() + SUMMED * summed.norm()
 
 
 @given(
@@ -49,7 +62,7 @@ def test_equals_its_definition(device, guarded_empty, seed, rows, columns, depth
     out = skinny_linear_triton(x, weight, tiling, gated)
     assert out.shape == (tiling.splits, rows, columns)
     assert out.dtype == (dtype if tiling.splits == 1 else torch.float32)
-    assert_near(out.double().sum(0), exact(x, weight, gated), dtype)
+    assert_near(out.double().sum(0), x, weight, gated, dtype)
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
     guarded_empty.check()
 
@@ -72,8 +85,8 @@ def test_what_the_model_calls(device, monkeypatch, skinny):
     parts = linear_parts(x, weight)
     assert parts.shape == ((3, 9, 48) if skinny else (9, 48))
     for out in (linear(x, weight), parts.sum(0) if skinny else parts):
-        assert_near(out, exact(x, weight, False), torch.float32)
-    assert_near(gated_linear(x, weight), exact(x, weight, True), torch.float32)
+        assert_near(out, x, weight, False, torch.float32)
+    assert_near(gated_linear(x, weight), x, weight, True, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 64, 65])
@@ -87,10 +100,10 @@ def test_the_tiles_that_are_chosen(device, monkeypatch, rows, dtype):
     monkeypatch.setattr(module, "skinny_linear_triton", lambda *a, **o: called.append(a[2]) or kernel(*a, **o))
     x, weight = draw(3, rows, 192, 2048, dtype, device)
     out = linear_parts(x, weight)
-    assert_near(out.double() if out.ndim == 2 else out.double().sum(0), exact(x, weight, False), dtype)
-    assert_near(linear(x, weight), exact(x, weight, False), dtype)
+    assert_near(out.double() if out.ndim == 2 else out.double().sum(0), x, weight, False, dtype)
+    assert_near(linear(x, weight), x, weight, False, dtype)
     if rows <= 64:
-        assert_near(gated_linear(x, weight), exact(x, weight, True), dtype)
+        assert_near(gated_linear(x, weight), x, weight, True, dtype)
         assert [tiling.splits for tiling in called] == [2, 1, 1] and out.dtype == torch.float32
     else:
         assert not called

@@ -1,0 +1,100 @@
+"""CUDA graphs: few, all captured while the model is loaded; and nothing is compiled or captured afterwards."""
+
+import itertools
+
+import pytest
+import torch
+
+from blockinfer import LLM, SamplingParams
+from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine.graphs import MAX_GRAPH_ROWS, StepGraphs, default_sizes
+from blockinfer.kernels.backend import num_compiled_kernels
+from tests.checkpoints import write_checkpoint
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("largest", [1, 8, 100, 512, 2047, 2048, 8192])
+def test_sizes_are_few_and_near(largest):
+    sizes = default_sizes(largest)
+    assert sizes == sorted(set(sizes)) and len(sizes) <= 40
+    assert min(largest, MAX_GRAPH_ROWS) <= sizes[-1] <= MAX_GRAPH_ROWS
+    graphs = StepGraphs(lambda size: None, sizes)
+    for rows in range(1, min(largest, MAX_GRAPH_ROWS) + 1):
+        assert graphs.padded(rows) in sizes
+        assert rows <= graphs.padded(rows) <= max(rows + 7, rows * 1.25)
+
+
+def test_what_was_not_captured_runs_plainly_in_whole_tiles():
+    called = []
+    graphs = StepGraphs(called.append, [8, 16])
+    assert [graphs.padded(size) for size in (1, 8, 9, 16, 17, 128, 129)] == [8, 8, 16, 16, 128, 128, 256]
+    graphs(256)
+    assert called == [256]
+    assert [StepGraphs(called.append, []).padded(size) for size in (1, 9, 300)] == [1, 9, 300]
+
+
+def requests():
+    """Prompts and params of every mode with every rule, at several lengths, temperatures and flags, in pairs."""
+    flags = itertools.cycle([{}, {"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}])
+    lengths = itertools.cycle([(1, 1, 1), (5, 7, 4), (33, 40, 32), (100, 64, 64), (17, 130, 130)])
+    for mode, rule, temperature in itertools.product(MODES, RULES, [0.0, 0.7]):
+        prompt, new, block = next(lengths)
+        flag = next(flags) if rule != "sequential" else {}
+        limit = {"denoising_steps": 3} if temperature else {}
+        options = dict(mode=mode, unmasking=rule, temperature=temperature, max_tokens=new, block_length=block)
+        yield [1 + i % 7 for i in range(prompt)], SamplingParams(**options, **flag, **limit, ignore_eos=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_after_loading_nothing_is_compiled_or_captured(tmp_path, dtype):
+    """Of any mode, rule, length, temperature or flag, one request at a time and many, and of more rows than a graph."""
+    folder, before = write_checkpoint(tmp_path, max_sequence_length=4096), num_compiled_kernels()
+    with LLM(folder, device="cuda", dtype=dtype, max_num_seqs=16) as llm:
+        loaded = llm.stats
+        assert loaded.graphs == 2 * len(default_sizes(8192)) and loaded.capture_seconds > 0
+        # the kernels' variants: by head sizes and tiles, which are few, and by no request
+        assert loaded.compiled - before <= 60
+        prompts, params = zip(*requests(), strict=True)
+        for pair in list(zip(prompts, params, strict=True))[::4]:
+            llm.generate(*pair, use_tqdm=False)
+        llm.generate(list(prompts), list(params), use_tqdm=False)
+        wide = SamplingParams(mode="vanilla", max_tokens=1100, block_length=1100, denoising_steps=2, ignore_eos=True)
+        llm.generate([[1] * 1500] * 3, wide, use_tqdm=False)
+        now = llm.stats
+    assert (now.graphs, now.compiled) == (loaded.graphs, loaded.compiled)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_sizes_may_be_given_and_graphs_left_out(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    made = {}
+    for name, options in (
+        ("few", {"cudagraph_capture_sizes": [4, 40]}),
+        ("none", {"enforce_eager": True}),
+        ("all", {}),
+    ):
+        with LLM(folder, device="cuda", dtype="float32", **options) as llm:
+            params = SamplingParams(max_tokens=24, block_length=8, ignore_eos=True)
+            made[name] = [o.outputs for o in llm.generate([[1, 2, 3], [4] * 30], params, use_tqdm=False)]
+            graphs = {"few": 4, "none": 0, "all": 2 * len(default_sizes(8192))}
+            assert llm.stats.graphs == graphs[name]
+    assert made["few"] == made["none"] == made["all"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
+        ({"cudagraph_capture_sizes": []}, r"must be a list of numbers of rows, got \[\]"),
+        ({"cudagraph_capture_sizes": [8, 0]}, "every one of cudagraph_capture_sizes must be at least 1, got 0"),
+        ({"cudagraph_capture_sizes": [8], "enforce_eager": True}, "leave one of them out"),
+    ],
+)
+def test_options_that_do_not_fit(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(checkpoint, device="cpu", **options)
