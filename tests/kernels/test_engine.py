@@ -48,7 +48,7 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
         fixed | dict(mode=mode, unmasking=rule, temperature=index % 2 / 2) | VALUE.get(rule, {})
         for index, (mode, rule) in enumerate(zip(MODES, RULES, strict=True))
     ]
-    options = dict(device=device, dtype="float32", page_size=4, max_num_seqs=7, enforce_eager=device == "cpu")
+    options = dict(device=device, dtype="float32", page_size=4, max_num_seqs=7, enforce_eager=True)
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, [SamplingParams(**s, ignore_eos=True) for s in settings], use_tqdm=False)
     reference = Reference(folder)

@@ -9,7 +9,8 @@ from blockinfer.kernels.kv_store import rope_store_kv_torch, rope_store_kv_trito
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-9, atol=1e-9),
-    torch.float32: dict(rtol=1e-4, atol=1e-5),
+    # an angle of up to LENGTH is rounded to 2 ** -24 of it, twice, and turns a pair of up to 4
+    torch.float32: dict(rtol=1e-4, atol=1e-4),
     torch.float16: dict(rtol=2e-3, atol=2e-3),
     torch.bfloat16: dict(rtol=2e-2, atol=2e-2),
 }
