@@ -174,13 +174,18 @@ def _combine(infos: list[Json]) -> Json:
             "n_by_source": dict(sources),
             "accuracy_by_source": _mean_by_source("accuracy_by_source", infos, sources),
             "score_by_source": _mean_by_source("score_by_source", infos, sources),
+            "longbench_f1_by_source": _mean_by_source("longbench_f1_by_source", infos, sources),
         }
     )
 
 
 def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
-    weighted = [(i[key][source] * i["n_by_source"][source], source) for i in infos for source in i[key]]
-    return {source: sum(value for value, s in weighted if s == source) / n for source, n in sources.items()}
+    """The shards' means, weighted by their rows; a key that is not there is of a run before it was stored."""
+    weighted = [(i[key][source] * i["n_by_source"][source], source) for i in infos for source in i.get(key, {})]
+    measured = {source for _, source in weighted}
+    return {
+        source: sum(v for v, s in weighted if s == source) / n for source, n in sources.items() if source in measured
+    }
 
 
 def _loading(infos: list[Json]) -> Json:

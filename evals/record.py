@@ -152,6 +152,12 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "n_by_source": {source: len(grades) for source, grades in sources.items()},
         "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
         "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
+        # what LongBench reports for its own sets, of the whole output
+        "longbench_f1_by_source": {
+            s: statistics.fmean(g.longbench_f1 for g in grades)
+            for s, grades in sources.items()
+            if grades[0].longbench_f1 is not None
+        },
         "peak_memory_gib": run.peak_memory_gib,
         "mean_prompt_tokens": statistics.fmean(len(output.prompt_token_ids) for output in outputs),
         "mean_generated_tokens": run.tokens / len(outputs),

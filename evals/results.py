@@ -122,6 +122,8 @@ def _misfit(c: Configuration) -> str | None:
     for field in ("accuracy_by_source", "score_by_source"):
         if field in c.model_fields_set and getattr(c, field).keys() != c.n_by_source.keys():
             return f"{field}: other sources than in n_by_source"
+    if not c.longbench_f1_by_source.keys() <= c.n_by_source.keys():
+        return "longbench_f1_by_source: other sources than in n_by_source"
     loss = c.against_vanilla
     if loss is not None and (loss.n != n or loss.lost + loss.won > n):
         return f"against_vanilla: {loss.lost} lost and {loss.won} won of {loss.n}, and n is {n}"

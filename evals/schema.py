@@ -98,6 +98,7 @@ class Configuration(BaseModel):
     accuracy_interval: Interval | None = None
     accuracy_by_source: dict[str, Share] = {}
     score_by_source: dict[str, Share] = {}
+    longbench_f1_by_source: dict[str, Share] = {}
     n_by_source: dict[str, Positive] = {}
     against_vanilla: Loss | None = None
     peak_memory_gib: PositiveNumber | None = None

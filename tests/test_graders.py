@@ -1,13 +1,21 @@
 """Graders on gold answers in the forms that models write, on near misses, and on text made to mislead them."""
 
+import random
+import signal
 import sys
 import threading
+import time
+from collections import Counter
 
 import pytest
+from torchmetrics.functional.text import squad
 
-from evals.graders import grade, require
+from evals.graders import GRADER_VERSIONS, grade, require
+from evals.graders.limit import within
+from evals.graders.spans import f1
 from evals.rows import load_rows
 from evals.settings import SAMPLE
+from tests.phrasings import cases, phrasings
 
 CHOICES = ["a cow", "a trumpet", "Vans", "iron"]
 
@@ -131,6 +139,8 @@ def test_math_is_graded_outside_the_main_thread_too():
         "**Answer:** a trumpet",
         "a trumpet",
         "A trumpet.",
+        "b",
+        "b. a trumpet",
     ],
 )
 def test_gold_letters(text):
@@ -151,7 +161,6 @@ def test_gold_letters(text):
         "The answer is a trumpet or Vans",
         "The answer is not a trumpet.",
         "Options B and C are wrong",
-        "b",
         "B.C. is",
     ],
 )
@@ -164,6 +173,14 @@ def test_choices_that_end_with_a_period(text):
     one = row("mmlu", "B", choices=["a cow.", "a trumpet.", "Vans.", "iron."])
     assert is_right(one, text)
     assert not is_right(one | {"answer": "A"}, text)
+
+
+@pytest.mark.parametrize("text", ["A. weak", "The answer is A. weak.", "(A) weak", "\\boxed{A. weak}", "A is correct."])
+def test_choices_that_sound_like_a_verdict(text):
+    one = row("mmlu", "A", choices=["weak", "false", "not wrong", "incorrect"])
+    assert is_right(one, text)
+    assert is_right(one | {"answer": "B"}, text.replace("A", "B").replace("weak", "false"))
+    assert not is_right(one | {"answer": "B"}, text)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +203,141 @@ def test_hotpotqa(text, correct, score):
     result = grade(row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee", "Anna"]), text)
     assert result.correct == correct
     assert result.score == pytest.approx(score, abs=1e-5)
+
+
+# Least shares: right answers accepted, wrong ones and undecided texts refused.
+BARS = {"gsm8k": 0.99, "math500": 0.99, "mmlu": 0.98, "longbench_hotpotqa": 0.97}
+
+
+@pytest.mark.parametrize("part", ["seen", "held"])
+@pytest.mark.parametrize("source", BARS)
+def test_phrasings(source, part):
+    for stated, least in [("right", BARS[source]), ("wrong", 0.995), ("nothing", 0.98)]:
+        every = 24 if source == "math500" else 8
+        results = [
+            (is_right(one, text) == (stated == "right"), text) for one, text, _ in cases(source, stated, part, every)
+        ]
+        failed = [text for ok, text in results if not ok]
+        assert len(failed) <= (1 - least) * len(results), (stated, len(failed), len(results), failed[:20])
+
+
+@pytest.mark.parametrize("source", BARS)
+def test_phrasings_are_many_and_each_is_used(source):
+    parts = phrasings(source)
+    assert len(parts["seen"]) >= 60 and len(parts["held"]) >= 30
+    assert not set(parts["seen"]) & set(parts["held"])
+    used = Counter(phrasing for part in ("seen", "held") for _, _, phrasing in cases(source, "right", part))
+    assert set(used) == {*parts["seen"], *parts["held"]}
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("\\frac{1}{2^{98}}", "\\boxed{\\frac{1}{2^{97}}}"),
+        ("\\frac{1}{20!}", "\\boxed{\\frac{1}{19!}}"),
+        ("\\left( \\frac{1}{3^{60}}, 2 \\right)", "\\boxed{\\left( \\frac{1}{3^{61}}, 2 \\right)}"),
+        ("0.00000012", "\\boxed{0.00000013}"),
+        ("\\frac{x}{10^{20}}", "\\boxed{\\frac{x}{10^{21}}}"),
+        ("e^{-40}", "$e^{-41}$"),
+    ],
+)
+def test_small_results_are_told_apart(gold, text):
+    assert not is_right(row("math500", gold), text)
+    assert is_right(row("math500", gold), f"\\boxed{{{gold}}}")
+
+
+@pytest.mark.parametrize("text", ["The answer is $\\frac{1}{3}$.", "0.333333", "\\boxed{0.3333333}"])
+def test_a_rounded_decimal_is_its_fraction(text):
+    assert is_right(row("math500", "\\frac{1}{3}"), text)
+    assert not is_right(row("math500", "\\frac{1}{4}"), text)
+
+
+# Numbers of more digits than there is memory, integrals nobody can do, brackets without end, and lists that a careless
+# pattern reads in exponential time.
+ENDLESS = {
+    "tower": "\\boxed{9^{9^{9^9}}}",
+    "factorial": "\\boxed{((100!)!)!}",
+    "power": "\\boxed{2^{1000000000}}",
+    "product": "\\boxed{\\prod_{k=1}^{100000} k}",
+    "integral": "\\boxed{\\int_0^{\\infty} e^{-x^2}\\sin(x^3)\\cos(x^5) dx}",
+    "expansion": "\\boxed{(x+y+z)^{300}}",
+    "brackets": "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
+    "braces": "{" * 4000,
+    "boxes": "\\boxed{" * 500,
+    "fractions": "\\frac{" * 500 + "1" + "}{2}" * 500,
+    "digits": "9" * 4000,
+    "sum": "1+" * 1900 + "1",
+    "quotient": "1/" * 1900 + "1",
+    "letters": "A, " * 1300,
+    "listed": "A and " * 600,
+    "cues": "The answer is " * 280,
+    "negated": "not 5 but " * 400,
+    "signs": "-" * 4000 + "5",
+    "numbers": "5 " * 2000,
+    "corrected": "Wait, no. " * 400,
+    "delimiters": "\\(" * 2000,
+}
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+def test_no_answer_keeps_the_grader_busy(text, monkeypatch):
+    monkeypatch.setattr("evals.graders.SECONDS", 1)
+    rows = [
+        row("gsm8k", "42"),
+        row("math500", "x^2+2"),
+        row("mmlu", "B", choices=CHOICES),
+        row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee"]),
+    ]
+    for one in rows:
+        start = time.perf_counter()
+        assert not is_right(one, text)
+        assert time.perf_counter() - start < 10, one["source"]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_judgement_that_comes_too_late(is_main):
+    def judge(results):
+        results.append(within(0.1, time.sleep, 30, late="late"))
+        results.append(within(10, lambda: "in time", late="late"))
+        with pytest.raises(ZeroDivisionError):
+            within(10, lambda: 1 / 0, late="late")
+        results.append(signal.getsignal(signal.SIGALRM))
+
+    results = []
+    before = signal.getsignal(signal.SIGALRM)
+    if is_main:
+        judge(results)
+    else:
+        thread = threading.Thread(target=judge, args=(results,))
+        thread.start()
+        thread.join()
+    assert results == ["late", "in time", before]
+
+
+def test_f1_is_squad_s_metric():
+    """LongBench's F1 is SQuAD's, but for two empty texts, which LongBench gives 0 and SQuAD 1."""
+    rng = random.Random(0)
+    words = ["the", "Ann", "lee,", "a", "Rome.", "of", "rome", "Ann-Lee"]
+    for _ in range(300):
+        text, answer = (" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2))
+        target = [{"id": "x", "answers": {"answer_start": [0], "text": [answer]}}]
+        expected = float(squad([{"id": "x", "prediction_text": text}], target)["f1"]) / 100
+        if f1(answer, answer):
+            assert f1(text, answer) == pytest.approx(expected, abs=1e-5), (text, answer)
+    assert f1("the", "the") == f1("", "") == 0.0
+
+
+def test_longbench_s_own_measure_takes_the_whole_output():
+    one = row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee", "Anna"])
+    result = grade(one, "Facts: x. The answer is Ann Lee.")
+    assert result.correct and result.score == 1.0
+    # 7 tokens but for articles, 2 of them the answer's
+    assert result.longbench_f1 == pytest.approx(2 * 2 / (6 + 2))
+    assert grade(row("gsm8k", "1"), "1").longbench_f1 is None
+
+
+def test_every_source_has_a_version():
+    assert GRADER_VERSIONS == {"gsm8k": 3, "math500": 3, "mmlu": 4, "longbench_hotpotqa": 3}
 
 
 def test_what_grading_needs_is_named_before_anything_is_generated(monkeypatch):

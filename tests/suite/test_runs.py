@@ -55,6 +55,7 @@ def test_a_whole_run(tmp_path, folder):
     assert info["tokens_per_second"] == pytest.approx(info["tokens"] / info["seconds"])
     assert info["forwards"] < info["nfe"], "four requests share forwards"
     assert set(info["accuracy_by_source"]) == {"gsm8k", "math500", "mmlu", "longbench_hotpotqa"}
+    assert set(info["longbench_f1_by_source"]) == {"longbench_hotpotqa"}
     assert info["weights"] == "checkpoint" and info["device"] == "cpu" and info["torch"] == torch.__version__
     assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["block_length"] == 12
 

@@ -1,0 +1,233 @@
+"""gsm8k: the number that a text settles on, compared exactly.
+
+lm-eval's gsm8k task reads what follows "####" (strict-match) or the last number of all (flexible-extract); here the
+last statement counts, and a number near the end only where nothing is stated.
+"""
+
+import re
+from fractions import Fraction
+from typing import Any
+
+from evals.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
+from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+
+_LENGTH = 500  # characters of a sentence that are read
+
+_VALUE = re.compile(rf"(?<![\w.^])(?<!\d:)-?\s?{NUMBER}(?![\d]|\.\d|:\d|(?-i:[A-Za-z])\d)", re.IGNORECASE)
+_UNIT = r"(?:\s*%|\s*°|\s*[A-Za-z][\w./^²³-]*){0,4}"
+_NEGATED = re.compile(
+    rf"(?:\b(?:not|never|nor|neither)|n't|\bcannot be|\b(?:rather|other) than|\binstead of)\s+(?:be\s+"
+    rf"|equal to\s+|just\s+)?"
+    rf"-?{NUMBER}%?(?![\d])|(?<![\w.])-?{NUMBER}%?\s+(?:is|was|seems|looks)\s+(?:wrong|incorrect|not\b|too\b|false)"
+    rf"|(?<![\w.])-?{NUMBER}(?:\s+(?:is|was)n't|\s*\?\s*(?:no|wrong)\b)|\b(?:anything|everything|all"
+    rf"|any number) (?:but|except)\s+-?{NUMBER}",
+    re.I,
+)  # fmt: skip
+_UNSURE = re.compile(
+    r"\b(?:do not know|don't know|cannot tell|can't tell|not sure|unsure|whether|(?:could|might"
+    r"|may)\s+(?:also\s+)?be)\b",
+    re.I,
+)
+_RANGE = re.compile(
+    rf"\s*(?:between|from|either|neither|(?:more|less|greater|fewer|larger|smaller|higher|lower) than|over"
+    rf"|under|above|below|twice|double|triple|half(?: of)?|one of|any of)\s+"
+    rf"-?{NUMBER}",
+    re.I,
+)
+_ALTERNATIVE = re.compile(
+    rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
+    rf"|then)?\s*(?P<other>-?{NUMBER})",
+    re.I,
+)
+_ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
+_REASON = re.compile(
+    r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b|;", re.I
+)
+_THEREFORE = re.compile(
+    r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
+    r"|which (?:gives|makes|leaves|equals|means"
+    r"|is(?!\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|what|not)\b)))\b",
+    re.I,
+)
+_BESIDE = re.compile(
+    r"(?:\b(?:on|in|for|over|after|within|at|per|each|from|than|by|the|these|those|all|both|as|since"
+    r"|(?<!up )(?<!left )with|every|among|"
+    r"between|times|step|day|week|part|case|passage|until"
+    r"|(?<!comes )(?<!come )(?<!amounts )(?<!up )(?<!equal )(?<!equals )to|of (?:the|his|her|its|their|our"
+    r"|my) [a-z]+|(?<!total )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
+    r"\s+(?:the\s+|about\s+)?\Z",
+    re.I,
+)
+_ENDS_UNIT = re.compile(
+    r"\s*(?:\Z|[.,;:!?()\n\"'\]—–-]|(?:because|since|as|which|in|per|for|from|on|after|or|and|when|if|by|this"
+    r"|with|left|remaining"
+    r"|total|altogether|each|a|an|every|of|at|is|was)\b)",
+    re.I,
+)
+_LIST_MARK = re.compile(r"^\s*(?:step\s+)?\d+[.):]\s+(?=\S)", re.I | re.M)
+
+
+class Undecided(Exception):
+    """The text names several answers, or says that it has none."""
+
+
+def grade_number(row: dict[str, Any], text: str) -> bool | None:
+    """Whether the text settles on the row's number. None where row or text take more than plain arithmetic."""
+    gold = exact(row["answer"])
+    if gold is None:
+        return None
+    try:
+        value = _final(clean(text))
+    except Undecided:
+        return False
+    if value is None:
+        return None if "\\" in text and boxes(text) else False
+    return same(gold, value)
+
+
+def _final(text: str) -> Fraction | None:
+    later = correction(text)
+    if later and re.search(NUMBER, later):
+        value = _settled(later)
+        if value is not None:
+            return value
+    return _settled(text)
+
+
+def _settled(text: str) -> Fraction | None:
+    """The last box or statement that holds a number; else what a sentence near the end comes to."""
+    found = boxes(text)
+    where = found[-1][0] if found else -1
+    boxed = _boxed(text, found) if found else None
+    plain = _strike(to_plain(text))
+    after = [(position, _strike(to_plain(segment))) for position, segment in stated(text) if "\\boxed" not in segment]
+    for position, segment in after:
+        if boxed is not None and position < where:
+            break
+        value = _leading(segment)
+        if value is not None:
+            return value
+    if boxed is not None:
+        return boxed
+    before = stated_before(plain)
+    if before and (value := _in_prose(SENTENCE_END.split(before)[-1])) is not None:
+        return value
+    for _, segment in after:
+        value = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
+        if value is not None and not _is_heading(segment):
+            return value
+    first, _, rest = plain.strip().partition("\n")
+    if rest.strip() and (value := exact(first.strip("()[]\"' "))) is not None:
+        return value
+    return _last_sentence(plain)
+
+
+def _boxed(text: str, found: list[tuple[int, int, str]]) -> Fraction | None:
+    values = []
+    for start, end, inside in found[-2:]:
+        value = _leading(_strike(to_plain(inside)))
+        values.append((start, end, value))
+    if len(values) == 2 and values[0][2] is not None and values[0][2] != values[1][2]:
+        if re.fullmatch(r"[\s$\\()\[\],]*(?:or|and|,)[\s$\\()\[\]]*", text[values[0][1] : values[1][0]]):
+            raise Undecided
+    return values[-1][2]
+
+
+def _strike(plain: str) -> str:
+    return _NEGATED.sub(" ", plain)
+
+
+def _is_heading(segment: str) -> bool:
+    """Whether "Answer:" stands above several lines, so that the first is no statement."""
+    return segment[:1] == "\n" and len([line for line in segment.splitlines() if line.strip()]) > 1
+
+
+def _leading(segment: str) -> Fraction | None:
+    """The number that a statement begins with, or that its equation ends with; None for a statement in words.
+
+    Raises Undecided for "10 or 11", "between 10 and 11", "more than 10".
+    """
+    start = FILLER.match(segment).end()
+    rest = segment[start : start + _LENGTH]
+    opened = segment[:start].rstrip()
+    brackets = opened[len(opened.rstrip("(")) :]
+    if brackets and (whole := SUM.match(brackets + rest)) and evaluate(whole.group()) is not None:
+        rest = brackets + rest
+    if _RANGE.match(rest):
+        raise Undecided
+    sentence = SENTENCE_END.split(rest, maxsplit=1)[0]
+    match = SUM.match(sentence)
+    if not match:
+        return from_words(sentence)
+    whole = _REASON.split(_ASIDE.sub(" ", sentence), maxsplit=1)[0]
+    if "=" in whole and (value := _after_equals(whole)) is not None:
+        return value
+    tail = sentence[match.end() :]
+    other = _ALTERNATIVE.match(tail)
+    if other and _is_choice(match.group(), other, tail):
+        raise Undecided
+    if other and _THEREFORE.search(tail):
+        return None
+    if re.match(r"[:.]?\d|[A-Za-z_]\d", tail):
+        return None
+    unit = re.match(_UNIT, tail)
+    words = unit.group().split()
+    scale = SCALE.get(words[0].lower(), 1) if words else 1
+    for count in range(len(words) + 1):
+        skipped = re.match(rf"(?:\s*[%°]|\s*[A-Za-z][\w./^²³'-]*){{{count}}}", tail)
+        if skipped and _ENDS_UNIT.match(tail[skipped.end() :]):
+            value = evaluate(match.group())
+            return value * scale if value is not None else None
+    return None
+
+
+def _is_choice(first: str, other: re.Match, tail: str) -> bool:
+    """Whether two numbers stand for two answers: "10 or 11", or "10 and 11" at a sentence's end."""
+    if evaluate(first) == evaluate(other["other"]):
+        return False
+    return "or" in other["by"].lower() or re.fullmatch(r"\s*[a-z%]*[\s)\]\"']*", tail[other.end() :], re.I) is not None
+
+
+def _after_equals(text: str) -> Fraction | None:
+    side = text.rpartition("=")[2]
+    match = SUM.match(side.strip(" ~≈:\"'(["))
+    return evaluate(match.group()) if match else None
+
+
+def _in_prose(sentence: str) -> Fraction | None:
+    """The number that a sentence comes to: after its "so", after its last "=", else the last number that does not say
+    how many, how long or of what.
+    """
+    sentence = sentence[-_LENGTH:]
+    if _UNSURE.search(sentence) or re.search(rf"{NUMBER}{_UNIT}\s+or\s+(?:maybe\s+)?-?{NUMBER}", sentence):
+        raise Undecided
+    sentence = _ASIDE.sub(" ", sentence)
+    last = _THEREFORE.split(sentence)[-1]
+    if _VALUE.search(last):
+        sentence = last
+    reasoned = _REASON.split(sentence, maxsplit=1)[0]
+    if _VALUE.search(reasoned):
+        sentence = reasoned
+    if "=" in sentence and (value := _after_equals(sentence)) is not None:
+        return value
+    chosen, beside = None, False
+    for match in _VALUE.finditer(sentence):
+        before = sentence[: match.start()]
+        beside = bool(_BESIDE.search(before[-40:])) or (beside and re.search(r"\band\s+\Z", before[-10:]) is not None)
+        if not beside or chosen is None or chosen[1]:
+            chosen = (match, beside)
+    if chosen is None:
+        return from_words(sentence)
+    words = re.match(r"\s*([a-z]+)", sentence[chosen[0].end() :])
+    value = evaluate(chosen[0].group())
+    return value * SCALE.get(words[1], 1) if words and value is not None else value
+
+
+def _last_sentence(plain: str) -> Fraction | None:
+    marked = re.search(r"(?m)^\s*(?:step\s+)?1[.):]\s", plain, re.I)
+    if marked:
+        plain = _LIST_MARK.sub("", plain)
+    for sentence in reversed(SENTENCE_END.split(plain)):
+        if re.search(NUMBER, sentence):
+            return _in_prose(sentence)
+    return from_words(SENTENCE_END.split(plain.strip())[0])

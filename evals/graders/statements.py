@@ -1,0 +1,143 @@
+"""What all sources share: the text without what surrounds an answer, and where in it an answer is stated."""
+
+import re
+from collections.abc import Iterable
+
+from evals.prompts import INSTRUCTIONS
+
+# Final answers stand at the end; what comes before this many characters is not looked at.
+TAIL = 4000
+
+_THOUGHTS_END = ("</think>", "</thinking>")
+_SPECIAL_TOKEN = re.compile(
+    r"<\|[^|<>]{1,40}\|>|</?s>|<(?:eos|end_of_turn)>|</?(?:b|i|em|strong|p|u|code|span|div|center)>"
+)
+_TAGGED = re.compile(r"<(?:final[ _]?)?answer>(.*?)(?:</(?:final[ _]?)?answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?(?:final[ _]?)?answer>", re.IGNORECASE)
+_JSON = re.compile(
+    r"""["'](?:final[ _]?)?answer["']\s*:\s*(?:"([^"\n]*)"|'([^'\n]*)'(?=\s*[,}])|(-?[\d.]+)(?=\s*[,}]))""",
+    re.IGNORECASE,
+)
+_EMPTY_BOX = re.compile(r"(?:\$|\\\(|\\\[)?\s*\\boxed\s*\{\s*(?:\.\.\.|\\ldots|\\dots)?\s*\}\s*(?:\$|\\\)|\\\])?")
+_PLACEHOLDER = re.compile(r"(?i:answer is)\s+[NX]\b\.?(?=\s|\Z)")
+_MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
+_HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
+_EMPHASIS = re.compile(r"\*\*|__|`|(?<![\w*])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*])")
+_SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\w))+[.!?]*")
+_CLOSING = re.compile(
+    r"\b(?:I hope|let me know|feel free|if you (?:have|need|want|would)|happy to help|hope (?:this|that|it))\b",
+    re.IGNORECASE,
+)
+_CHARACTERS = str.maketrans(
+    {
+        "−": "-",
+        "’": "'",
+        "‘": "'",
+        "“": '"',
+        "”": '"',
+        "«": '"',
+        "»": '"',
+        "\u00a0": " ",
+        "\u2009": " ",
+        "\u202f": " ",
+        "✅": " ",
+        "～": "~",
+    }
+)
+_CUE = re.compile(
+    r"^[ \t]*(?:(?:(?:final|correct|my)[ \t]+)?answer[ \t]*\n+|ans\.[ \t]+)\s*|"
+    r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|^[ \t]*A(?=[ \t]*:)|\b(?:final|output|response"
+    r"|verdict)(?=[ \t]*:))"
+    r"(?:[ \t]+(?:to|of|for|in)[ \t]+(?:the|this|that|these|your|our)[ \t][^.:=\n]{0,60}?|,[ \t]*(?:according"
+    r"|as|based|then|therefore|thus|hence|of course|however|given|from|in|I think|I believe"
+    r"|it seems)\b[^,.$\\\n]{0,60},"
+    r"|[ \t]+\([^()\n]{1,40}\)"
+    r"|[ \t]+(?:here|then|now|therefore|thus|hence|in \w+))?"
+    r"\s*(?:(?:must|should|would|will|could|has to|can only|turns out to|appears to|seems to)[ \t]+be\b|(?:is"
+    r"|was|are)(?:\b|(?=n't))"
+    r"|(?:comes?(?:[ \t]out)?|simplifies|evaluates|reduces|works out|amounts|boils down)[ \t]to\b|[=:→]|=>|-(?!\d)>?)"
+    r"[\s:=>]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BACKWARD = re.compile(
+    r"(?:is|are|was|would be|must be|should be|(?:seems|appears|has) to be|as)\s+(?:indeed\s+)?(?:the|my|our)\s+"
+    r"(?:(?:final|correct|right|best)\s+)*(?:answer|solution|result)\b",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"(?:(?:^|[.!?\n;,—–-])[\s*(]*\b(?:(?:oh,? )?wait|actually|correction|sorry|oops|scratch that"
+    r"|on second thoughts?|I mean"
+    r"|let me correct|I made an? (?:mistake|error))|[.!?\n;—–-][\s*(]*(?:hmm|oh"
+    r"|well)?,?\s*\bno(?=[,:.!;—–-]))\b[\s,:.!—–-]*",
+    re.IGNORECASE,
+)
+FILLER = re.compile(
+    r"(?:[\s:=~≈,\"'(\[]|(?-i:[a-z]{3,}ly)\b|it's\b|it is\b|(?:therefore|thus|hence|indeed|clearly|exactly"
+    r"|precisely|approximately|approx\.|about|around|roughly"
+    r"|simply|just|probably|likely|most likely|definitely|certainly|obviously|surely|equal to|also|then|now|so"
+    r"|a total of"
+    r"|in fact|found to be|given by|as follows|the following|only|but|rather|actually|of course|namely|really"
+    r"|i\.e\.)\b,?)*",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(r"\.(?=\s|\Z)|(?<!\\)[!?](?=\s|\Z)|\n")
+
+
+def clean(text: str, gold: Iterable[str] = ()) -> str:
+    """The end of `text`, or the inside of its last <answer>, without thoughts, tokens, emphasis, closing remarks, and
+    the instruction of the prompt, which some models repeat.
+    """
+    text = text[-TAIL:].translate(_CHARACTERS)
+    for mark in _THOUGHTS_END:
+        text = text.rpartition(mark)[2]
+    text = _SPECIAL_TOKEN.sub(" ", text)
+    for instruction in INSTRUCTIONS.values():
+        text = text.replace(instruction, " ")
+    if not {"n", "x"} & {one.strip().casefold() for one in gold}:
+        text = _PLACEHOLDER.sub(" ", text)
+    tagged = [m for m in (*_TAGGED.finditer(text), *_JSON.finditer(text)) if m[m.lastindex or 0].strip()]
+    text = (tagged[-1][tagged[-1].lastindex] if tagged else text).strip()
+    if "\\boxed" in text:
+        text = _EMPTY_BOX.sub(" ", text).strip()
+    text = _HEADING.sub("", _MARKED.sub("Answer: ", text))
+    text = _EMPHASIS.sub("", _TAG.sub(" ", text))
+    if _CLOSING.search(text):
+        text = _SENTENCE.sub(lambda match: " " if _CLOSING.search(match[0]) else match[0], text)
+    return text.strip()
+
+
+def stated(text: str) -> list[tuple[int, str]]:
+    """What follows each "answer is" and its like, the last one first, with the position where it begins."""
+    return [(match.end(), text[match.end() :]) for match in reversed(list(_CUE.finditer(text)))]
+
+
+def stated_before(text: str) -> str | None:
+    """What precedes the last "is the answer" in its line."""
+    found = list(_BACKWARD.finditer(text))
+    return text[: found[-1].start()].rpartition("\n")[2].strip() if found else None
+
+
+def correction(text: str) -> str | None:
+    """What follows the last "wait", "actually", "no" and their like."""
+    found = list(_CORRECTION.finditer(text))
+    return text[found[-1].end() :] if found else None
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Start, end and inside of each \boxed{...} whose braces balance."""
+    found = []
+    for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text):
+        inside = balanced(text, match.end())
+        if inside is not None and not (found and match.start() < found[-1][1]):
+            found.append((match.start(), match.end() + len(inside) + 1, inside))
+    return found
+
+
+def balanced(text: str, start: int) -> str | None:
+    """From `start`, behind an opening brace, up to the brace that closes it; None where none does."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start:i]
+    return None
