@@ -38,8 +38,8 @@ class Ratio:
         return self.low > 1 + margin
 
     def can_tell(self, margin: float) -> bool:
-        """Whether the interval, about the margin wide to each side, would show a slowdown of twice the margin."""
-        return self.high <= self.low * (1 + margin) ** 2
+        """Whether a slowdown of twice the margin is ruled out."""
+        return self.high <= (1 + margin) ** 2
 
     def __str__(self) -> str:
         return f"{self.typical:.3f} ({self.low:.3f}-{self.high:.3f})"

@@ -53,7 +53,11 @@ def test_alarms_and_misses_on_shared_cores():
 
 
 def test_interval_too_wide_to_tell():
-    assert Ratio(1.0, 0.96, 1.05).can_tell(0.05) and not Ratio(1.0, 0.95, 1.06).can_tell(0.05)
+    assert Ratio(1.0, 0.9, 1.1).can_tell(0.05) and not Ratio(1.0, 0.9, 1.11).can_tell(0.05)
+    # wide, and yet it is certain that head is not slower
+    assert Ratio(0.99, 0.8, 1.0).can_tell(0.05)
+    # narrow, and it is neither certain that head is slower nor that it is not
+    assert not Ratio(1.08, 1.04, 1.12).can_tell(0.05) and not Ratio(1.08, 1.04, 1.12).is_slower(0.05)
 
 
 WILD = [(1.0 + 9 * (i // 5 % 2), 1.0) for i in range(40)]
