@@ -9,7 +9,7 @@ from pytest_benchmark import cli
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals import build_sample, compare, stages
-from evals.gate import __main__ as gate
+from evals.gate import command as gate
 from evals.gate import experiment
 from evals.llada_tiny import study
 

@@ -1,22 +1,24 @@
-"""What the pairs say: the typical ratio of two times with its interval, and whether head is worse than base.
+"""What the rounds say: the typical ratio of two times with its interval, and whether head is worse than base.
 
-A ratio is head's time over base's, of the same rows, measured one right after the other. The typical one is the median:
-a neighbour's burst of work moves a few pairs far and the median hardly. Its interval is a percentile bootstrap over the
-pairs (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+A ratio is head's time over base's, of the same rows, measured one right after the other. A round's is the median of its
+pairs: a neighbour's burst of work moves a few pairs far and the median hardly. Rounds differ by more than their pairs
+do, as each has processes of its own, so they and not the pairs are the sample: the typical ratio is the median of the
+means of any two rounds, and its interval that of Wilcoxon's signed ranks (M. Hollander, D. Wolfe, E. Chicken,
+Nonparametric Statistical Methods, 3rd ed., 2014, sections 3.2 and 3.3), which a round gone wild does not move far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp
 
 import numpy as np
 
 from evals.gate.cases import GateCase
-from evals.gate.measure import Pair
+from evals.gate.exits import CANNOT_TELL, FAILED, PASSES, REGRESSION
+from evals.gate.measure import Bytes, Measurement, Round
 
-PASSES, REGRESSION, FAILED, CANNOT_TELL = range(4)
-
-RESAMPLES = 4000
+# How often the truth may lie below an interval, and how often above.
+TAIL = 0.05
 SCHEDULED = ("low_confidence", "random", "sequential")
 # The share by which the forwards of the other rules may rise: rounding may move a confidence over its bound. A schedule
 # leaves nothing to round.
@@ -25,7 +27,7 @@ NFE_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Ratio:
-    """head / base: the median of the pairs, and the ends of its 95 % interval."""
+    """head / base: the typical one, and the ends of its 90 % interval."""
 
     typical: float
     low: float
@@ -36,19 +38,31 @@ class Ratio:
         return self.low > 1 + margin
 
     def can_tell(self, margin: float) -> bool:
-        """Whether the interval, about the margin wide to each side, would show a slowdown of twice the margin."""
-        return log(self.high / self.low) <= 2 * log(1 + margin)
+        """Whether a slowdown of twice the margin is ruled out."""
+        return self.high <= (1 + margin) ** 2
 
     def __str__(self) -> str:
         return f"{self.typical:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
-def typical_ratio(base: Sequence[float], head: Sequence[float]) -> Ratio:
-    """Of the times of the pairs, in order. The same times give the same interval."""
-    logs = np.log(np.asarray(head, dtype=float) / np.asarray(base, dtype=float))
-    draws = np.random.default_rng(0).integers(len(logs), size=(RESAMPLES, len(logs)))
-    low, high = np.percentile(np.median(logs[draws], axis=1), [2.5, 97.5])
-    return Ratio(exp(np.median(logs)), exp(low), exp(high))
+def typical_ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
+    """Of the times of base and of head, in order, in each round. Of fewer than five rounds, which the command does not
+    make, the interval is all that there is, and misses the truth more often than TAIL says."""
+    logs = np.array([np.median(np.log(np.divide(head, base))) for base, head in rounds])
+    first, second = np.triu_indices(len(logs))
+    means = np.sort((logs[first] + logs[second]) / 2)
+    outside = max(1, _outside(len(logs)))
+    return Ratio(exp(np.median(means)), exp(means[outside - 1]), exp(means[-outside]))
+
+
+def _outside(rounds: int) -> int:
+    """How many of the means of two rounds, from the smallest, are passed for the end of an interval of TAIL."""
+    # ways[s]: in how many of the 2**rounds choices of ranks they sum to s
+    ways = np.zeros(rounds * (rounds + 1) // 2 + 1)
+    ways[0] = 1
+    for rank in range(1, rounds + 1):
+        ways[rank:] += ways[:-rank].copy()
+    return int(np.sum(np.cumsum(ways / 2.0**rounds) <= TAIL))
 
 
 @dataclass
@@ -60,6 +74,7 @@ class Verdict:
     cpu: Ratio
     nfe: tuple[int, int]
     tokens: tuple[int, int]
+    peaks: Bytes
     answers: int
     differing: int
     regressions: list[str] = field(default_factory=list)
@@ -67,23 +82,48 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
-def judge(case: GateCase, pairs: Sequence[Pair], margin: float, accept_nfe: bool = False) -> Verdict:
-    """margin is a share: 0.05. accept_nfe lets head take more forwards than base."""
+@dataclass(frozen=True)
+class Margins:
+    """Shares by which head's times and its memory may be beyond base's."""
+
+    time: float = 0.025
+    memory: float = 0.03
+
+
+def judge(found: Measurement, margins: Margins, accept_nfe: Collection[str] = ()) -> tuple[list[Verdict], str | None]:
+    """-> a verdict on every case, and what is wrong with the memory that head holds, None where nothing is. accept_nfe
+    are the ids of cases that may take more forwards than with base."""
+    verdicts = [
+        judge_case(case, rounds, found.peaks[case], margins, case.id in accept_nfe)
+        for case, rounds in found.rounds.items()
+    ]
+    return verdicts, memory_fault("the tensors that stay between units take", *found.held, margins.memory)
+
+
+def judge_case(
+    case: GateCase, rounds: Sequence[Round], peaks: Bytes, margins: Margins, accept_nfe: bool = False
+) -> Verdict:
+    pairs = [pair for pairs in rounds for pair in pairs]
     base, head = zip(*pairs, strict=True)
+    wall, cpu = (
+        typical_ratio([[[getattr(unit, clock) for unit in side] for side in zip(*r, strict=True)] for r in rounds])
+        for clock in ("wall", "cpu")
+    )
     verdict = Verdict(
         case,
-        wall=typical_ratio([unit.wall for unit in base], [unit.wall for unit in head]),
-        cpu=typical_ratio([unit.cpu for unit in base], [unit.cpu for unit in head]),
+        wall=wall,
+        cpu=cpu,
         nfe=(sum(unit.nfe for unit in base), sum(unit.nfe for unit in head)),
         tokens=(sum(unit.tokens for unit in base), sum(unit.tokens for unit in head)),
+        peaks=peaks,
         answers=sum(len(unit.answers) for unit in base),
         differing=sum(a != b for x, y in pairs for a, b in zip(x.answers, y.answers, strict=True)),
     )
-    _judge_times(verdict, margin)
+    _judge_times(verdict, margins.time)
     _judge_nfe(verdict, accept_nfe)
-    if verdict.differing:
-        tokens = "{} and {} tokens".format(*verdict.tokens)
-        verdict.notes.append(f"{verdict.differing} of {verdict.answers} answers differ ({tokens}); this is not judged")
+    _judge_tokens(verdict)
+    fault = memory_fault("the tensors of a unit take", *peaks, margins.memory)
+    verdict.regressions += [fault] if fault else []
     return verdict
 
 
@@ -103,7 +143,28 @@ def _judge_times(verdict: Verdict, margin: float) -> None:
 
 
 def _times(ratio: Ratio) -> str:
-    return f"{ratio.typical:.3f} times (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+    return f"{ratio.typical:.3f} times (90 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def memory_fault(what: str, before: int, after: int, margin: float) -> str | None:
+    """What is wrong with `after` bytes where there were `before`; None where nothing is."""
+    if after <= before * (1 + margin):
+        return None
+    return f"{what} {megabytes(after)} MB, {after / before:.3f} times base's {megabytes(before)}, beyond {1 + margin:g}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _judge_tokens(verdict: Verdict) -> None:
+    before, after = verdict.tokens
+    if not after:
+        verdict.regressions.append(f"it answers no token ({before} with base)")
+    elif verdict.differing:
+        verdict.notes.append(
+            f"{verdict.differing} of {verdict.answers} answers differ ({before} and {after} tokens); this is not judged"
+        )
 
 
 def nfe_fault(unmasking: str, before: int, after: int) -> str | None:
@@ -123,9 +184,10 @@ def _judge_nfe(verdict: Verdict, accepted: bool) -> None:
         verdict.regressions.append(f"{fault}; if that is intended: --accept nfe={verdict.case.id}")
 
 
-def exit_code(verdicts: Sequence[Verdict]) -> int:
-    if any(verdict.regressions for verdict in verdicts):
-        return REGRESSION
+def exit_code(verdicts: Sequence[Verdict], held: str | None = None) -> int:
+    """held is what is wrong with the memory that head holds."""
     if not verdicts:
         return FAILED
+    if held or any(verdict.regressions for verdict in verdicts):
+        return REGRESSION
     return CANNOT_TELL if any(verdict.unclear for verdict in verdicts) else PASSES

@@ -1,10 +1,8 @@
-"""One side of the gate: a process that holds one checkout's engine and does one unit of work for every line it reads.
+"""One side of the gate: a process that holds one checkout's engine and answers every line that it reads.
 
 It is started as a file, not as a module, and takes `blockinfer` from the checkout that is its working directory. That
 may be older than this file, so it calls `LLM`, `SamplingParams` and `generate` alone. Requests and replies are lines of
 JSON on stdin and stdout; while the other side works this one waits on its pipe. It ends when stdin does.
-
-BLOCKINFER_GATE_SLOWDOWN=0.1 makes every unit do a tenth more work, inside the timed part. It is there to try the gate.
 """
 
 import gc
@@ -13,11 +11,10 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-SLOWDOWN = "BLOCKINFER_GATE_SLOWDOWN"
 
 
 def main() -> None:
@@ -28,7 +25,9 @@ def main() -> None:
         side = Side(Path.cwd(), **json.loads(sys.stdin.readline()))
         print(json.dumps({}), file=replies)
         for line in sys.stdin:
-            print(json.dumps(side.answer(**json.loads(line))), file=replies)
+            request = json.loads(line)
+            answer = {"unit": side.unit, "peak": side.peak, "held": side.held}[request.pop("call")]
+            print(json.dumps(answer(**request)), file=replies)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies)
         raise
@@ -43,13 +42,12 @@ class Side:
             raise FileNotFoundError("this checkout has no evals/llada_tiny, the model that the gate runs")
         sys.path.insert(0, str(root))
         found = importlib.util.find_spec("blockinfer")
-        if found is None or not Path(found.origin).parent.parent.samefile(root):
+        if found is None or not found.origin or not Path(found.origin).parent.parent.samefile(root):
             raise ImportError(f"this checkout has no package blockinfer, and {found and found.origin} is not its own")
         import blockinfer
 
         self.make_params = blockinfer.SamplingParams
         self.llm = blockinfer.LLM(str(model), device="cpu", max_num_seqs=batch_size)
-        self.slowdown = float(os.environ.get(SLOWDOWN, 0))
         tokenizer = self.llm.tokenizer
         texts = [
             tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -60,9 +58,11 @@ class Side:
         # a collection before every unit would otherwise go through all that torch and transformers hold, for 0.1 s
         gc.freeze()
 
-    def answer(self, params: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-        """One unit: the rows of these numbers, all at once. -> seconds on the clock and of CPU, tokens, forwards summed
-        over the requests, and a hash of each answer's token ids; or why this checkout does not take the params."""
+    def unit(self, params: dict[str, Any], rows: list[int], more_work: float = 0.0) -> dict[str, Any]:
+        """The rows of these numbers, all at once. -> seconds on the clock and of CPU, tokens, forwards summed over the
+        requests, and a hash of each answer's token ids; or why this checkout does not take the params.
+
+        more_work is the share of its CPU time by which the unit does more, inside the timed part: to try the gate."""
         try:
             params = self.make_params(**params)
         except (TypeError, ValueError) as error:
@@ -71,8 +71,8 @@ class Side:
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        if self.slowdown:
-            repeat_work(self.slowdown * (time.process_time() - cpu))
+        if more_work:
+            repeat_work(more_work * (time.process_time() - cpu))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         answers = [output.outputs[0].token_ids for output in outputs]
         return {
@@ -82,6 +82,52 @@ class Side:
             "nfe": sum(output.metrics.nfe for output in outputs),
             "answers": [hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16] for ids in answers],
         }
+
+    def peak(self, params: dict[str, Any], rows: list[int], more_memory: float = 0.0) -> dict[str, int]:
+        """The bytes of tensors that a unit has at once, besides those that were there before it. Not timed.
+
+        more_memory is the share by which it takes more: to try the gate."""
+        peak = self._peak(params, rows, 0)
+        return {"bytes": self._peak(params, rows, int(more_memory * peak)) if more_memory else peak}
+
+    def _peak(self, params: dict[str, Any], rows: list[int], beside: int) -> int:
+        import torch
+        from torch.autograd.profiler import profile
+
+        # torch.profiler would load torch's compiler, which makes a folder beside those of temporary files
+        with profile(profile_memory=True) as profiler:
+            # lives until the unit ends
+            extra = torch.empty(beside, dtype=torch.uint8)
+            self.unit(params, rows)
+            del extra
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            profiler.export_chrome_trace(file.name)
+            events = json.loads(Path(file.name).read_bytes())["traceEvents"]
+        changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+        held = peak = 0
+        for _, change in sorted(changes, key=lambda at: at[0]):
+            held += change
+            peak = max(peak, held)
+        return peak
+
+    def held(self, more_memory: float = 0.0) -> dict[str, int]:
+        """The bytes of all tensors that this process holds: weights, the KV cache, and what units left behind."""
+        import torch
+
+        held = self._held()
+        extra = torch.empty(int(more_memory * held), dtype=torch.uint8)
+        return {"bytes": self._held() if len(extra) else held}
+
+    def _held(self) -> int:
+        import torch
+
+        gc.unfreeze()
+        gc.collect()
+        # of the type itself: isinstance would ask lazy modules for their classes
+        tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+        storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
+        gc.freeze()
+        return sum(storages.values())
 
 
 def repeat_work(cpu_seconds: float) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from evals.gate import measure
+from evals.git import git_environment
 from tests.gate.figures import ROOT, Clockwork
 
 
@@ -25,8 +26,17 @@ def repository(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "sample_200.jsonl", folder)
     (folder / ".gitignore").write_text("__pycache__/\n")
-    for command in ("init", "add .", "-c user.name=gate -c user.email=gate@localhost commit --no-gpg-sign -m base"):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True, capture_output=True)
+    commit = "-c user.name=gate -c user.email=gate@localhost commit --no-gpg-sign -m"
+    for command in ("init", "add .", f"{commit} base"):
+        subprocess.run(["git", *command.split()], cwd=folder, env=git_environment(), check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def clone(repository, tmp_path_factory):
+    """A clone of the repository, to change."""
+    folder = tmp_path_factory.mktemp("head") / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], env=git_environment(), check=True)
     return folder
 
 

@@ -1,29 +1,31 @@
-"""The command: what it refuses, what it leaves behind, a real run, what its options decide."""
+"""The command: what it refuses, a real run, what its options decide."""
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from evals.gate import cases, measure
-from evals.gate.__main__ import main
-from evals.gate.cases import LEAST_PAIRS, PROFILES, GateCase, Profile
-from evals.gate.judge import FAILED, PASSES, REGRESSION, judge
-from evals.gate.measure import RunFailed, base_checkout
-from evals.gate.worker import SLOWDOWN
-from tests.gate.figures import FREE, LIMIT, ROOT, Clockwork
+from evals.gate.cases import LEAST_PAIRS, PAIRS_A_ROUND, PROFILES, GateCase, Profile, Worse
+from evals.gate.checkout import git
+from evals.gate.command import SLOWDOWN, main
+from evals.gate.exits import FAILED, PASSES, REGRESSION
+from evals.gate.judge import judge
+from tests.gate.figures import FREE, LIMIT, MARGINS, ROOT, STATIC, Clockwork
+from tests.gate.test_checkout import assert_nothing_is_left
 
 
 def test_drift_favours_neither_side(clockwork, repository):
-    pairs = measure.measure(repository, "HEAD", [FREE], 40, slowdown=0.1).pairs[FREE]
-    assert clockwork.log[2:6] == ["base", "head", "head", "base"] and len(clockwork.log) == 82
-    verdict = judge(FREE, pairs, LIMIT)
-    assert verdict.wall.typical == pytest.approx(1.1, abs=0.001) and verdict.wall.is_slower(LIMIT)
+    found = measure.measure(repository, "HEAD", [FREE], 40, Worse(0.1))
+    a_round = 2 * (1 + PAIRS_A_ROUND)
+    # after the units of the warm-up
+    assert clockwork.log[2:a_round] == ["base", "head"] * PAIRS_A_ROUND and len(clockwork.log) == 8 * a_round
+    assert clockwork.log[a_round + 2 : 2 * a_round] == ["head", "base"] * PAIRS_A_ROUND
+    ((verdict,), held) = judge(found, MARGINS)
+    assert verdict.wall.typical == pytest.approx(1.1, abs=0.0002) and verdict.wall.is_slower(LIMIT) and held is None
+    pairs = [pair for pairs in found.rounds[FREE] for pair in pairs]
     # both sides were asked the same rows, others in every pair until all 200 were
     assert all(base.answers == head.answers for base, head in pairs)
     assert len({answer for base, _ in pairs for answer in base.answers}) == 160
@@ -33,6 +35,8 @@ def test_drift_favours_neither_side(clockwork, repository):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --base"),
+        (["--base", ""], "argument --base: must name a commit, got ''"),
+        (["--memory-margin", "0"], "argument --memory-margin: must be a percentage above 0, got '0'"),
         (["--margin", "0"], "argument --margin: must be a percentage above 0, got '0'"),
         (["--margin", "nan"], "argument --margin: must be a percentage above 0, got 'nan'"),
         (["--margin", "5%"], "argument --margin: must be a percentage above 0, got '5%'"),
@@ -51,80 +55,30 @@ def test_bad_usage(arguments, message, capsys):
     assert stopped.value.code == FAILED and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["fast", "-0.1", "nan", "11"])
+@pytest.mark.parametrize("value", ["fast", "", "-0.1", "nan", "11", "0.1:", "0.1:vanila"])
 def test_a_slowdown_that_is_no_share_is_refused(monkeypatch, capsys, value):
     monkeypatch.setenv(SLOWDOWN, value)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main(["--base", "HEAD"])
-    assert f"must be a share from 0 to 10, such as 0.1; got '{value}'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == FAILED and f"{SLOWDOWN} must be a share from 0 to 10, such as 0.1, which" in error
+    assert error.endswith(f"got {value!r}\n")
 
 
-def assert_nothing_is_left(repository, temporary):
-    worktrees = measure.git(repository, "worktree", "list", "--porcelain")
-    assert worktrees.count("worktree ") == 1 and not (repository / ".git" / "worktrees").exists()
-    assert list(temporary.iterdir()) == []
+def test_a_slowdown_may_sit_in_one_place():
+    assert [Worse.parse("0.1").work(case) for case in (STATIC, FREE)] == [0.1, 0.1]
+    assert [Worse.parse("0.1:threshold").work(case) for case in (STATIC, FREE)] == [0, 0.1]
+    assert [Worse.parse("0.1:block").work(case) for case in (STATIC, FREE)] == [0.1, 0.1]
+    assert Worse.parse("0.1:vanilla").work(FREE) == 0 and Worse.parse("0.1:vanilla").memory == 0
+    assert Worse.parse("0.1:memory").work(FREE) == 0 and Worse.parse("0.1:memory").memory == 0.1
+    assert str(Worse.parse("0.1:memory")) == "10 % in memory" and str(Worse.parse("0")) == "0 %"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RunFailed])
-def test_the_worktree_goes_whatever_happens(repository, temporary, error):
-    with pytest.raises(error), base_checkout(repository, "HEAD") as path:
-        assert (path / "evals" / "gate").is_dir()
-        (path / "blockinfer" / "changed").write_text("changed")
-        raise error
-    assert_nothing_is_left(repository, temporary)
-
-
-def test_a_worktree_that_was_half_made_goes_too(repository, temporary, monkeypatch):
-    real = measure.git
-
-    def interrupted(root, *arguments):
-        done = real(root, *arguments)
-        if arguments[:2] == ("worktree", "add"):
-            real(root, "worktree", "lock", arguments[-2])
-            Path(arguments[-2], ".git").unlink()
-            raise KeyboardInterrupt
-        return done
-
-    monkeypatch.setattr(measure, "git", interrupted)
-    with pytest.raises(KeyboardInterrupt), base_checkout(repository, "HEAD"):
-        pytest.fail("the checkout was not made")
-    assert_nothing_is_left(repository, temporary)
-
-
-def is_running(process):
-    try:
-        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.fixture
-def heeding_ctrl_c():
-    """Of a job in a shell's background SIGINT is ignored, and in what it starts as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeding_ctrl_c")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_gate_that_is_cancelled_leaves_nothing(repository, temporary, sent):
-    gate = subprocess.Popen(
-        [sys.executable, "-m", "evals.gate", "--base", "HEAD"], cwd=repository, stderr=subprocess.PIPE, text=True
-    )
-    workers = f"/proc/{gate.pid}/task/{gate.pid}/children"
-    deadline = time.monotonic() + 60
-    while len(children := Path(workers).read_text().split()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(children) == 2 and gate.poll() is None
-    gate.send_signal(sent)
-    assert gate.wait(20) == 128 + sent, gate.stderr.read()
-    gate.stderr.close()
-    # one that was not yet killed ends by itself, as its stdin has
-    while any(map(is_running, children)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_running, children))
-    assert_nothing_is_left(repository, temporary)
+def test_the_quick_profile_has_every_mode_and_rule():
+    for profile in PROFILES.values():
+        modes, rules = ({getattr(case, name) for case in profile.cases} for name in ("mode", "unmasking"))
+        assert modes == {"vanilla", "prefix_cache", "dual_cache", "block", "block_refresh"}
+        assert rules == {"low_confidence", "random", "sequential", "threshold", "factor", "entropy"}
 
 
 def test_a_commit_that_is_not_there(repository, tmp_path, capsys):
@@ -141,28 +95,29 @@ TINY = (
 )
 
 
-def test_a_real_run(repository, temporary, tmp_path_factory, monkeypatch, capsys):
+def test_a_real_run(clone, temporary, monkeypatch, capsys):
     """head's engine is given a third more work, and its threshold another default, which takes more forwards."""
-    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=24))
+    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=5))
+    monkeypatch.setattr(measure, "PAIRS_A_ROUND", 1)
     monkeypatch.setenv(SLOWDOWN, "0.35")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    head = tmp_path_factory.mktemp("head") / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(repository), str(head)], check=True)
-    rules = head / "blockinfer" / "decoding" / "unmasking.py"
+    rules = clone / "blockinfer" / "decoding" / "unmasking.py"
     text = rules.read_text()
     assert text.count("default=0.9)") == 1
     rules.write_text(text.replace("default=0.9)", "default=1.0)"))
-    assert main(["--base", "HEAD", "--profile", "quick"], root=head) == REGRESSION
+    assert main(["--base", "HEAD", "--profile", "quick"], root=clone) == REGRESSION
     printed = capsys.readouterr().out
-    base, worked_on = re.match(r"base (\w+), head (\w+\+); 24 pairs a case, margin 5 %", printed).groups()
-    assert worked_on == base + "+" and "head is slowed down by 35 %" in printed
+    base, worked_on = re.match(r"base (\w+), head (\w+\+); 5 pairs a case, margin 2.5 %", printed).groups()
+    assert worked_on == base + "+" and "head is made worse by 35 %" in printed
     for case in TINY:
         (ratio,) = re.findall(rf"REGRESSION {case.id}: CPU time is (\S+) times", printed)
         assert 1.2 < float(ratio)
     assert 1.2 < float(re.search(r"REGRESSION block-8-low_confidence: CPU time is (\S+) times", printed)[1]) < 1.5
     rises = re.findall(r"REGRESSION (\S+): \d+ forwards where there were \d+", printed)
     assert rises == ["block-8-threshold"] and printed.endswith("head fails\n")
-    assert_nothing_is_left(head, temporary)
+    between, after = re.search(r"MB between units: (\S+) -> (\S+)", printed).groups()
+    assert between == after and float(between) > 10
+    assert_nothing_is_left(clone, temporary)
 
 
 def test_a_case_that_base_does_not_take(clockwork, repository, monkeypatch, capsys):
@@ -182,48 +137,62 @@ def test_a_case_that_base_does_not_take(clockwork, repository, monkeypatch, caps
 
 def test_the_options_decide(clockwork, repository, monkeypatch, capsys):
     def gate(*options):
+        Clockwork.log.clear()
         return main(["--base", "HEAD", "--profile", "quick", *options], root=repository)
 
     assert gate() == PASSES
     monkeypatch.setenv(SLOWDOWN, "0.1")
     assert gate() == REGRESSION and gate("--margin", "12") == PASSES
+    monkeypatch.setenv(SLOWDOWN, "0.1:entropy")
+    capsys.readouterr()
+    assert gate() == REGRESSION
+    said = capsys.readouterr().out
+    assert set(re.findall(r"REGRESSION (\S+):", said)) == {"block_refresh-32-entropy"}
+    monkeypatch.setenv(SLOWDOWN, "0.1:memory")
+    assert gate() == REGRESSION and gate("--memory-margin", "12") == PASSES
     monkeypatch.setenv(SLOWDOWN, "0")
+    for part, where in (
+        ("held", "REGRESSION: the tensors that stay "),
+        ("peak", "REGRESSION block-32-threshold: the "),
+    ):
+        monkeypatch.setattr(Clockwork, "more_memory", {"held": 0, "peak": 0, part: 31})
+        assert gate() == REGRESSION and where in capsys.readouterr().out
+    monkeypatch.setattr(Clockwork, "more_memory", {"held": 30, "peak": 30})
+    assert gate() == PASSES
     monkeypatch.setattr(Clockwork, "more_forwards", 1)
     accept = [f"--accept=nfe={case.id}" for case in PROFILES["quick"].cases]
     assert gate() == REGRESSION and gate(*accept[1:]) == REGRESSION and gate(*accept) == PASSES
     capsys.readouterr()
-    monkeypatch.setattr(Clockwork, "log", [])
     assert gate(*accept, "--pairs", "41") == PASSES and "; 41 pairs a case, " in capsys.readouterr().out
-    assert len(Clockwork.log) == 3 * 2 * (1 + 41)
+    assert len(Clockwork.log) == 6 * 2 * (9 + 41)
 
 
-def test_a_small_model_that_changed_is_told(clockwork, repository, tmp_path, capsys):
-    head = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(repository), str(head)], check=True)
-    model = head / "evals" / "llada_tiny"
+def test_a_small_model_that_changed_is_told(clockwork, clone, capsys):
+    model = clone / "evals" / "llada_tiny"
     (model / "config.json").write_text("{}")
     (model / "tokenizer_config.json").unlink()
-    main(["--base", "HEAD", "--profile", "quick"], root=head)
+    main(["--base", "HEAD", "--profile", "quick"], root=clone)
     assert "the small models differ: config.json, tokenizer_config.json\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("blockinfer/__init__.py", "raise RuntimeError('broken on purpose')", "RuntimeError: broken on purpose"),
-        ("blockinfer/__init__.py", "import os; os._exit(7)", "head ended with code 7"),
-        ("evals/llada_tiny", None, "FileNotFoundError: this checkout has no evals/llada_tiny"),
-        ("blockinfer", None, "ImportError: this checkout has no package blockinfer, and "),
-    ],
-)
-def test_a_side_that_breaks_is_named(repository, temporary, tmp_path_factory, capsys, file, text, message):
-    head = tmp_path_factory.mktemp("head") / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(repository), str(head)], check=True)
-    if text is None:
-        shutil.rmtree(head / file)
-    else:
-        (head / file).write_text(text)
-    with measure.Worker("head", head) as worker, pytest.raises(RunFailed, match=re.escape(message)):
-        worker.ask(conversations=[], batch_size=1)
-        worker.reply()
-    assert list(temporary.iterdir()) == []
+def test_rows_that_cannot_be_read(clone, capsys):
+    (clone / "sample_200.jsonl").unlink()
+    assert main(["--base", "HEAD"], root=clone) == FAILED
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("gate: head's rows cannot be read: the dataset '")
+
+
+def test_a_checkout_that_cannot_be_imported_gives_no_verdict(clone):
+    (clone / "evals" / "prompts.py").write_text("raise RuntimeError('broken on purpose')")
+    done = subprocess.run([sys.executable, "-m", "evals.gate", "--base", "HEAD"], cwd=clone, capture_output=True)
+    assert done.returncode == FAILED and b"RuntimeError: broken on purpose" in done.stderr
+
+
+@pytest.mark.parametrize("lacking", ["evals/llada_tiny/tokenizer.json", "evals/llada_tiny", "blockinfer/llm.py"])
+def test_a_base_that_lacks_a_file(clone, capsys, lacking):
+    git(clone, "rm", "-r", "--quiet", lacking)
+    git(clone, "-c", "user.name=gate", "-c", "user.email=gate@localhost", "commit", "--no-gpg-sign", "-m", "lacking")
+    git(clone, "checkout", "HEAD~1", "--", lacking)
+    assert main(["--base", "HEAD", "--profile", "quick"], root=clone) == FAILED
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("gate: base failed: ")
