@@ -90,7 +90,7 @@ def foreign_errors(message: str) -> Iterator[None]:
     """Whatever another library raises is a ValueError of this message; a panic of one in Rust is no Exception."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise ValueError(f"{message}: {reason(error)}") from error
