@@ -48,6 +48,7 @@ class Side:
 
         self.make_params = blockinfer.SamplingParams
         self.llm = blockinfer.LLM(str(model), device="cpu", max_num_seqs=batch_size)
+        refuse_foreign_modules(root)
         tokenizer = self.llm.tokenizer
         texts = [
             tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
@@ -128,6 +129,14 @@ class Side:
         storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
         gc.freeze()
         return sum(storages.values())
+
+
+def refuse_foreign_modules(root: Path) -> None:
+    """Raises ImportError for a module of `blockinfer` that this checkout lacks and an editable install has supplied."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.startswith("blockinfer.") and file and not Path(file).resolve().is_relative_to(root.resolve()):
+            raise ImportError(f"this checkout has no module {name}, and {file} is not its own")
 
 
 def repeat_work(cpu_seconds: float) -> None:
