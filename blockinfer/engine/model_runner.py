@@ -129,16 +129,20 @@ class ModelRunner:
         rows = len(self._attended)
         self._run_layers(rows)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
-        torch.cuda.synchronize(self.device)
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
             for graphs in (self._layers, self._reveal):
                 graphs.capture(pool, progress.update)
-        torch.cuda.synchronize(self.device)
         self.stats.graphs = 2 * sizes
-        self.stats.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
+        self.stats.graph_bytes = free - self._free_memory()
         self.stats.capture_seconds = time.perf_counter() - start
+
+    def _free_memory(self) -> int:
+        """Bytes of the GPU that are neither used nor kept by torch for what is to come."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
 
     def start(self, sequence: Sequence) -> None:
         """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
