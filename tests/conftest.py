@@ -1,5 +1,6 @@
 """Hypothesis's profiles, and the random checkpoints and engines that the tests share."""
 
+import os
 from contextlib import ExitStack
 
 import hypothesis
@@ -13,6 +14,9 @@ from evals.suite import Suite
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.options import Options
 from tests.test_rows import GSM, MMLU, QA, write
+
+# a worker of pytest-xdist says so to the processes that tests start, whose pytest-benchmark would measure nothing
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
 # on a GPU most examples compile a kernel, about a second each

@@ -14,7 +14,7 @@ from evals.configurations import RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
-BY_SOURCE = ("n_by_source", "accuracy_by_source", "score_by_source")
+BY_SOURCE = ("n_by_source", "accuracy_by_source", "score_by_source", "longbench_f1_by_source")
 DAY = '"datetime": "2030-01-01"'
 VANILLA = "test_throughput[vanilla-8]"
 

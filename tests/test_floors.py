@@ -20,7 +20,7 @@ def padded(version):
 def test_floors_are_the_lowest_versions_that_are_allowed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    lowest = dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", one).groups() for one in wanted)
+    lowest = dict(re.fullmatch(r"([\w-]+)(?:\[[\w-]+\])?>=([\d.]+)", one).groups() for one in wanted)
     floors, constraints = pinned(ROOT / ".ci" / "floors.txt"), pinned(ROOT / "constraints.txt")
     assert floors.keys() == lowest.keys()
     assert {name for name in floors if padded(floors[name]) != padded(lowest[name])} == NOT_TRIED

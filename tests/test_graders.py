@@ -279,6 +279,8 @@ ENDLESS = {
 }
 
 
+# an alarm that rings while hypothesis watches the garbage collector is lost there; the next one is not
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
 def test_no_answer_keeps_the_grader_busy(text, monkeypatch):
     monkeypatch.setattr("evals.graders.SECONDS", 1)
