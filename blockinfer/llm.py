@@ -1,6 +1,7 @@
 """LLM: a checkpoint, loaded and ready to generate."""
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -230,6 +231,8 @@ class LLM:
         self._engine = None
         if self._chat_template is not None:
             self._chat_template.close()
+        # the runner and its two functions hold each other
+        gc.collect()
         if self.config.device.type == "cuda":
             torch.cuda.empty_cache()
 

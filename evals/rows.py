@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from evals.prompts import messages
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
+
+    from blockinfer.chat import ChatTemplate
 
 SOURCES = ("gsm8k", "math500", "mmlu", "longbench_hotpotqa")
 
@@ -151,5 +154,12 @@ def _apply_template(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]
     conversation = messages(row)
     if not tokenizer.chat_template:
         return tokenizer.encode("\n\n".join(message["content"] for message in conversation))
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(_chat_template(tokenizer).render(conversation), add_special_tokens=False)
+
+
+@lru_cache(maxsize=1)
+def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> "ChatTemplate":
+    """One for all rows: it is a program of the checkpoint's, and starts a process to run in."""
+    from blockinfer.chat import ChatTemplate  # who only reads rows needs no transformers
+
+    return ChatTemplate(tokenizer)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import weakref
 
 import pytest
 import torch
@@ -194,6 +195,13 @@ def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(llm):
     with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
         generate(llm, [[1], [], [2]])
     assert not llm.engine.has_unfinished()
+
+
+def test_a_closed_llm_gives_its_memory_back(checkpoint):
+    llm = LLM(checkpoint, device="cpu")
+    pages = weakref.ref(llm.engine.runner.kv_pages)
+    llm.close()
+    assert pages() is None
 
 
 def test_close_and_context_manager(checkpoint):

@@ -131,6 +131,17 @@ def test_a_long_context_loses_its_middle(checkpoint):
         encode(GSM, tokenizer, 20)
 
 
+@pytest.mark.parametrize(
+    "template, message",
+    [("{{ raise_exception('not so') }}", "fails: .*not so"), ("{{ 1 if }}", "fails"), (" ", "makes an empty prompt")],
+)
+def test_a_chat_template_that_fails_is_told(checkpoint, template, message):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"the chat template of .* {message}"):
+        encode(GSM, tokenizer, limit=1000)
+
+
 def test_the_hash_is_of_every_word_of_the_rows():
     rows = [GSM, QA]
     assert rows_hash(rows) == rows_hash([dict(reversed(row.items())) for row in rows])
