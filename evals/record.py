@@ -115,6 +115,8 @@ def loading(llm: LLM) -> dict[str, float | int]:
 
 
 def loading_line(info: dict[str, Any]) -> str:
+    if not info["graphs"]:
+        return f"loaded in {info['load_seconds']:.1f} s"
     return (
         f"loaded in {info['load_seconds']:.1f} s, of which {info['capture_seconds']:.1f} for capturing "
         f"{info['graphs']} CUDA graphs, which take {info['graph_bytes'] / 1e9:.2f} GB"

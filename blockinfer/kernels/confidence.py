@@ -75,31 +75,33 @@ def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options
     """The twin."""
     size, mask_token_id, eos_ids, last_ids = vocabulary
     logits = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-    logits[:, eos_ids] += torch.where(options.forbid_eos, -torch.inf, 0.0)[:, None].to(logits.dtype)
+    if options.forbid_eos.any():
+        # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
+        logits[:, eos_ids] += torch.where(options.forbid_eos, -torch.inf, 0.0)[:, None].to(logits.dtype)
     logits[:, mask_token_id : mask_token_id + 1] = -torch.inf
     finite = logits.amax(dim=-1).isfinite()
-    logits.masked_fill_(logits.isnan(), -torch.inf)
+    sound = finite.all()
+    if not sound:
+        logits.masked_fill_(logits.isnan(), -torch.inf)
     token_ids = logits.argmax(dim=-1, keepdim=True)
     # few rows at a time: their noise takes ten times the memory of their logits
     for noisy in options.temperature.nonzero()[:, 0].split(32):
         draws = philox.gumbel(*(tensor[noisy] for tensor in options[1:4]), size)
         token_ids[noisy] = (logits[noisy] + options.temperature[noisy, None] * draws).argmax(dim=-1, keepdim=True)
-    candidates = torch.ones_like(logits, dtype=torch.bool)
-    candidates[:, mask_token_id : mask_token_id + 1] = False
-    infinite = logits.amax(dim=-1).isinf()
-    if infinite.any():
-        # the candidates that are equal at the top share everything
-        ties = (logits == logits.amax(dim=-1, keepdim=True)) & candidates
-        token_ids[infinite] = ties[infinite].int().argmax(dim=-1, keepdim=True)
-        logits = torch.where(infinite[:, None], torch.where(ties, 0.0, -torch.inf), logits)
-    shares = candidates
-    shares[:, last_ids] &= ~options.eos_last[:, None]
-    probabilities = logits.masked_fill(~shares, -torch.inf).softmax(dim=-1)
+    if not sound:
+        # the candidates that are equal at an infinite top share everything
+        infinite = logits.amax(dim=-1).isinf().nonzero()[:, 0]
+        ties = logits[infinite] == logits[infinite].amax(dim=-1, keepdim=True)
+        ties[:, mask_token_id : mask_token_id + 1] = False
+        token_ids[infinite] = ties.int().argmax(dim=-1, keepdim=True)
+        logits[infinite] = torch.where(ties, 0.0, -torch.inf).to(logits.dtype)
+    without = options.eos_last & torch.isin(token_ids[:, 0], last_ids)
+    if options.eos_last.any():
+        logits[options.eos_last.nonzero(), last_ids] = -torch.inf
+    probabilities = logits.softmax(dim=-1)
     entropy = torch.special.entr(probabilities).sum(dim=-1)
     # the sum of the others, not 1 minus the token's, in which small ones would drown
-    others = probabilities.scatter(1, token_ids, 0.0).sum(dim=-1)
-    without = ~shares.gather(1, token_ids)[:, 0]
+    others = probabilities.scatter_(1, token_ids, 0.0).sum(dim=-1)
     others, entropy = (x.masked_fill(without, torch.inf).float() for x in (others, entropy))
     return Confidence(token_ids[:, 0], others, entropy, finite)
 
