@@ -284,7 +284,8 @@ def test_a_suite_stopped_in_the_middle_goes_on(make_suite, tmp_path, chat_llm, m
     suite = make_suite(resume=str(path))
     assert suite.resume_line() == f"blockinfer: 0 of 14 generations found in {path}"
     run = suite.measure(vanilla, three_rounds)
-    assert run.resumed == 0 and len(run.seconds) == 3 and len(path.read_bytes().splitlines()) == 7
+    # on a busy machine the first round may be off by more than 3 %: then one more makes three steady ones
+    assert run.resumed == 0 and len(run.seconds) in (3, 4) and len(path.read_bytes().splitlines()) == 7
     append, number = Generations.append, 0
 
     def stops(self, settings, output):
