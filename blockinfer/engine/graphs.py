@@ -29,10 +29,10 @@ class StepGraphs:
     function(size) must also take sizes that were not captured. Without sizes it simply runs.
     """
 
-    def __init__(self, function: Callable[[int], torch.Tensor | None], sizes: Iterable[int]) -> None:
+    def __init__(self, function: Callable[[int], None], sizes: Iterable[int]) -> None:
         self._function = function
         self._sizes = sorted(sizes)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
 
     def padded(self, size: int) -> int:
         """The next size that was captured; above all of them the size in whole tiles of large matrix products."""
@@ -49,14 +49,13 @@ class StepGraphs:
             self._function(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                result = self._function(size)
-            self._captured[size] = graph, result
+                self._function(size)
+            self._captured[size] = graph
             on_capture()
 
-    def __call__(self, size: int) -> torch.Tensor | None:
-        """function(size); where it was captured its result is overwritten by the next call."""
-        if size not in self._captured:
-            return self._function(size)
-        graph, result = self._captured[size]
-        graph.replay()
-        return result
+    def __call__(self, size: int) -> None:
+        """function(size), by its graph where it was captured."""
+        if size in self._captured:
+            self._captured[size].replay()
+        else:
+            self._function(size)

@@ -116,7 +116,7 @@ class ModelRunner:
         return cutting, make_scratch(cutting, shape.n_heads, shape.n_kv_heads, shape.head_dim, self.device)
 
     def _capture_sizes(self) -> list[int]:
-        """None where kernels are launched one by one: by PyTorch's twins, and where that was asked for."""
+        """Empty where kernels are launched one by one: by PyTorch's twins, and where that was asked for."""
         if self.config.enforce_eager or not runs_triton(self.kv_pages):
             return []
         return self.config.cudagraph_capture_sizes or default_sizes(self.config.max_num_batched_tokens)
