@@ -137,7 +137,8 @@ def token_confidence_triton(
     last = (options.eos_last, last_ids, len(last_ids))
     launch = dict(BLOCK=block, **launch_options(device))
     _tile_kernel[(rows, tiles)](*row, *last, parts, **launch)
-    programs = min(tiles, _NOISE_PROGRAMS.value)
+    # most often no row asks for noise: then many rows need not be told so by many programs each
+    programs = max(1, min(tiles, _NOISE_PROGRAMS, 1024 // max(1, rows)))
     _noise_kernel[(rows, programs)](*row, *options[:4], parts, tiles, PURPOSE=philox.TOKEN_NOISE, num_warps=8, **launch)
     _combine_kernel[(rows,)](
         *row,
@@ -154,7 +155,7 @@ def token_confidence_triton(
 
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
-_NOISE_PROGRAMS = tl.constexpr(16)  # which share a row's tiles
+_NOISE_PROGRAMS = 16  # which share a row's tiles, at most
 
 # What a tile leaves: of the tokens with a share in the softmax the largest logit m, sum e^(x - m), and the sum of
 # (x - m) e^(x - m); of all candidates the largest, and whether one is NaN. And what a program of the noise kernel
@@ -236,22 +237,13 @@ def _tile_kernel(
     x = _read_tile(
         *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
     )
-    known = tl.where(x == x, x, -float("inf"))
-    best = tl.max(known, axis=0)
-    largest = best
-    if eos_last:
-        share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
-        # NaN stays, wherever it is
-        x = tl.where(share | (x != x), x, -float("inf"))
-        known = tl.where(share, known, -float("inf"))
-        largest = tl.max(known, axis=0)
-
     # What is rare is done apart, so that others need not wait for it: a largest logit that is infinite or nearly so,
-    # and NaN, which shows in the total.
-    total, weighted, has_nan = largest, largest, False
-    ordinary = tl.abs(largest) < 1e30
+    # and NaN, which counts as -inf but shows in the total.
+    best = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
+    largest, total, weighted, has_nan = best, best, best, False
+    ordinary = (tl.abs(best) < 1e30) & (not eos_last)
     if ordinary:
-        difference = x - largest
+        difference = x - best
         weight = tl.exp(difference)
         total = tl.sum(weight, axis=0)
         weighted = tl.sum(tl.maximum(difference, -128.0) * weight, axis=0)  # of -128 the float32 exponential is 0
@@ -259,6 +251,8 @@ def _tile_kernel(
     if not ordinary:
         has_nan = tl.max((x != x).to(tl.int32), axis=0) > 0
         share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
+        known = tl.where(share & (x == x), x, -float("inf"))
+        largest = tl.max(known, axis=0)
         difference = _below(known, largest)
         weight = tl.where(share, tl.exp(difference), 0.0)
         total = tl.sum(weight, axis=0)
