@@ -232,16 +232,20 @@ def _tile_kernel(
 ):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N, tiles)
-    eos_last = tl.load(eos_last_ptr + row)
     start = tl.program_id(1) * BLOCK
+    ordinary = True
+    if tl.load(eos_last_ptr + row):
+        for i in range(num_last):
+            token = tl.load(last_ids_ptr + i)
+            ordinary &= (token < start) | (token >= start + BLOCK)
     x = _read_tile(
         *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
     )
-    # What is rare is done apart, so that others need not wait for it: a largest logit that is infinite or nearly so,
-    # and NaN, which counts as -inf but shows in the total.
-    best = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
+    # What is rare is done apart, so that others need not wait for it: a token here that has no share in the softmax, a
+    # largest logit that is infinite or nearly so, and NaN, which the maximum passes over and the total shows.
+    best = tl.max(x, axis=0)
     largest, total, weighted, has_nan = best, best, best, False
-    ordinary = (tl.abs(best) < 1e30) & (not eos_last)
+    ordinary &= tl.abs(best) < 1e30
     if ordinary:
         difference = x - best
         weight = tl.exp(difference)
@@ -250,6 +254,7 @@ def _tile_kernel(
         ordinary = total == total
     if not ordinary:
         has_nan = tl.max((x != x).to(tl.int32), axis=0) > 0
+        best = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
         share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
         known = tl.where(share & (x == x), x, -float("inf"))
         largest = tl.max(known, axis=0)

@@ -10,8 +10,17 @@ import pytest
 
 from evals.gate import checkout
 from evals.gate.checkout import RunFailed, base_checkout, git
-from evals.gate.exits import FAILED
+from evals.gate.exits import ENDINGS, FAILED
 from tests.gate.figures import ROOT
+
+
+@pytest.fixture(autouse=True)
+def signals_by_default():
+    """A shell's background ignores SIGINT and nohup SIGHUP, which a gate that is started under them would take over."""
+    before = {ending: signal.signal(ending, signal.SIG_DFL) for ending in ENDINGS if ending != signal.SIGINT}
+    yield
+    for ending, handler in before.items():
+        signal.signal(ending, handler)
 
 
 def assert_nothing_is_left(repository, temporary):
