@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evals.files import text_argument
-from evals.git import git_environment
+from evals.runs.git import git_environment
 
 # Before triton is imported: where there is no GPU, its interpreter runs the kernels' tests.
 if not torch.cuda.is_available():

@@ -42,7 +42,7 @@ def gate(session: nox.Session) -> None:
     """This checkout against a commit: `nox -s gate -- --base REF` fails where it decodes more slowly."""
     install(session)
     # time to remove its worktree on Ctrl-C
-    session.run("python", "-m", "evals.gate", *session.posargs, interrupt_timeout=10.0)
+    session.run("python", "-m", "evals", "gate", *session.posargs, interrupt_timeout=10.0)
 
 
 @nox.session

@@ -15,19 +15,21 @@ import torch
 from pytest_benchmark.session import PerformanceRegression
 
 from blockinfer import LLM
-from evals.compare import differences
-from evals.comparisons import check_collected, check_compared, check_option, tell_compared
-from evals.configurations import KERNEL, STEP, has_figures, is_configuration
-from evals.graders import require
-from evals.kernels import table as kernel_table
-from evals.machine import device_name, slug
-from evals.outputs import add_failure, attempt, guard, tell_failures
-from evals.paired import against_vanilla, losses
-from evals.record import first_pass_line, intervals, loading_line, question, table, write_comparison
-from evals.resume import Generations
-from evals.settings import Case, Settings, read_settings
-from evals.steps import table as step_table
+from evals.files.outputs import add_failure, attempt, guard, tell_failures
+from evals.questions.graders import require
+from evals.results.benchmark_compare import check_collected, check_compared, check_option, tell_compared
+from evals.results.compare import differences
+from evals.results.comparison import intervals, write_comparison
+from evals.results.paired import against_vanilla, losses
+from evals.results.record import question
+from evals.results.table import first_pass_line, loading_line, table
+from evals.runs.configurations import KERNEL, STEP, has_figures, is_configuration
+from evals.runs.machine import device_name, slug
+from evals.runs.resume import Generations
+from evals.runs.settings import Case, Settings, read_settings
 from evals.suite import Suite
+from evals.timing.kernels import table as kernel_table
+from evals.timing.steps import table as step_table
 
 SETTINGS = pytest.StashKey[Settings]()
 SUITE = pytest.StashKey[Suite]()

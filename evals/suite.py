@@ -13,15 +13,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tqdm.auto import tqdm
 
 from blockinfer import LLM, RequestOutput
-from evals.configurations import REFERENCE_IMPL
-from evals.graders import grade
-from evals.lanes import Lane, side_by_side
-from evals.record import Run, environment, extra_info, loading
-from evals.reference_impl import ReferenceLLM
-from evals.resume import Generations, fingerprint, settings_hash
-from evals.rounds import Round, is_enough, record, steadiness
-from evals.rows import encode
-from evals.settings import Case, Settings
+from evals.questions.graders import grade
+from evals.questions.rows import encode
+from evals.results.record import environment, extra_info, loading
+from evals.runs.configurations import REFERENCE_IMPL
+from evals.runs.lanes import Lane, side_by_side
+from evals.runs.reference_impl import ReferenceLLM
+from evals.runs.resume import Generations, fingerprint, settings_hash
+from evals.runs.rounds import Round, is_enough, record, steadiness
+from evals.runs.run import Run
+from evals.runs.settings import Case, Settings
 
 
 class Suite:

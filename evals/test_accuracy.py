@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from evals.configurations import is_baseline, total_steps
-from evals.graders import Grade
-from evals.paired import pair
-from evals.record import Run, by_source
-from evals.settings import SAMPLE, Case, Settings
+from evals.questions.graders import Grade
+from evals.results.paired import pair
+from evals.runs.configurations import is_baseline, total_steps
+from evals.runs.run import Run, by_source
+from evals.runs.settings import SAMPLE, Case, Settings
 
 # The least share of right answers, by source, that the small model may have on sample_200.jsonl, in any mode, at one
 # token a step. Well below what it scores (its card has the figures): this catches a broken engine, not a bad day.

@@ -4,9 +4,9 @@ A test first holds what the kernel makes of the values that are then timed to th
 and a whole layer to what they are timed beside. Then a round times the kernel over many sets of buffers, so that on a
 GPU they come from its memory and not from its L2 cache. Right before each round the same is done with what the kernel
 is held against: for attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole
-layer what torch.compile makes of it around the same attention, for others a copy of as many bytes. evals/kernels.py
-says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the kernel, and nothing is
-compiled.
+layer what torch.compile makes of it around the same attention, for others a copy of as many bytes.
+evals/timing/kernels.py says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the
+kernel, and nothing is compiled.
 """
 
 import inspect
@@ -31,8 +31,8 @@ from blockinfer.kernels.paged_attention import Cutting, SegmentTable, cut, make_
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES
 from evals.conftest import close_suite, settings_of
-from evals.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
-from evals.machine import device_name
+from evals.runs.machine import device_name
+from evals.timing.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
 
 PAGE_SIZE = inspect.signature(LLM).parameters["page_size"].default
 ROUNDS = {"cuda": 20, "cpu": 3}

@@ -3,7 +3,7 @@
 A case sends requests of random token ids to `LLM.generate`, all at once, and no stop token ends one. ms a step is the
 wall time over the forwards of the model, the prompt's among them. A short untimed run goes before, whose time is stored
 as first_seconds; a case is repeated until its mean is known to RELATIVE_ERROR or MAX_SECONDS are over. What is compiled
-or captured in a timed run is told, and does not count where others come after it (evals/rounds.py).
+or captured in a timed run is told, and does not count where others come after it (evals/runs/rounds.py).
 
 Where --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the small
 one of the repository, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
@@ -23,11 +23,11 @@ import torch
 from blockinfer import LLM
 from blockinfer.config import DTYPES
 from evals.conftest import close_suite, refuse_others, settings_of
-from evals.kernels import measure_ceilings
-from evals.record import loading
-from evals.rounds import is_enough, record, steadiness
-from evals.settings import Settings
-from evals.steps import (
+from evals.results.record import loading
+from evals.runs.rounds import is_enough, record, steadiness
+from evals.runs.settings import Settings
+from evals.timing.kernels import measure_ceilings
+from evals.timing.steps import (
     Case,
     about,
     agreement,

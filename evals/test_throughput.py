@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evals.configurations import RESUMED
+from evals.runs.configurations import RESUMED
 
 
 @pytest.mark.benchmark(group="throughput")

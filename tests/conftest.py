@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from blockinfer import LLM
-from evals.resume import Generations
-from evals.settings import read_settings
+from evals.runs.resume import Generations
+from evals.runs.settings import read_settings
 from evals.suite import Suite
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.options import Options

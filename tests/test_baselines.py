@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from evals.compare import NOT_WORSE, differences, main
-from evals.configurations import is_configuration
-from evals.machine import slug
-from evals.record import question
-from evals.results import read_run
-from evals.settings import read_settings
+from evals.results.compare import NOT_WORSE, differences, main
+from evals.results.reader import read_run
+from evals.results.record import question
+from evals.runs.configurations import is_configuration
+from evals.runs.machine import slug
+from evals.runs.settings import read_settings
 
 BASELINES = sorted((Path(__file__).parent.parent / "evals" / "baselines").glob("*.json"))
 

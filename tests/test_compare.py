@@ -1,4 +1,4 @@
-"""evals/compare.py: what makes a result of the suite worse than another, and what makes two incomparable."""
+"""evals/results/compare.py: what makes a result of the suite worse than another, and what makes two incomparable."""
 
 import copy
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from evals import merge
-from evals.compare import MACHINE, NOT_COMPARABLE, NOT_WORSE, QUESTION, SOFTWARE, WORSE, main, unpaired_loss
-from evals.configurations import RESUMED
+from evals.results import merge
+from evals.results.compare import MACHINE, NOT_COMPARABLE, NOT_WORSE, QUESTION, SOFTWARE, WORSE, main, unpaired_loss
+from evals.runs.configurations import RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
@@ -315,7 +315,7 @@ def test_bad_options(option, value, capsys):
     assert f"argument {option}: must be from 0 to below 100, got {value!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["compare", "merge", "report.__main__"])
+@pytest.mark.parametrize("module", ["results.compare", "results.merge", "report.command"])
 def test_who_reads_a_run_s_files_does_not_wait_for_torch(module):
     script = f"import sys, evals.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=True, timeout=60)

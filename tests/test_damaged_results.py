@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from evals.report.command import main as report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals import compare, merge
-from evals.report.__main__ import main as report
+from evals.results import compare, merge
 
 ROOT = Path(__file__).parent.parent
 GONE = object()

@@ -1,4 +1,4 @@
-"""evals/files.py: what a command may write to, and that it is written whole or not at all."""
+"""evals/files/__init__.py: what a command may write to, and that it is written whole or not at all."""
 
 import argparse
 import errno

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.git import git_environment
-from evals.record import commit
+from evals.runs.git import commit, git_environment
 
 ROOT = Path(__file__).parent.parent
 

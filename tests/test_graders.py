@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 from torchmetrics.functional.text import squad
 
-from evals.graders import GRADER_VERSIONS, grade, require
-from evals.graders.limit import within
-from evals.graders.spans import f1
-from evals.rows import load_rows
-from evals.settings import SAMPLE
+from evals.questions.graders import GRADER_VERSIONS, grade, require
+from evals.questions.graders.limit import within
+from evals.questions.graders.spans import f1
+from evals.questions.rows import load_rows
+from evals.runs.settings import SAMPLE
 from tests.phrasings import cases, phrasings
 
 CHOICES = ["a cow", "a trumpet", "Vans", "iron"]
@@ -283,7 +283,7 @@ ENDLESS = {
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
 def test_no_answer_keeps_the_grader_busy(text, monkeypatch):
-    monkeypatch.setattr("evals.graders.SECONDS", 1)
+    monkeypatch.setattr("evals.questions.graders.SECONDS", 1)
     rows = [
         row("gsm8k", "42"),
         row("math500", "x^2+2"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals import conftest, machine
-from evals.configurations import KERNEL, STEP
+from evals import conftest
+from evals.runs import machine
+from evals.runs.configurations import KERNEL, STEP
 
 pytest_plugins = "pytester"
 

@@ -1,4 +1,4 @@
-"""evals/kernels.py and evals/test_kernels.py: what a kernel's figures are, and that a wrong kernel has none."""
+"""evals/timing/kernels.py and evals/test_kernels.py: what a kernel's figures are, and that a wrong kernel has none."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from evals import compare, kernels
-from evals.configurations import KERNEL
-from evals.kernels import Ceilings, Work, copies, figures, make_round, num_sets
+from evals.results import compare
+from evals.runs.configurations import KERNEL
 from evals.test_kernels import KNOWN_ON_H200
+from evals.timing import kernels
+from evals.timing.kernels import Ceilings, Work, copies, figures, make_round, num_sets
 from tests.report.sample import info
 
 CEILINGS = Ceilings(copy=4e12, read=5e12, matmul=600e12, sustained_matmul=500e12)

@@ -1,4 +1,4 @@
-"""Which room of the package may import which: arrows point one way."""
+"""Which room of the package, and of the suite, may import which: arrows point one way."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import blockinfer
+import evals
 
 PACKAGE = Path(blockinfer.__file__).parent
+SUITE = Path(evals.__file__).parent
 # what each room must not import: itself and what is left out it may
 FORBIDDEN = {
     "kernels": {"decoding", "models", "engine", "llm", "sampling_params"},
@@ -15,17 +17,29 @@ FORBIDDEN = {
     "models": {"decoding", "engine", "llm", "sampling_params"},
     "engine": {"llm"},
 }
+# of the suite's rooms, what each may import besides itself
+ROOMS = {
+    "files": set(),
+    "questions": {"files"},
+    "runs": {"files", "questions"},
+    "results": {"files", "questions", "runs"},
+    "timing": {"files", "questions", "runs", "results"},
+    "report": {"files", "runs", "results"},
+    "gate": {"files", "questions", "runs", "results"},
+    "slurm": {"files"},
+    "llada_tiny": {"files", "questions", "runs", "results", "report"},
+}
 
 
-def imported(path):
-    """The names below `blockinfer` that a file imports from, and of others the package."""
+def imported(path, package="blockinfer"):
+    """The names below `package` that a file imports from, and of others the package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
         for module in modules:
             top, _, rest = module.partition(".")
-            yield rest.split(".")[0] if top == "blockinfer" and rest else top
+            yield rest.split(".")[0] if top == package and rest else top
 
 
 @pytest.mark.parametrize("room", FORBIDDEN)
@@ -39,3 +53,19 @@ def test_a_room_imports_nothing_above_it(room):
 def test_the_package_imports_neither_evals_nor_tests():
     files = list(PACKAGE.rglob("*.py"))
     assert not {f"{path.name}: {name}" for path in files for name in imported(path) if name in ("evals", "tests")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_of_the_suite_imports_those_below_it_alone(room):
+    """Lazily too, but for types: who reads `results` need not know `report`."""
+    files = list((SUITE / room).rglob("*.py"))
+    assert files
+    allowed = ROOMS[room] | {room}
+    inside = {path.name for path in SUITE.iterdir()} | {path.stem for path in SUITE.iterdir()}
+    found = {f"{path.name}: {name}" for path in files for name in imported(path, "evals") if name in inside - allowed}
+    assert not found
+
+
+def test_every_room_of_the_suite_is_in_its_place():
+    rooms = {path.name for path in SUITE.iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert rooms == set(ROOMS)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import paired
-from evals.paired import Paired
+from evals.results import paired
+from evals.results.paired import Paired
 
 Z = NormalDist().inv_cdf(0.95)
 

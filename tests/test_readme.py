@@ -8,10 +8,12 @@ from pytest_benchmark import cli
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals import build_sample, compare, stages
 from evals.gate import command as gate
 from evals.gate import experiment
 from evals.llada_tiny import study
+from evals.questions import build_sample
+from evals.results import compare
+from evals.timing import stages
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from blockinfer import LLM, SamplingParams
-from evals.reference_impl import ReferenceLLM
+from evals.runs.reference_impl import ReferenceLLM
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.suite.test_runs import run_suite
 

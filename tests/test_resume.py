@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import blockinfer
 from blockinfer import LLM, SamplingParams
-from evals import resume
-from evals.record import table
-from evals.resume import Generations, fingerprint, settings_hash
+from evals.results.table import table
+from evals.runs import resume
+from evals.runs.resume import Generations, fingerprint, settings_hash
 from tests.checkpoints import write_checkpoint
 
 SETTINGS = settings_hash("model", SamplingParams())
@@ -278,7 +278,7 @@ def generations(run):
 
 def test_a_suite_stopped_in_the_middle_goes_on(make_suite, tmp_path, chat_llm, monkeypatch):
     # else a busy machine's first round may count for nothing, and one more be made
-    monkeypatch.setattr("evals.rounds.STEADY", math.inf)
+    monkeypatch.setattr("evals.runs.rounds.STEADY", math.inf)
     path = tmp_path / "kept.jsonl"
     whole = make_suite()
     vanilla, block = whole.settings.cases

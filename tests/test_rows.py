@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from evals.rows import encode, load_rows, rows_hash
+from evals.questions.rows import encode, load_rows, rows_hash
 
 GSM = {"id": "a", "source": "gsm8k", "question": "1 + 1?", "answer": "2"}
 MATH = GSM | {"id": "m", "source": "math500"}

@@ -1,4 +1,4 @@
-"""--shard and evals.merge: the shards of a run, merged, are the run; and a shard that is killed and resumed."""
+"""--shard and evals.results.merge: the shards of a run, merged, are the run; and a shard that is killed and resumed."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from evals import merge
-from evals.configurations import KERNEL, RESUMED, STEP
-from evals.graders import Grade
-from evals.paired import against_vanilla
-from evals.record import intervals
-from evals.rows import load_rows, shard_positions
-from evals.settings import SAMPLE
+from evals.questions.graders import Grade
+from evals.questions.rows import load_rows, shard_positions
+from evals.results import merge
+from evals.results.comparison import intervals
+from evals.results.paired import against_vanilla
+from evals.runs.configurations import KERNEL, RESUMED, STEP
+from evals.runs.settings import SAMPLE
 
 TIMES = {"seconds", "tokens_per_second", "ms_per_forward", "latency_p50", "latency_p95", "first_seconds"}
 
@@ -194,7 +194,7 @@ def test_random_weights_have_no_accuracy_in_the_merged_file_either(shards):
 
 KILLER = """
 import os, signal
-from evals.resume import Generations
+from evals.runs.resume import Generations
 append, number = Generations.append, 0
 
 def kills(self, settings, output):

@@ -22,10 +22,10 @@ done
 exit "${code:-0}"
 """
 
-# writes what pytest or evals.merge would; a shard in $DIES leaves half a file
+# writes what pytest or -m evals merge would; a shard in $DIES leaves half a file
 PYTHON = """#!/usr/bin/env bash
 echo "gpu=${CUDA_VISIBLE_DEVICES:-} threads=$OMP_NUM_THREADS $*" >>"$CALLS"
-[[ $2 == pytest ]] || { echo "$*" >"$3"; exit 0; }
+[[ $2 == pytest ]] || { echo "$*" >"$4"; exit 0; }
 for option in "$@"; do
     case $option in
     --shard=*) shard=${option#*=} ;;
@@ -84,7 +84,7 @@ def test_every_task_runs_a_shard_and_they_are_merged_in_order(job):
         f"--resume={results}/shard_1.jsonl --output=/dev/null --benchmark-json={results}/shard_1.json.part"
     )
     files = [f"{results}/shard_{i}.json" for i in (1, 2, 3)]
-    assert calls[-1].endswith(f"-m evals.merge {results}/merged.json {' '.join(files)}")
+    assert calls[-1].endswith(f"-m evals merge {results}/merged.json {' '.join(files)}")
     assert [(job.root / file).read_text() for file in files] == ["1/3\n", "2/3\n", "3/3\n"]
     assert (job.root / "logs/job_7_shard_2.out").read_text() == "pytest's words on 2/3, 12 arguments\n"
     assert not list(job.root.glob("results/slurm/*.part"))
@@ -93,7 +93,7 @@ def test_every_task_runs_a_shard_and_they_are_merged_in_order(job):
 def test_a_shard_that_died_is_named_and_only_it_runs_again(job):
     code, text, calls = job("--mode=block", DIES="2/3")
     assert code == 1 and "shard 2 of 3 died: see logs/job_7_shard_2.out" in text and text.count(" died") == 1
-    assert shards_in(calls) == ["1/3", "2/3", "3/3"] and not any("evals.merge" in line for line in calls)
+    assert shards_in(calls) == ["1/3", "2/3", "3/3"] and not any("-m evals merge" in line for line in calls)
     results = job.root / "results/slurm"
     assert not (results / "shard_2.json").exists() and not (results / "merged.json").exists()
 
@@ -109,7 +109,7 @@ def test_a_merge_that_failed_is_made_up_for_without_a_shard(job):
     job()
     (job.root / "results/slurm/merged.json").unlink()
     code, text, calls = job()
-    assert code == 0 and "shards to run: none of 3" in text and len(calls) == 1 and "evals.merge" in calls[0]
+    assert code == 0 and "shards to run: none of 3" in text and len(calls) == 1 and "-m evals merge" in calls[0]
 
 
 def test_a_job_that_a_hook_of_git_submits_is_of_its_own_folder(job):

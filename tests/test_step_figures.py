@@ -1,4 +1,4 @@
-"""evals/steps.py, evals/test_steps.py and evals/stages.py: what a step's figures are, and what is timed."""
+"""evals/timing/steps.py and stages.py, evals/test_steps.py: what a step's figures are, and what is timed."""
 
 import dataclasses
 import json
@@ -12,13 +12,14 @@ import torch
 
 import blockinfer.kernels
 from blockinfer import LLM
-from evals import compare, stages, steps
-from evals.configurations import STEP
-from evals.kernels import Ceilings
-from evals.settings import TINY_MODEL, read_settings
-from evals.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_times, stages_of
-from evals.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
+from evals.results import compare
+from evals.runs.configurations import STEP
+from evals.runs.settings import TINY_MODEL, read_settings
 from evals.test_steps import SIZES, measured_model
+from evals.timing import stages, steps
+from evals.timing.kernels import Ceilings
+from evals.timing.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_times, stages_of
+from evals.timing.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
 from tests.checkpoints import write_checkpoint
 from tests.report.sample import info
 

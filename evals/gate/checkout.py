@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.git import git_environment
+from evals.runs.git import git_environment
 
 # A folder of temporary files, which holds a worktree and a file that the gate keeps locked while it lives.
 PREFIX, WORKTREE, ALIVE = "blockinfer-gate-", "base", "alive"

@@ -1,6 +1,6 @@
 """The gate: is this checkout slower than a commit, or does it take more forwards or more memory?
 
-    python -m evals.gate --base origin/main
+    python -m evals gate --base origin/main
 
 Exit codes: 0 head passes; 1 a regression; 2 bad usage, or a run that failed; 3 the machine was too unsteady to tell.
 """
@@ -22,7 +22,7 @@ SLOWDOWN = "BLOCKINFER_GATE_SLOWDOWN"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m evals.gate", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m evals gate", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--base", required=True, type=_ref, metavar="REF", help="the commit to compare this checkout with")
     time, memory = 100 * Margins.time, 100 * Margins.memory

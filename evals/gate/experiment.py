@@ -1,6 +1,6 @@
 """How often the gate alarms: it is run again and again on one commit, base and head the same but for a known slowdown.
 
-    python -m evals.gate.experiment --runs 20 --slowdown 0,0.05,0.1 --profile quick --output gate_experiment.jsonl
+    python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1 --profile quick --output gate_experiment.jsonl
 
 A slowdown may have a place: 0.05:vanilla sits in one mode, 0.05:threshold in one rule; 0.05:memory is none, but memory
 that head takes beside base's. Every run starts both sides anew. Its result is appended to the output file at once, and
@@ -16,7 +16,7 @@ from typing import Any
 
 from evals.gate.cases import PROFILES, Worse
 from evals.gate.checkout import RunFailed, short
-from evals.gate.exits import FAILED, run_command
+from evals.gate.exits import FAILED
 from evals.gate.judge import Margins, exit_code, judge
 from evals.gate.measure import ROOT, measure
 from evals.gate.outcomes import SAME, Case, Run, read_runs, table
@@ -25,7 +25,7 @@ MARGINS = Margins()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m evals.gate.experiment", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m evals gate-experiment", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--runs", type=_number, default=20, help="runs with each slowdown, those in the output file included (20)")
     slowdowns = [Worse(), Worse(0.05), Worse(0.1)]
@@ -89,7 +89,3 @@ def _run(root: Path, about: dict[str, Any], worse: Worse) -> Run:
         held=found.held,
         cases={verdict.case.id: Case.of(verdict, worse, MARGINS) for verdict in verdicts},
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -16,13 +16,10 @@ import numpy as np
 from evals.gate.cases import GateCase
 from evals.gate.exits import CANNOT_TELL, FAILED, PASSES, REGRESSION
 from evals.gate.measure import Bytes, Measurement, Round
+from evals.results.forwards import nfe_fault
 
 # How often the truth may lie below an interval, and how often above.
 TAIL = 0.05
-SCHEDULED = ("low_confidence", "random", "sequential")
-# The share by which the forwards of the other rules may rise: rounding may move a confidence over its bound. A schedule
-# leaves nothing to round.
-NFE_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -165,15 +162,6 @@ def _judge_tokens(verdict: Verdict) -> None:
         verdict.notes.append(
             f"{verdict.differing} of {verdict.answers} answers differ ({before} and {after} tokens); this is not judged"
         )
-
-
-def nfe_fault(unmasking: str, before: int, after: int) -> str | None:
-    """What is wrong with `after` forwards where there were `before`; None where nothing is."""
-    scheduled = unmasking in SCHEDULED
-    if after <= (before if scheduled else before * (1 + NFE_TOLERANCE)):
-        return None
-    allowed = "none more is allowed" if scheduled else f"{NFE_TOLERANCE:.0%} more is allowed"
-    return f"{after} forwards where there were {before} ({after / before - 1:+.1%}), and {allowed}"
 
 
 def _judge_nfe(verdict: Verdict, accepted: bool) -> None:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from evals.gate.cases import PAIRS_A_ROUND, GateCase, Worse
 from evals.gate.checkout import RunFailed, base_checkout, short
 from evals.gate.side import Unit, Worker
-from evals.prompts import messages
-from evals.rows import load_rows
+from evals.questions.prompts import messages
+from evals.questions.rows import load_rows
 
 MODEL = Path("evals", "llada_tiny")
 CHECKPOINT = (".json", ".jinja", ".safetensors")

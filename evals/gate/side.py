@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from evals.gate.cases import GateCase
 from evals.gate.checkout import RunFailed
-from evals.git import git_environment
+from evals.runs.git import git_environment
 
 WORKER = Path(__file__).with_name("worker.py")
 # With two threads on two cores the pairs' CPU ratios spread two to four times as far, the wall ratios about twice.

@@ -1,11 +1,12 @@
 """Accuracy of a model by two plain, uncached decoders; nothing here is shared with the engine.
 
-python -m evals.llada_tiny.evaluate evals/llada_tiny --rows 100
+python -m evals evaluate-tiny evals/llada_tiny --rows 100
 """
 
 import argparse
 import random
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -182,16 +183,12 @@ def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict], settings: list[
         print(f"{name:22}", *(f"{value:.3f}" for value in result.values()), sep="  ", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m evals evaluate-tiny", description=__doc__)
     parser.add_argument("folder", type=path_argument)
     parser.add_argument("--rows", type=int, default=250, help="problems a source")
     parser.add_argument("--split", default="heldout")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(args.folder).to(device)
     report(model, Encoder(str(args.folder / "tokenizer.json")), heldout_rows(args.rows, args.split), SETTINGS)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,12 @@
 """Write the repository's evaluation rows: 50 held-out problems of each source, interleaved.
 
-python -m evals.llada_tiny.sample sample_200.jsonl
+python -m evals sample-tiny sample_200.jsonl
 """
 
 import argparse
 import json
 import random
+from collections.abc import Sequence
 
 from evals.files import BadOutput, path_argument, write_output
 from evals.llada_tiny.problems import SOURCES, problem
@@ -37,14 +38,12 @@ def sample_text() -> str:
     return "".join(json.dumps({field: row[field] for field in FIELDS if field in row}) + "\n" for row in sample_rows())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m evals sample-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=path_argument)
     try:
-        write_output(parser.parse_args().path, sample_text())
+        write_output(parser.parse_args(argv).path, sample_text())
     except BadOutput as error:
         parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """Accuracy against tokens per forward, of every mode with every rule, by the engine: two tables and one drawing.
 
-python -m evals.llada_tiny.study evals/llada_tiny --rows 250 --out /tmp/study # writes study.md, .svg and .json
-python -m evals.llada_tiny.study evals/llada_tiny --mode vanilla --out /tmp/one        # a part, on another GPU, say,
-python -m evals.llada_tiny.study evals/llada_tiny --mode block --add /tmp/one/study.json --out /tmp/both # is added
+python -m evals study evals/llada_tiny --rows 250 --out /tmp/study # writes study.md, .svg and .json
+python -m evals study evals/llada_tiny --mode vanilla --out /tmp/one        # a part, on another GPU, say,
+python -m evals study evals/llada_tiny --mode block --add /tmp/one/study.json --out /tmp/both # is added
 
 The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token. The model
 computes in float32, on a GPU where there is one.
@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -25,10 +26,10 @@ from blockinfer.decoding.modes import MODES
 from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
 from evals.llada_tiny.evaluate import final_answer, heldout_rows
 from evals.llada_tiny.problems import SOURCES
-from evals.paired import Paired
-from evals.prompts import messages
+from evals.questions.prompts import messages
 from evals.report.scales import Scale, around
-from evals.resume import fingerprint
+from evals.results.paired import Paired
+from evals.runs.resume import fingerprint
 
 RULES: tuple[dict, ...] = (
     *({"unmasking": "low_confidence", "denoising_steps": steps} for steps in (32, 16, 8, 4)),
@@ -205,7 +206,9 @@ def read(path: Path, about: dict) -> list[Result]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m evals study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=path_argument, help="the checkpoint")
     parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
@@ -218,9 +221,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     modes = args.mode.split(",")
     if unknown := set(modes) - set(MODES):
         parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
@@ -264,7 +267,3 @@ def _write(contents: dict[Path, str]) -> list[str]:
         except BadOutput as error:
             failures.append(str(error))
     return failures
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,19 @@
 """The tokenizer: byte-level BPE with single digits, learnt on the generators' own text, in LLaDA's clothes.
 
-python -m evals.llada_tiny.tokenizer --out evals/llada_tiny
+python -m evals tokenizer-tiny --out evals/llada_tiny
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from evals.files import BadOutput, check_folder, path_argument, replacing, write_output
 from evals.llada_tiny.problems import SOURCES, problem
-from evals.prompts import messages
+from evals.questions.prompts import messages
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -88,16 +88,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_output(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m evals tokenizer-tiny", description=__doc__)
     parser.add_argument("--out", type=path_argument, required=True, help="the folder to write to")
-    folder = parser.parse_args().out
+    folder = parser.parse_args(argv).out
     try:
         check_folder(folder)
     except BadOutput as error:
         parser.error(f"--out: {error}")
     save_tokenizer(train_tokenizer(), folder)
-
-
-if __name__ == "__main__":
-    main()

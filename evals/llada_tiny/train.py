@@ -1,8 +1,8 @@
 """Train the tiny LLaDA and write it in the published checkpoint format.
 
-python -m evals.llada_tiny.train --out evals/llada_tiny          # one H100; README.md says how long
-python -m evals.llada_tiny.train --out /tmp/tiny --minutes 8     # the schedule shortened where the steps take longer
-python -m evals.llada_tiny.train --out /tmp/tiny --smoke         # the whole path on a CPU within a minute
+python -m evals train-tiny --out evals/llada_tiny          # one H100; README.md says how long
+python -m evals train-tiny --out /tmp/tiny --minutes 8     # the schedule shortened where the steps take longer
+python -m evals train-tiny --out /tmp/tiny --smoke         # the whole path on a CPU within a minute
 
 Beside the weights, training.jsonl gets a line every some hundred steps: seconds, loss, share of masked content
 predicted right by source, shares of two-hop questions whose first and second fact are found (evaluate.lookups), and of
@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from queue import Empty
@@ -263,15 +263,17 @@ def new_shape(encoder: Encoder, sizes: dict[str, int]) -> Shape:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m evals train-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for config, tokenizer and weights")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a smaller model")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default {FULL['steps']})")
     parser.add_argument("--rows", type=int, help=f"packed rows of {ROW} tokens a step (default {FULL['rows']})")
     parser.add_argument("--minutes", type=float, help="end by then, with the learning rate at zero (default: no limit)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started = time.time()
     options = dict(SMOKE if args.smoke else FULL)
     options |= {"recipe": RECIPE, "seed": args.seed, "minutes": args.minutes}
@@ -309,7 +311,3 @@ def main() -> None:
     kept.remove()
     model.load_state_dict({name: w.bfloat16().float() for name, w in model.state_dict().items()})  # what was exported
     report(model, encoder, heldout_rows(options["eval_rows"], "validation"), QUICK)
-
-
-if __name__ == "__main__":
-    main()

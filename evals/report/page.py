@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evals.report.beside import Baselines, baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.charts import History, Point, Scatter, history, scatter
-from evals.report.compare import Baselines, baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.labels import shortened
-from evals.results import Run
-from evals.schema import Configuration
+from evals.results.reader import StoredRun
+from evals.results.schema import Configuration
+from evals.runs.configurations import SCHEDULED
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
-SCHEDULED = ("low_confidence", "random", "sequential")  # rules without a value
 MARKS = (
     "M-4.5 0A4.5 4.5 0 1 0 4.5 0A4.5 4.5 0 1 0 -4.5 0Z",
     "M-4 -4H4V4H-4Z",
@@ -71,7 +71,7 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def render(run: Run, history_runs: list[Run]) -> str:
+def render(run: StoredRun, history_runs: list[StoredRun]) -> str:
     """The whole page; the same runs give the same page."""
     found = run.configurations
     numbers = range(1, len(found) + 1)
@@ -170,7 +170,7 @@ def when(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M %Z}"
 
 
-def about(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+def about(run: StoredRun) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the figures depend on, in groups of (name, value); what no configuration knows is left out."""
 
     def of(field: str) -> str | None:
@@ -227,14 +227,14 @@ def _sources(rows: list[Row]) -> list[Source]:
     return sources
 
 
-def _histories(rows: list[Row], runs: list[Run]) -> list[tuple[Row, History]]:
+def _histories(rows: list[Row], runs: list[StoredRun]) -> list[tuple[Row, History]]:
     """A chart for each configuration that more than one run has measured."""
     commits = [_commit(run) for run in runs]
     found = zip(rows, series([row.c for row in rows], runs), strict=True)
     return [(row, history(values, commits)) for row, values in found if sum(v is not None for v in values) > 1]
 
 
-def _commit(run: Run) -> str:
+def _commit(run: StoredRun) -> str:
     """Short enough for an axis, without what `git describe` says before the hash; "+": files differed from it."""
     if run.commit is None:
         return f"{run.when:%m-%d}"

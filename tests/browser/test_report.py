@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.report.__main__ import main
+from evals.report.command import main
 from tests.report.sample import info, results, write, write_run
 
 CHROMIUM = os.environ.get("CHROMIUM")

@@ -2,8 +2,8 @@
 
 import pytest
 
-import evals.build_sample
-from evals.build_sample import SETS
+import evals.questions.build_sample
+from evals.questions.build_sample import SETS
 from tests.build_sample.public_sets import (
     FILES,
     NUMBER,
@@ -73,6 +73,6 @@ def read_only(monkeypatch):
     def only(make):
         kept = [public for public in SETS if any(FILES[make].startswith(name) for name in public.repositories)]
         assert len(kept) == 1
-        monkeypatch.setattr(evals.build_sample, "SETS", kept)
+        monkeypatch.setattr(evals.questions.build_sample, "SETS", kept)
 
     return only

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from evals.build_sample import build
+from evals.questions.build_sample import build
 from tests.build_sample.public_sets import (
     FILES,
     NUMBER,

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-import evals.build_sample
-from evals.build_sample import build, main
-from evals.rows import load_rows
+import evals.questions.build_sample
+from evals.questions.build_sample import build, main
+from evals.questions.rows import load_rows
 from tests.build_sample.public_sets import FILES, ROOT, gsm8k, mmlu, without, write, write_lines
 from tests.hub import COMMIT, hub
 
 
 def run(*options, cwd, **environment):
-    command = [sys.executable, "-m", "evals.build_sample", *options]
+    command = [sys.executable, "-m", "evals", "build-sample", *options]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=variables)
 
@@ -58,7 +58,7 @@ def test_a_set_that_the_hub_does_not_give(tmp_path):
 )
 def test_bad_options_are_refused_before_anything_is_read(options, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evals.build_sample, "build", lambda *_: pytest.fail("the sets were read"))
+    monkeypatch.setattr(evals.questions.build_sample, "build", lambda *_: pytest.fail("the sets were read"))
     with pytest.raises(SystemExit) as error:
         main([option.format(tmp_path) for option in options])
     assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
@@ -74,7 +74,8 @@ def test_an_error_is_one_line_and_leaves_the_file_as_it_was(bare, tmp_path):
 
 
 def test_the_library_is_needed_for_drawing_alone(published, tmp_path):
-    script = "import sys; sys.modules['datasets'] = None; import evals.conftest; from evals.build_sample import main; "
+    script = "import sys; sys.modules['datasets'] = None; import evals.conftest; "
+    script += "from evals.questions.build_sample import main; "
     script += f"main(['--out', {str(tmp_path / 'rows')!r}, '--from', {str(published)!r}])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr

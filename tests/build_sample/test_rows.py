@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evals.build_sample import build, main
-from evals.graders import grade
-from evals.record import environment
-from evals.rows import SOURCES, load_rows
+from evals.questions.build_sample import build, main
+from evals.questions.graders import grade
+from evals.questions.rows import SOURCES, load_rows
+from evals.results.record import environment
 from tests.build_sample.public_sets import NUMBER, gsm8k, longbench, mmlu, replace, without, write_lines
 
 

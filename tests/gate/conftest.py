@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from evals.gate import measure
-from evals.git import git_environment
+from evals.runs.git import git_environment
 from tests.gate.figures import ROOT, Clockwork
 
 

@@ -74,7 +74,7 @@ def heeding_ctrl_c():
 def gate(repository):
     """A gate that has started its workers, whose numbers are `children`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "evals.gate", "--base", "HEAD"], cwd=repository, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "evals", "gate", "--base", "HEAD"], cwd=repository, stderr=subprocess.PIPE, text=True
     )
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60

@@ -1,7 +1,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from evals.settings import TINY_MODEL
+from evals.runs.settings import TINY_MODEL
 
 
 @pytest.fixture(scope="module")

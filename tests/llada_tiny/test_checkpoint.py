@@ -9,13 +9,13 @@ import pytest
 from safetensors import safe_open
 
 from blockinfer import LLM, SamplingParams
-from evals.graders import grade
 from evals.llada_tiny import study
 from evals.llada_tiny.problems import SOURCES, problem
 from evals.llada_tiny.study import Result, markdown, summary, svg
 from evals.llada_tiny.tokenizer import MASK, chat_text
-from evals.prompts import messages
-from evals.settings import TINY_MODEL
+from evals.questions.graders import grade
+from evals.questions.prompts import messages
+from evals.runs.settings import TINY_MODEL
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):

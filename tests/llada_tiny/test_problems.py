@@ -8,13 +8,13 @@ from importlib import import_module
 
 import pytest
 
-from evals.graders import grade
 from evals.llada_tiny.data import Encoder, make_batch
 from evals.llada_tiny.problems import SOURCES, drill, problem, split
 from evals.llada_tiny.sample import sample_rows, sample_text
-from evals.prompts import messages
-from evals.rows import load_rows
-from evals.settings import SAMPLE, TINY_MODEL
+from evals.questions.graders import grade
+from evals.questions.prompts import messages
+from evals.questions.rows import load_rows
+from evals.runs.settings import SAMPLE, TINY_MODEL
 
 # the package's names are those of the functions
 MODULES = {

@@ -26,7 +26,7 @@ from evals.llada_tiny.problems.hotpotqa import hotpotqa, recital
 from evals.llada_tiny.progress import Log, State
 from evals.llada_tiny.tokenizer import BOS, HEADER_END
 from evals.llada_tiny.train import rate_at
-from evals.settings import TINY_MODEL
+from evals.runs.settings import TINY_MODEL
 
 
 @pytest.mark.parametrize("make", [hotpotqa, recital])
@@ -188,7 +188,7 @@ def test_a_training_that_is_terminated_keeps_its_last_step(tmp_path, monkeypatch
     assert smoke(monkeypatch, tmp_path / "cut") == whole
 
 
-COMMAND = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--steps", "100000", "--rows", "32", "--out"]
+COMMAND = [sys.executable, "-m", "evals", "train-tiny", "--smoke", "--steps", "100000", "--rows", "32", "--out"]
 
 
 def started(tmp_path):
@@ -219,7 +219,7 @@ def test_a_worker_that_dies_ends_it_and_is_named(tmp_path):
 
 def test_training_runs_from_nothing(tmp_path):
     """The whole path on a CPU: data, tokenizer, steps, export, report; then the engine reads the folder."""
-    command = [sys.executable, "-m", "evals.llada_tiny.train", "--smoke", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "evals", "train-tiny", "--smoke", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=TINY_MODEL.parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     options, *lines = map(json.loads, (tmp_path / "training.jsonl").read_text().splitlines())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evals.report.__main__ import main
+from evals.report.command import main
 from tests.report.html_tree import parse
 from tests.report.sample import write
 

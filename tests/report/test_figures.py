@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from blockinfer import SamplingParams
 from blockinfer.decoding.unmasking import RULES
-from evals import record
-from evals.configurations import REFERENCE_IMPL, STANDARD, total_steps
 from evals.report import page
+from evals.report.beside import baselines, names, on_frontier, speed_up
 from evals.report.charts import Point, history, scatter
-from evals.report.compare import baselines, names, on_frontier, speed_up
 from evals.report.labels import MARK, Box, shortened, width_of
-from evals.schema import Configuration
-from evals.settings import SUITE_MODES, Case
+from evals.results import comparison
+from evals.results.schema import Configuration
+from evals.runs.configurations import REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
+from evals.runs.run import Run
+from evals.runs.settings import SUITE_MODES, Case
 from tests.report.sample import info
 
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -28,7 +29,7 @@ points = st.lists(
 
 
 def test_speed_ups_are_those_of_the_suite():
-    """For the modes, block lengths, rules and step limits of a session: the baselines that evals/record.py picks."""
+    """For the modes, block lengths, rules and step limits of a session: the baselines that the suite's table has."""
     for max_tokens, steps in [(128, 32), (100, 8), (100, 32), (128, None)]:
         rules = ["low_confidence", "threshold"] if steps else ["threshold", "entropy"]
         runs, configurations = [], []
@@ -41,18 +42,18 @@ def test_speed_ups_are_those_of_the_suite():
             assert total_steps(params) == (sum(blocks) if steps else None)
             if mode == STANDARD:
                 params = dataclasses.replace(params, block_length=max_tokens, denoising_steps=total_steps(params))
-            runs.append(record.Run(Case(mode, block_length, rule, params), [], None, [1.0], 1, None))
+            runs.append(Run(Case(mode, block_length, rule, params), [], None, [1.0], 1, None))
             fields = {f: getattr(params, f) for f in ("block_length", "unmasking", "denoising_steps", "max_tokens")}
             configurations.append(Configuration(mode=mode, asked_block_length=block_length, **fields))
         for run, c in zip(runs, configurations, strict=True):
-            expected = [None if r is None else runs.index(r) for r in record.baselines(run.case, runs)]
+            expected = [None if r is None else runs.index(r) for r in comparison.baselines(run.case, runs)]
             found = [None if b is None else configurations.index(b) for b in baselines(configurations)(c)]
             assert found == expected and expected[1] is not None
 
 
 def test_what_the_page_knows_of_modes_and_rules_is_the_suites():
     assert page.MODES == (*SUITE_MODES, REFERENCE_IMPL) and len(set(page.MARKS)) == len(page.MODES) + 1
-    assert set(page.SCHEDULED) == {name for name, rule in RULES.items() if rule.scheduled}
+    assert set(SCHEDULED) == {name for name, rule in RULES.items() if rule.scheduled}
 
 
 @given(st.lists(st.tuples(speeds, shares), min_size=1, max_size=8))

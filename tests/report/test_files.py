@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from evals.report.command import main
 
-from evals.configurations import KERNEL, STEP
 from evals.report import page
-from evals.report.__main__ import main
+from evals.runs.configurations import KERNEL, STEP
 from tests.report.html_tree import sections, table
 from tests.report.sample import info, results, write, write_run
 
@@ -156,7 +156,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
 def test_the_command_needs_no_torch(tmp_path):
     """In a process of its own, options between the files, and twice the same bytes."""
     out, *rest = write_run(tmp_path)
-    code = "import sys; from evals.report.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    code = "import sys; from evals.report.command import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     pages = [tmp_path / "a.html", tmp_path / "b.html"]
     for target, seed in zip(pages, "12", strict=True):
         command = [sys.executable, "-c", code, out, "-o", str(target), *rest]

@@ -3,7 +3,7 @@
 import sys
 
 from evals.report.page import render
-from evals.results import read_run
+from evals.results.reader import read_run
 from tests.report.sample import info, results, write
 
 

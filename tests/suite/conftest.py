@@ -2,7 +2,7 @@
 
 import pytest
 
-from evals.settings import read_settings
+from evals.runs.settings import read_settings
 from tests.options import Options
 from tests.test_rows import GSM, MATH, MMLU, QA, write
 

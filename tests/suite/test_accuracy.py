@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from evals import test_accuracy
-from evals.graders import Grade
-from evals.paired import losses
-from evals.record import Run
-from evals.settings import SAMPLE
+from evals.questions.graders import Grade
+from evals.results.paired import losses
+from evals.results.wilson import wilson_interval
+from evals.runs.run import Run
+from evals.runs.settings import SAMPLE
 from evals.test_accuracy import FLOORS
-from evals.wilson import wilson_interval
 from tests.test_rows import MMLU
 
 

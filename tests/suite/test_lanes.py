@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from blockinfer import SamplingParams
-from evals import lanes
-from evals.lanes import PARTS, Lane, side_by_side
+from evals.runs import lanes
+from evals.runs.lanes import PARTS, Lane, side_by_side
 
 PROMPTS = [{"prompt_token_ids": [5 + i, 6, 7][: 1 + i % 3]} for i in range(7)]
 MODES = [("vanilla", "low_confidence"), ("block", "threshold"), ("dual_cache", "random")]

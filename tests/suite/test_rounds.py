@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals.record import SpeedUp, table
-from evals.rounds import Round, is_enough, ratio_factor, standard_error, steadiness
+from evals.results.comparison import SpeedUp
+from evals.results.table import table
+from evals.runs.rounds import Round, is_enough, ratio_factor, standard_error, steadiness
 
 
 def rounds(*seconds, **counts):

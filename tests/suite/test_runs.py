@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from evals.report.command import main as report
 
-from evals.configurations import KERNEL, STEP
-from evals.machine import device_name
-from evals.record import SpeedUp
-from evals.report.__main__ import main as report
-from evals.schema import Configuration
+from evals.results.comparison import SpeedUp
+from evals.results.schema import Configuration
+from evals.runs.configurations import KERNEL, STEP
+from evals.runs.machine import device_name
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.test_rows import GSM, MATH, MMLU, QA, write
 
@@ -80,7 +80,7 @@ def test_a_whole_run(tmp_path, folder):
     assert info["first_seconds"] > 0 and info["load_seconds"] > 0 and info["graphs"] == info["graph_bytes"] == 0
     assert "loaded in " in text.split("= blockinfer =")[1] and "CUDA graphs" not in text
 
-    elsewhere = {"asked_block_length", "shards"}  # from the test's parameters, and from evals/merge.py
+    elsewhere = {"asked_block_length", "shards"}  # from the test's parameters, and from evals/results/merge.py
     assert set(Configuration.model_fields) - elsewhere <= set(info), "the report reads what the suite writes"
     assert report([str(tmp_path / "out.json"), "-o", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ INTERRUPT = """
 import os
 import signal
 
-from evals import kernels
+from evals.timing import kernels
 from blockinfer import LLM
 
 function, calls = {where}, iter(range(1000))

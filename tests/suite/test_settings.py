@@ -6,7 +6,7 @@ import pytest
 
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.settings import SAMPLE, TINY_MODEL
+from evals.runs.settings import SAMPLE, TINY_MODEL
 
 
 def test_defaults_on_a_cpu(settings):

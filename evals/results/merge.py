@@ -1,4 +1,4 @@
-"""`python -m evals.merge OUT SHARD...`: the pytest-benchmark files of a run's shards (--shard) as the file of one run.
+"""`python -m evals merge OUT SHARD...`: the pytest-benchmark files of a run's shards (--shard) as the file of one run.
 
 Rows, tokens, forwards and grades are those of all rows, in their order. The time is the slowest shard's, as if all had
 run at once, each on a device of its own; tokens/s follow from it, and latencies over all rows are not known (null).
@@ -13,11 +13,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from evals.configurations import RESUMED
+from evals.runs.configurations import RESUMED
 from evals.files import check_output, path_argument, show, write_output
-from evals.paired import Paired, stored
-from evals.results import check_content, check_whole, read_file
-from evals.wilson import wilson_interval
+from evals.results.paired import Paired, stored
+from evals.results.reader import check_content, check_whole, read_file
+from evals.results.wilson import wilson_interval
 
 Json = dict[str, Any]
 
@@ -31,7 +31,7 @@ FIGURES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 with one sentence on stderr."""
-    parser = argparse.ArgumentParser("python -m evals.merge", description="Merges the shards of a run into one file.")
+    parser = argparse.ArgumentParser("python -m evals merge", description="Merges the shards of a run into one file.")
     parser.add_argument("out", type=path_argument, help="the file to write")
     parser.add_argument("shards", type=path_argument, nargs="+", help="what --benchmark-json wrote, of every shard")
     options = parser.parse_args(arguments)
@@ -225,7 +225,3 @@ def _speed(infos: list[Json], tokens: int) -> Json:
         "ms_per_forward": 1000 * sum(info["seconds"] for info in infos) / forwards,
         "rounds": min(info["rounds"] for info in infos),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

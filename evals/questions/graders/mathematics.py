@@ -9,10 +9,10 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from evals.graders.arithmetic import same
-from evals.graders.spans import normal
-from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
-from evals.graders.tex import number, parts, standard, words
+from evals.questions.graders.arithmetic import same
+from evals.questions.graders.spans import normal
+from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.tex import number, parts, standard, words
 
 _LENGTH = 1000  # characters of a result that are compared
 

@@ -11,14 +11,15 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.configurations import REFERENCE_IMPL, STANDARD, total_steps
-from evals.outputs import check_outputs
-from evals.rows import Row, load_rows, rows_hash, shard_positions
+from evals.files.outputs import check_outputs
+from evals.questions.rows import Row, load_rows, rows_hash, shard_positions
+from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps
 
 SUITE_MODES = (STANDARD, *MODES)
 
-TINY_MODEL = Path(__file__).parent / "llada_tiny"
-SAMPLE = Path(__file__).resolve().parent.parent / "sample_200.jsonl"
+_EVALS = Path(__file__).resolve().parent.parent
+TINY_MODEL = _EVALS / "llada_tiny"
+SAMPLE = _EVALS.parent / "sample_200.jsonl"
 PUBLISHED_MODEL = "GSAI-ML/LLaDA-8B-Instruct"
 
 

@@ -8,8 +8,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from evals.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
-from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
+from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
 
 _LENGTH = 500  # characters of a sentence that are read
 

@@ -1,7 +1,8 @@
-"""The environment of the project's calls of git."""
+"""The project's calls of git: their environment, and the commit that runs."""
 
 import os
 import subprocess
+from pathlib import Path
 
 
 def git_environment() -> dict[str, str]:
@@ -15,3 +16,14 @@ def git_environment() -> dict[str, str]:
     command = ["git", "rev-parse", "--local-env-vars"]
     local = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return {name: value for name, value in os.environ.items() if name not in local}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None where this is no git checkout."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+        folder = Path(__file__).parent
+        options = dict(cwd=folder, env=git_environment(), capture_output=True, text=True, check=True)
+        return subprocess.run(command, **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

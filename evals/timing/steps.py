@@ -11,13 +11,14 @@ import triton
 
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.config import ModelConfig
-from evals.configurations import STEP
-from evals.kernels import Ceilings
-from evals.record import environment, loading_line
-from evals.rounds import Round, standard_error, steadiness
-from evals.settings import Settings
+from evals.results.record import environment
+from evals.results.table import loading_line
+from evals.runs.configurations import STEP
+from evals.runs.rounds import Round, standard_error, steadiness
+from evals.runs.settings import Settings
+from evals.timing.kernels import Ceilings
 
-# Of evals.record.environment: the rest is of the rows, which no step has.
+# Of evals.results.record.environment: the rest is of the rows, which no step has.
 _ENVIRONMENT = (
     *("model", "load_format", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "torch", "cuda", "python"),
     "commit",

@@ -4,16 +4,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from evals.configurations import STANDARD, total_steps
-from evals.results import Run
-from evals.schema import Configuration
+from evals.results.reader import StoredRun
+from evals.results.schema import Configuration
+from evals.runs.configurations import STANDARD, total_steps
 
 Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration | None]]
 
 
 def baselines(run: list[Configuration]) -> Baselines:
-    """What each of the run is compared with, as evals.record.baselines: vanilla_llada in as many steps in all, and
-    `vanilla`; of several the first."""
+    """What each of the run is compared with, as evals.results.comparison.baselines: vanilla_llada in as many steps in
+    all, and `vanilla`; of several the first."""
     standard: dict[tuple, Configuration] = {}
     semi: dict[tuple, Configuration] = {}
     for c in run:
@@ -84,7 +84,7 @@ def _reason(field: str, theirs: Configuration, mine: Configuration) -> str:
     return f"{field}: {getattr(theirs, field)}, not {getattr(mine, field)}"
 
 
-def timeline(run: Run, history: list[Run]) -> tuple[list[Run], list[tuple[Run, str]]]:
+def timeline(run: StoredRun, history: list[StoredRun]) -> tuple[list[StoredRun], list[tuple[StoredRun, str]]]:
     """The runs that can be compared with `run`, itself among them, oldest first; and the others, each with the reason.
 
     A second copy of a run, such as `--benchmark-autosave` keeps, is dropped.
@@ -104,7 +104,7 @@ def timeline(run: Run, history: list[Run]) -> tuple[list[Run], list[tuple[Run, s
     return comparable, others
 
 
-def series(run: list[Configuration], runs: list[Run]) -> list[list[float | None]]:
+def series(run: list[Configuration], runs: list[StoredRun]) -> list[list[float | None]]:
     """Of each configuration the tokens/s of the same one in each of the runs; None where a run has it not."""
     by_run = [_same(run, other.configurations) for other in runs]
     return [[None if c is None else c.tokens_per_second for c in found] for found in zip(*by_run, strict=True)]

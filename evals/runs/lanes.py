@@ -12,7 +12,7 @@ from typing import Any
 
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.engine.engine import Engine
-from evals.rounds import Round
+from evals.runs.rounds import Round
 
 # Of a round: with the default rows a few steps each. Fewer were seen to leave the ratios twice as uncertain.
 PARTS = 128

@@ -1,4 +1,4 @@
-"""Where the milliseconds of a denoising step go on a GPU: `python -m evals.stages --mode block --batch 1 --prompt 128`.
+"""Where the milliseconds of a denoising step go on a GPU: `python -m evals stages --mode block --batch 1 --prompt 128`.
 
 A warm run of `LLM.generate` is timed without a profiler, then run again under torch.profiler, whose times of the GPU's
 kernels are summed by stage. idle is the wall time of the first less the time in which the second had a kernel running:
@@ -22,9 +22,9 @@ from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.models.registry import SHAPES
 from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
-from evals.machine import gpu_name
-from evals.record import commit
-from evals.steps import Case, Timed, random_prompts, timed_run, warmed_up
+from evals.runs.git import commit
+from evals.runs.machine import gpu_name
+from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
 # The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
@@ -129,7 +129,7 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m evals.stages", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m evals stages", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add(
         "--model",
@@ -180,7 +180,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stages: --json: {error}", file=sys.stderr)
             return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Rows of the public test sets, drawn into a file that `--dataset` takes.
 
-    python -m evals.build_sample --out rows.jsonl [--seed 0] [--per-source 50] [--from DIR]
+    python -m evals build-sample --out rows.jsonl [--seed 0] [--per-source 50] [--from DIR]
 
 The sets come from the Hugging Face Hub, or from DIR, where each has a folder named as on the Hub: openai/gsm8k,
 HuggingFaceH4/MATH-500, cais/mmlu, Xnhyacinth/LongBench or THUDM/LongBench. A folder holds what the Hub's does, or less:
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.files import BadOutput, check_output, path_argument, write_output
-from evals.rows import Row
+from evals.questions.rows import Row
 
 if TYPE_CHECKING:
     import datasets
@@ -230,7 +230,7 @@ def _short(value: object) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m evals.build_sample", description="Draw rows of the public test sets."
+        prog="python -m evals build-sample", description="Draw rows of the public test sets."
     )
     made.add_argument("--out", required=True, type=path_argument, help="the file to write, JSON lines")
     made.add_argument("--seed", type=int, default=0, help="which rows are drawn (0)")
@@ -259,7 +259,3 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"build_sample: {error}")
     revisions = "\n".join(dict.fromkeys(f"  {row['revision']}" for row in rows))
     print(f"{len(rows)} rows written to {options.out}, drawn with seed {options.seed} from\n{revisions}")
-
-
-if __name__ == "__main__":
-    main()

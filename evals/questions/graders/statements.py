@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from evals.prompts import INSTRUCTIONS
+from evals.questions.prompts import INSTRUCTIONS
 
 # Final answers stand at the end; what comes before this many characters is not looked at.
 TAIL = 4000

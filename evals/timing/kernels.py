@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from evals.configurations import KERNEL
+from evals.runs.configurations import KERNEL
 
 Call = Callable[[], Any]
 

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from evals.graders.arithmetic import exact
+from evals.questions.graders.arithmetic import exact
 
 _UNICODE = {
     "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "×": "\\cdot ", "·": "\\cdot ",

@@ -1,6 +1,6 @@
 """Compares two results of the suite, files of `pytest evals/ --benchmark-json`: is the new one worse than the old?
 
-    python -m evals.compare old.json new.json
+    python -m evals compare old.json new.json
 
 pytest-benchmark compares times; this judges what it cannot: tokens/s and peak memory by a margin, forwards, accuracy
 row by row, and whether every case is still there. Exit codes: 0 not worse, 1 worse, 2 bad usage or not comparable.
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evals.configurations import RESUMED, is_configuration
+from evals.runs.configurations import RESUMED, is_configuration
 from evals.files import show, text_argument
-from evals.gate.judge import nfe_fault
-from evals.paired import Paired
-from evals.results import BadFile, check_whole, read_file
-from evals.wilson import wilson_interval
+from evals.results.forwards import nfe_fault
+from evals.results.paired import Paired
+from evals.results.reader import BadFile, check_whole, read_file
+from evals.results.wilson import wilson_interval
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 
@@ -248,7 +248,7 @@ def _percent(text: str) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m evals.compare", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m evals compare", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("old", type=text_argument, help="a file of pytest evals/ --benchmark-json")
     add("new", type=text_argument, help="a later one")
@@ -270,7 +270,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     show("\n".join([*result.lines, *result.notes, *(f"WORSE {text}" for text in result.worse)]), sys.stdout)
     show("the new result is worse" if result.worse else "the new result is not worse", sys.stdout)
     return WORSE if result.worse else NOT_WORSE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

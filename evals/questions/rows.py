@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from evals.files import read_bytes
-from evals.prompts import messages
+from evals.questions.prompts import messages
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,9 @@ def load_rows(
     """The rows of `path` from the given sources (None is all), without the first `skip`, at most `number`.
 
     A line is an object with id, source, question, answer; mmlu rows also have choices (a list, the answer a letter),
-    longbench_hotpotqa rows context and answers. A row drawn by evals.build_sample has its set's revision as well. The
-    public form is read too: no id, choices a JSON string ("" for none), mmlu's answer an index, no context and answers.
+    longbench_hotpotqa rows context and answers. A row drawn by evals.questions.build_sample has its set's revision as
+    well. The public form is read too: no id, choices a JSON string ("" for none), mmlu's answer an index, no context
+    and answers.
 
     Raises ValueError for a file that cannot be read, a malformed row (file, line, field) and when no row is left.
     """

@@ -9,11 +9,11 @@ import importlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from evals.graders.letters import grade_letter
-from evals.graders.limit import within
-from evals.graders.mathematics import grade_math
-from evals.graders.numbers import grade_number
-from evals.graders.spans import grade_span, longbench_f1
+from evals.questions.graders.letters import grade_letter
+from evals.questions.graders.limit import within
+from evals.questions.graders.mathematics import grade_math
+from evals.questions.graders.numbers import grade_number
+from evals.questions.graders.spans import grade_span, longbench_f1
 
 GRADER_VERSIONS = {"gsm8k": 3, "math500": 3, "mmlu": 4, "longbench_hotpotqa": 3}
 

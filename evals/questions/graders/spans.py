@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-from evals.graders.statements import FILLER, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.statements import FILLER, boxes, clean, correction, stated, stated_before
 
 _TEX = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|boldsymbol)\b\s*|\\[()\[\] ,;]|[\"${}]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")

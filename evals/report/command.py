@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from evals.files import check_output, path_argument, show, write_output
 from evals.report.page import render
-from evals.results import read_run
+from evals.results.reader import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; 0, or 2 with one line on stderr where a file cannot be read, understood or written."""
     parser = argparse.ArgumentParser(
-        prog="python -m evals.report", description="One self-contained HTML page from a run of the suite."
+        prog="python -m evals report", description="One self-contained HTML page from a run of the suite."
     )
     add = parser.add_argument
     add("results", type=path_argument, help="the file of pytest evals/ --benchmark-json=FILE")
@@ -29,7 +29,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     show(f"written to {given.output}", sys.stdout)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

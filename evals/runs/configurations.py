@@ -7,6 +7,8 @@ from typing import Any, Protocol
 STANDARD = "vanilla_llada"
 # `vanilla` through the checkpoint's own modelling code, measured where --reference-impl asks for it.
 REFERENCE_IMPL = "reference_impl"
+# Unmasking rules without a value, whose forwards are known beforehand.
+SCHEDULED = ("low_confidence", "random", "sequential")
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
 RESUMED = " (resumed)"
 # In the extra_info of the benchmarks of evals/test_kernels.py, and of no configuration's: the kernel that was timed.

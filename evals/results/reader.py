@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from evals.files import StrPath, read_bytes
-from evals.schema import Benchmark, Configuration, Content
+from evals.results.schema import Benchmark, Configuration, Content
 
 
 class BadFile(ValueError):
@@ -28,7 +28,7 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StoredRun:
     """One file: its name without the folder, when it was written, its configurations (at least one), and how many
     benchmarks of other tests it holds besides."""
 
@@ -73,7 +73,7 @@ def check_content(content: Any, path: StrPath) -> File:
     return File(content, when, commit, checked.benchmarks, configurations)
 
 
-def read_run(path: StrPath) -> Run:
+def read_run(path: StrPath) -> StoredRun:
     """For the report. Raises BadFile, also where a file holds no configuration."""
     file = read_file(path)
     configurations = list(file.configurations.values())
@@ -82,7 +82,7 @@ def read_run(path: StrPath) -> Run:
             f"{path}: none of its {len(file.benchmarks)} benchmarks is a configuration of evals/test_throughput.py"
         )
     others = len(file.benchmarks) - len(configurations)
-    return Run(os.path.basename(path), file.when, configurations[0].commit or file.commit, configurations, others)
+    return StoredRun(os.path.basename(path), file.when, configurations[0].commit or file.commit, configurations, others)
 
 
 def check_whole(file: File, path: StrPath, fields: tuple[str, ...]) -> None:

@@ -7,11 +7,11 @@ import math
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evals.configurations import is_baseline
-from evals.graders import Grade
+from evals.runs.configurations import is_baseline
+from evals.questions.graders import Grade
 
 if TYPE_CHECKING:
-    from evals.record import Run
+    from evals.runs.run import Run
 
 CONFIDENCE = 0.95
 _POWER = 0.8

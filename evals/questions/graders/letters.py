@@ -7,8 +7,8 @@ lm-eval's generative variants of mmlu take what follows "The answer is" (strict-
 import re
 from typing import Any
 
-from evals.graders.choices import DRESS, GOOD, Words
-from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.choices import DRESS, GOOD, Words
+from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
 
 _NOUN = r"(?i:(?:answer choice|option|choice|letter|answer|statement|alternative|response)s?)"
 # A verb or a link behind it tells the letter A from the article.

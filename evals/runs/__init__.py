@@ -1,0 +1,1 @@
+"""What is run: the settings, the configurations, a configuration's run, and what of it is kept."""

@@ -1,0 +1,1 @@
+"""Steps, kernels and stages of a step: what takes how long."""
