@@ -183,7 +183,7 @@ def test_rows_that_cannot_be_read(clone, capsys):
 
 
 def test_a_checkout_that_cannot_be_imported_gives_no_verdict(clone):
-    (clone / "evals" / "prompts.py").write_text("raise RuntimeError('broken on purpose')")
+    (clone / "evals" / "questions" / "prompts.py").write_text("raise RuntimeError('broken on purpose')")
     done = subprocess.run([sys.executable, "-m", "evals", "gate", "--base", "HEAD"], cwd=clone, capture_output=True)
     assert done.returncode == FAILED and b"RuntimeError: broken on purpose" in done.stderr
 
