@@ -12,16 +12,18 @@ _THOUGHTS_END = ("</think>", "</thinking>")
 _SPECIAL_TOKEN = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?s>|<(?:eos|end_of_turn)>|</?(?:b|i|em|strong|p|u|code|span|div|center)>"
 )
-_TAGGED = re.compile(r"<(?:final[ _]?)?answer>(.*?)(?:</(?:final[ _]?)?answer>|\Z)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?(?:final[ _]?)?answer>", re.IGNORECASE)
+_FIELD = r"(?:(?:final|short|predicted)[ _]?)?(?:answer|response|result|output|ans|final|choice|option)"
+_TAGGED = re.compile(rf"<({_FIELD})>(.*?)(?:</\1>|\Z)|\bfinish\[([^\[\]\n]*)\]", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(rf"</?{_FIELD}>", re.IGNORECASE)
 _JSON = re.compile(
-    r"""["'](?:final[ _]?)?answer["']\s*:\s*(?:"([^"\n]*)"|'([^'\n]*)'(?=\s*[,}])|(-?[\d.]+)(?=\s*[,}]))""",
+    rf"""["']{_FIELD}["']\s*:\s*\[?\s*(?:"([^"\n]*)"|'([^'\n]*)'(?=\s*[,}}\]])|(-?[\d.]+)(?=\s*[,}}\]]))""",
     re.IGNORECASE,
 )
 _EMPTY_BOX = re.compile(r"(?:\$|\\\(|\\\[)?\s*\\boxed\s*\{\s*(?:\.\.\.|\\ldots|\\dots)?\s*\}\s*(?:\$|\\\)|\\\])?")
 _PLACEHOLDER = re.compile(r"(?i:answer is)\s+[NX]\b\.?(?=\s|\Z)")
 _MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
+_STRUCK = re.compile(r"~~[^~\n]+~~")
 _EMPHASIS = re.compile(r"\*\*|__|`|(?<![\w*])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*])")
 _SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\w))+[.!?]*")
 _CLOSING = re.compile(
@@ -42,11 +44,14 @@ _CHARACTERS = str.maketrans(
         "\u202f": " ",
         "✅": " ",
         "～": "~",
+        "：": ": ",
+        "，": ", ",
+        "。": ". ",
     }
 )
 _CUE = re.compile(
     r"^[ \t]*(?:(?:(?:final|correct|my)[ \t]+)?answer[ \t]*\n+|ans\.[ \t]+)\s*|"
-    r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|^[ \t]*A(?=[ \t]*:)|\b(?:final|output|response"
+    r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|(?:^[ \t]*|(?<=[.?!] ))A(?=[ \t]*:)|\b(?:final|output|response"
     r"|verdict)(?=[ \t]*:))"
     r"(?:[ \t]+(?:to|of|for|in)[ \t]+(?:the|this|that|these|your|our)[ \t][^.:=\n]{0,60}?|,[ \t]*(?:according"
     r"|as|based|then|therefore|thus|hence|of course|however|given|from|in|I think|I believe"
@@ -81,6 +86,36 @@ FILLER = re.compile(
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"\.(?=\s|\Z)|(?<!\\)[!?](?=\s|\Z)|\n")
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+|\n+")
+_DOUBT = re.compile(
+    r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear)\b(?! why| how)"
+    r"|\b(?:can't|cannot|can not|couldn't|could not|unable to|not able to|hard to|impossible to|difficult to)\s+"
+    r"(?:tell|say|decide|determine|know|see which|choose|answer|be (?:sure|certain|determined))\b"
+    r"|\b(?:do|does|did)(?:n't| not)\s+(?:\w+\s+){0,2}?(?:know|say|answer|specify|state|make (?:it )?clear|tell|mention)\b"
+    r"|\bnor do(?:es)? \w+ say\b|\bwhether\b|\bmaybe\b.*\bmaybe\b|\b(?:could|might|may)\s+(?:also\s+|only\s+)?be\b"
+    r"|\b(?:it )?depends\b|\bdepending on\b|\btorn between\b|\bambiguous\b|\bcontradict\b|\bnot enough\b"
+    r"|\b(?:is|are)n't enough\b|\bdifferent (?:results|answers)\b|\b(?:which|one) of (?:these|those|them|the two)\b.*\b(?:is"
+    r"|must be) (?:right|wrong|correct)\b|\beither (?:could|might|of (?:them|these))\b|\bboth (?:could|might|may)\b"
+    r"|\bnone of (?:these|the|them)\b.*\b(?:is|are|seems?|fits?)\b|\bsome\b[^.]*,\s*(?:and )?others\b"
+    r"|\bare both possible\b|\bare possible\b"
+    r"|\bpassage \d+ (?:says|mentions|states|suggests)\b(?! so)[^.]*\b(?:while|whereas|but|and) passage \d+\b",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(r"\W*(?:but |and )?(?:if|in case|assuming|when|otherwise|with the second)\b", re.IGNORECASE)
+_CASES = re.compile(
+    r"\b(?:if|in some)\b[^.;\n]*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise|in (?:the )?others?|with the (?:second|other)"
+    r"|when)\b|[^.;\n]*\bif\b[^.;\n]*,[^.;\n]*\b(?:if|otherwise)\b",
+    re.IGNORECASE,
+)
+_LATER = re.compile(
+    r"[,;.]\s+(?:but|so|still|nevertheless|yet)\b(?=.*\b(?:I'd|I would|I'll|I|it's|it is|must|answer|choose|say)\b)", re.IGNORECASE
+)
+# No sentence ends so: the text was cut.
+_CUT = re.compile(
+    r"(?:\b(?:the|an?|of|to|in|on|at|by|for|with|and|or|but|nor|so|if|because|since|that|which|when|where|while|is|are"
+    r"|was|were|be|been|would be|will|would|could|should|must|can|has|have|had|we|I|they|he|she|you|their|his|her|its|our"
+    r"|these|those|from|as|than|not|doesn't|don't|isn't|says that|let me|try|need|only if|next one)|,)\s*\Z"
+)
 
 
 def clean(text: str, gold: Iterable[str] = ()) -> str:
@@ -99,6 +134,7 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
     text = (tagged[-1][tagged[-1].lastindex] if tagged else text).strip()
     if "\\boxed" in text:
         text = _EMPTY_BOX.sub(" ", text).strip()
+    text = _STRUCK.sub(" ", text)
     text = _HEADING.sub("", _MARKED.sub("Answer: ", text))
     text = _EMPHASIS.sub("", _TAG.sub(" ", text))
     if _CLOSING.search(text):
@@ -115,6 +151,29 @@ def stated_before(text: str) -> str | None:
     """What precedes the last "is the answer" in its line."""
     found = list(_BACKWARD.finditer(text))
     return text[: found[-1].start()].rpartition("\n")[2].strip() if found else None
+
+
+def sentences(text: str) -> list[str]:
+    return [part.strip() for part in _BETWEEN_SENTENCES.split(text) if part.strip()]
+
+
+def undecided(text: str, position: int | None = None) -> bool:
+    """Whether a text says that it does not know, names an answer for each of several cases, or was cut before it came
+    to one. Behind a statement, which begins at `position`, only what takes it back counts.
+    """
+    if position is not None:
+        text = text[position:]
+        parts = sentences(text)[1:]
+        return any(_DOUBT.search(part) and re.search(r"\bwhich\b|\bambiguous|\bcontradict|enough", part) for part in parts)
+    parts = sentences(text)
+    if not parts:
+        return False
+    last = [part for part in parts if not part.endswith("?")][-2:]
+    return (
+        _CUT.search(text) is not None
+        or any(_DOUBT.search(_LATER.split(part)[-1]) for part in last[-2:])
+        or _CASES.search(" ".join(last)) is not None
+    )
 
 
 def correction(text: str) -> str | None:
