@@ -40,6 +40,12 @@ class Words:
                 best = max(best or (0, ""), (at + len(words), letter))
         return (best[1], best[0]) if best else None
 
+    def without(self, text: str) -> str:
+        """The text without the choices' words."""
+        for words, _ in self.choices:
+            text = re.sub(rf"(?<!\w){re.escape(words)}(?!\w)", "x", text, flags=re.IGNORECASE) if words else text
+        return text
+
     def called_right(self, text: str) -> str | None:
         """The letter of the choice that the text begins with and calls correct."""
         named = self.at_start(text)

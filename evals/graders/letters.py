@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from evals.graders.choices import DRESS, GOOD, Words
-from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before, undecided
 
 _NOUN = r"(?i:(?:answer choice|option|choice|letter|answer|statement|alternative|response)s?)"
 # A verb or a link behind it tells the letter A from the article.
@@ -18,9 +18,9 @@ _LINK = (
     r"expresses|represents|reflects|agrees|covers|answers|addresses|includes|refers|summarizes|defines"
     r"|identifies|suggests|supports|follows|"
     r"does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
-    r"|incorrect|with|over|the)\b"
+    r"|incorrect|with|over|the|alone|on|that)\b"
 )
-_LETTER = rf"(?<![\w'.\\^-])(?:[BCD]|A(?!\s+(?!{_LINK})[a-z]))(?![\w'°²]|\.\w|-\w)"
+_LETTER = rf"(?<![\w'.\\^-])(?:[BCD]|(?<=ption )A|(?<=hoice )A|A(?!\s+(?!{_LINK})[a-z]))(?![\w'°²]|\.\w|-\w)"
 _IN_BRACKETS = rf"(?>[(\[<]?{_LETTER}[)\]>]?)"
 _AND = r"\s*(?:,\s*(?:and\b|or\b)?|/|&|\band\b|\bor\b)\s*"
 _LIST = rf"(?>{_IN_BRACKETS}(?:{_AND}{_IN_BRACKETS}){{1,3}})"
@@ -41,14 +41,14 @@ _REJECTED = re.compile(
     rf"(?:,?\s*\b(?:and|but)\s+)?(?i:\b(?:not|nor|neither|rather than|instead of|cannot be|unlike|thought of"
     rf"|none of|anything but|ruled? out|eliminate|exclude|reject)|n't)\s+"
     rf"(?:be\s+|an?\s+|the\s+)?(?:{_NOUN}\s+)?(?:{_LIST}|{_IN_BRACKETS})(?:\s*(?:,|\bnor\b)\s*{_IN_BRACKETS}){{0,3}}"
-    rf"|(?i:between|of|comparing)\s+{_LIST}(?=,)"
+    rf"|(?i:between|of|comparing)\s+{_IN_BRACKETS}\s*(?:and|or|with|to|,|/)\s*{_IN_BRACKETS}(?=,)"
     rf"|(?:{_NOUN}\s+)?{_IN_BRACKETS}[.:?]?\s*(?:(?:is|was|can|could|looks?|seems?|may|might)\s+(?:clearly\s+"
     rf"|also\s+|only\s+|partly\s+)*"
     rf"(?:be\s+)?)?{_BAD}"
     rf"|(?:{_NOUN}\s+)?{_IN_BRACKETS}\s+(?:(?:is|does|do|can|was|did)n't\b|(?:does|do|did|can)(?:\s+not|not)\b"
     r"|(?:(?:looks?|seems?)\s+right|(?:looks?|seems?|is)\s+(?:tempting|plausible|close|possible|partly"
     r"|attractive))\b(?=[^.\n]*,)|before,)"
-    rf"|(?:{_NOUN}\s+)?{_LIST}\s+(?:(?:are|were|can(?:not)?|could|do|all)\s+(?:all\s+|both\s+|clearly\s+"
+    rf"|(?:{_NOUN}\s+)?{_LIST}\s*[:–-]\s*{_BAD}|(?:{_NOUN}\s+)?{_LIST}\s+(?:(?:are|were|can(?:not)?|could|do|all)\s+(?:all\s+|both\s+|clearly\s+"
     rf"|also\s+|be\s+)*{_BAD}|(?:are|do|can)n't\b)"
 )
 _POSITIVE = re.compile(
@@ -113,17 +113,22 @@ def final_letter(text: str, choices: list[str]) -> str | None:
         if letter := _statement(_REJECTED.sub(" ", words.without_own(DRESS.sub("", found[-1][2]), _BAD)), words):
             return letter
     plain = words.without_own(DRESS.sub("", text), _BAD)
+    doubtful = undecided(words.without(DRESS.sub("", text)))
     plain = "\n".join(_REJECTED.sub(" ", line) if _MENTION.search(line) else line for line in plain.split("\n"))
     later = correction(plain)
-    if later and (letter := _settled(later, words)):
+    if later and (letter := _settled(later, words, doubtful)):
         return letter
-    return _settled(plain, words)
+    return _settled(plain, words, doubtful)
 
 
-def _settled(plain: str, words: Words) -> str | None:
-    for _, segment in stated(plain):
+def _settled(plain: str, words: Words, doubtful: bool) -> str | None:
+    for position, segment in stated(plain):
         if letter := _statement(segment, words):
+            if undecided(plain, position):
+                raise Undecided
             return letter
+    if doubtful:
+        raise Undecided
     if (before := stated_before(plain)) and (
         letter := words.whole(before) or _named_last(SENTENCE_END.split(before)[-1])
     ):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from evals.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
-from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before, undecided
 
 _LENGTH = 500  # characters of a sentence that are read
 
@@ -17,7 +17,7 @@ _VALUE = re.compile(rf"(?<![\w.^])(?<!\d:)-?\s?{NUMBER}(?![\d]|\.\d|:\d|(?-i:[A-
 _UNIT = r"(?:\s*%|\s*°|\s*[A-Za-z][\w./^²³-]*){0,4}"
 _NEGATED = re.compile(
     rf"(?:\b(?:not|never|nor|neither)|n't|\bcannot be|\b(?:rather|other) than|\binstead of)\s+(?:be\s+"
-    rf"|equal to\s+|just\s+)?"
+    rf"|equal to\s+|just\s+|only\s+|[a-z]+ly\s+)*"
     rf"-?{NUMBER}%?(?![\d])|(?<![\w.])-?{NUMBER}%?\s+(?:is|was|seems|looks)\s+(?:wrong|incorrect|not\b|too\b|false)"
     rf"|(?<![\w.])-?{NUMBER}(?:\s+(?:is|was)n't|\s*\?\s*(?:no|wrong)\b)|\b(?:anything|everything|all"
     rf"|any number) (?:but|except)\s+-?{NUMBER}",
@@ -34,6 +34,9 @@ _RANGE = re.compile(
     rf"-?{NUMBER}",
     re.I,
 )
+_BOUNDS = re.compile(
+    rf"\b(?:(?:somewhere|lies|falls) between|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and|at most)\b[^.\n]*{NUMBER}[^\n]*\Z", re.I
+)
 _ALTERNATIVE = re.compile(
     rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
     rf"|then)?\s*(?P<other>-?{NUMBER})",
@@ -43,6 +46,7 @@ _ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
 _REASON = re.compile(
     r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b|;", re.I
 )
+_COLON = re.compile(r":\s+(?![^=]*=)")
 _THEREFORE = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
     r"|which (?:gives|makes|leaves|equals|means"
@@ -110,15 +114,16 @@ def _settled(text: str) -> Fraction | None:
     if boxed is not None:
         return boxed
     before = stated_before(plain)
-    if before and (value := _in_prose(SENTENCE_END.split(before)[-1])) is not None:
+    if before and (value := _in_prose(SENTENCE_END.split(before)[-1])[0]) is not None:
         return value
     for _, segment in after:
-        value = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
+        value, _ = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
         if value is not None and not _is_heading(segment):
             return value
-    first, _, rest = plain.strip().partition("\n")
-    if rest.strip() and (value := exact(first.strip("()[]\"' "))) is not None:
+    if (value := exact(plain.strip("()[]\"' \n"))) is not None:
         return value
+    if undecided(plain) or _BOUNDS.search(plain):
+        raise Undecided
     return _last_sentence(plain)
 
 
@@ -166,6 +171,9 @@ def _leading(segment: str) -> Fraction | None:
     other = _ALTERNATIVE.match(tail)
     if other and _is_choice(match.group(), other, tail):
         raise Undecided
+    if (other := re.match(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})", tail)) and evaluate(other["other"]) != evaluate(match.group()):
+        raise Undecided
+    other = _ALTERNATIVE.match(tail)
     if other and _THEREFORE.search(tail):
         return None
     if re.match(r"[:.]?\d|[A-Za-z_]\d", tail):
@@ -194,9 +202,9 @@ def _after_equals(text: str) -> Fraction | None:
     return evaluate(match.group()) if match else None
 
 
-def _in_prose(sentence: str) -> Fraction | None:
+def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
     """The number that a sentence comes to: after its "so", after its last "=", else the last number that does not say
-    how many, how long or of what.
+    how many, how long or of what. And whether it is said to be the result, not named in a reason or beside another.
     """
     sentence = sentence[-_LENGTH:]
     if _UNSURE.search(sentence) or re.search(rf"{NUMBER}{_UNIT}\s+or\s+(?:maybe\s+)?-?{NUMBER}", sentence):
@@ -205,29 +213,48 @@ def _in_prose(sentence: str) -> Fraction | None:
     last = _THEREFORE.split(sentence)[-1]
     if _VALUE.search(last):
         sentence = last
-    reasoned = _REASON.split(sentence, maxsplit=1)[0]
-    if _VALUE.search(reasoned):
-        sentence = reasoned
+    is_result = True
+    for pattern in (_REASON, _COLON):
+        head = pattern.split(sentence, maxsplit=1)[0]
+        if head != sentence and _VALUE.search(head) and (pattern is _REASON or _chosen(head)[1]):
+            sentence = head
+        elif head != sentence and pattern is _REASON and len(head.split()) > 1:
+            is_result = False
     if "=" in sentence and (value := _after_equals(sentence)) is not None:
-        return value
-    chosen, beside = None, False
+        return value, is_result
+    match, is_free = _chosen(sentence)
+    if match is None:
+        return from_words(sentence), False
+    words = re.match(r"\s*([a-z]+)", sentence[match.end() :])
+    value = evaluate(match.group())
+    return value * SCALE.get(words[1], 1) if words and value is not None else value, is_result and is_free
+
+
+def _chosen(sentence: str) -> tuple[re.Match | None, bool]:
+    """The last number that does not say how many, how long or of what, and True; else the last of all and False."""
+    chosen, is_free, beside = None, False, False
     for match in _VALUE.finditer(sentence):
         before = sentence[: match.start()]
         beside = bool(_BESIDE.search(before[-40:])) or (beside and re.search(r"\band\s+\Z", before[-10:]) is not None)
-        if not beside or chosen is None or chosen[1]:
-            chosen = (match, beside)
-    if chosen is None:
-        return from_words(sentence)
-    words = re.match(r"\s*([a-z]+)", sentence[chosen[0].end() :])
-    value = evaluate(chosen[0].group())
-    return value * SCALE.get(words[1], 1) if words and value is not None else value
+        if not beside or not is_free:
+            chosen, is_free = match, not beside
+    return chosen, is_free
 
 
 def _last_sentence(plain: str) -> Fraction | None:
+    """What the last sentence comes to that names a result, or else the last one with a number."""
     marked = re.search(r"(?m)^\s*(?:step\s+)?1[.):]\s", plain, re.I)
     if marked:
         plain = _LIST_MARK.sub("", plain)
-    for sentence in reversed(SENTENCE_END.split(plain)):
-        if re.search(NUMBER, sentence):
-            return _in_prose(sentence)
-    return from_words(SENTENCE_END.split(plain.strip())[0])
+    parts = [part for part in SENTENCE_END.split(plain) if re.search(NUMBER, part)]
+    if not parts:
+        return from_words(SENTENCE_END.split(plain.strip())[0])
+    if (value := exact(parts[0].strip("()[]\"' "))) is not None:
+        return value
+    found = None
+    for part in reversed(parts):
+        value, is_result = _in_prose(part)
+        if is_result:
+            return value
+        found = value if found is None else found
+    return found

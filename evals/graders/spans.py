@@ -26,7 +26,6 @@ _WHOLE = str.maketrans(
 _TOKEN = re.compile(r"(?:[^\s()\[\]{}<>|/:;,—–\"~*_`]|(?<=\d)[,:](?=\d)|(?<=\w)_(?=\w))+")
 # a period of the answer's own, behind which its sentence goes on
 _OWN_PERIOD = re.compile(r"\.(?=[,;:)/&]|\s+[a-z(/&\[—–-])")
-_DANGLING = re.compile(r"(?<=[\s.])[^.!?\n]*\banswer(?:\s+is|:)\W*(?:clear|as above|given above)?\W*\Z", re.IGNORECASE)
 
 
 def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float]:
@@ -34,7 +33,7 @@ def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float]:
     answers = row["answers"]
     golds = {normal(answer) for answer in answers}
     cleaned = clean(text, answers)
-    plain = _DANGLING.sub("", _TEX.sub("", cleaned)).strip()
+    plain = _TEX.sub("", cleaned).strip()
     if normal(plain) in golds:
         return True, 1.0
     masked = _masked(re.sub(r"\bof course\b", "surely", plain), answers)
@@ -63,7 +62,7 @@ def squad_normal(text: str) -> str:
 
 def normal(text: str) -> str:
     """What is compared here: SQuAD's form, without accents and TeX. An answer of articles alone stays what it is."""
-    text = _TEX.sub("", text.replace("{", "").replace("}", ""))
+    text = _TEX.sub("", text).replace("{", "").replace("}", "")
     if not text.isascii():
         apart = unicodedata.normalize("NFKD", text.translate(_DASHES).translate(_WHOLE))
         text = "".join(c for c in apart if unicodedata.category(c) not in ("Mn", "So", "Cf"))

@@ -23,6 +23,10 @@ _EMPTY_BOX = re.compile(r"(?:\$|\\\(|\\\[)?\s*\\boxed\s*\{\s*(?:\.\.\.|\\ldots|\
 _PLACEHOLDER = re.compile(r"(?i:answer is)\s+[NX]\b\.?(?=\s|\Z)")
 _MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
+# a last "The answer is" that says no more
+_DANGLING = re.compile(
+    r"(?:^|(?<=[\s.]))[^.!?\n$\\]*\banswer(?:\s+is|:)[^\w$\\]*(?:clear|as above|given above)?[^\w$\\]*\Z", re.IGNORECASE | re.MULTILINE
+)
 _STRUCK = re.compile(r"~~[^~\n]+~~")
 _EMPHASIS = re.compile(r"\*\*|__|`|(?<![\w*])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*])")
 _SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\w))+[.!?]*")
@@ -52,7 +56,7 @@ _CHARACTERS = str.maketrans(
 _CUE = re.compile(
     r"^[ \t]*(?:(?:(?:final|correct|my)[ \t]+)?answer[ \t]*\n+|ans\.[ \t]+)\s*|"
     r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|(?:^[ \t]*|(?<=[.?!] ))A(?=[ \t]*:)|\b(?:final|output|response"
-    r"|verdict)(?=[ \t]*:))"
+    r"|verdict|bottom line|tl;?dr)(?=[ \t]*:))"
     r"(?:[ \t]+(?:to|of|for|in)[ \t]+(?:the|this|that|these|your|our)[ \t][^.:=\n]{0,60}?|,[ \t]*(?:according"
     r"|as|based|then|therefore|thus|hence|of course|however|given|from|in|I think|I believe"
     r"|it seems)\b[^,.$\\\n]{0,60},"
@@ -60,7 +64,7 @@ _CUE = re.compile(
     r"|[ \t]+(?:here|then|now|therefore|thus|hence|in \w+))?"
     r"\s*(?:(?:must|should|would|will|could|has to|can only|turns out to|appears to|seems to)[ \t]+be\b|(?:is"
     r"|was|are)(?:\b|(?=n't))"
-    r"|(?:comes?(?:[ \t]out)?|simplifies|evaluates|reduces|works out|amounts|boils down)[ \t]to\b|[=:→]|=>|-(?!\d)>?)"
+    r"|(?:comes?(?:[ \t]out)?|simplifies|evaluates|reduces|works out|amounts|boils down)[ \t]to\b|[=:→➜➔⇒]|=>|-(?!\d)>?)"
     r"[\s:=>]*",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -97,13 +101,13 @@ _DOUBT = re.compile(
     r"|\b(?:is|are)n't enough\b|\bdifferent (?:results|answers)\b|\b(?:which|one) of (?:these|those|them|the two)\b.*\b(?:is"
     r"|must be) (?:right|wrong|correct)\b|\beither (?:could|might|of (?:them|these))\b|\bboth (?:could|might|may)\b"
     r"|\bnone of (?:these|the|them)\b.*\b(?:is|are|seems?|fits?)\b|\bsome\b[^.]*,\s*(?:and )?others\b"
-    r"|\bare both possible\b|\bare possible\b"
+    r"|\band so (?:is|are|does|was)\b|\bare both possible\b|\bare possible\b"
     r"|\bpassage \d+ (?:says|mentions|states|suggests)\b(?! so)[^.]*\b(?:while|whereas|but|and) passage \d+\b",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(r"\W*(?:but |and )?(?:if|in case|assuming|when|otherwise|with the second)\b", re.IGNORECASE)
+_TAKES_BACK = re.compile(r"\b(?:which|ambiguous|contradict|one of|enough)\b", re.IGNORECASE)
 _CASES = re.compile(
-    r"\b(?:if|in some)\b[^.;\n]*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise|in (?:the )?others?|with the (?:second|other)"
+    r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise|in (?:the )?others?|with the (?:second|other)"
     r"|when)\b|[^.;\n]*\bif\b[^.;\n]*,[^.;\n]*\b(?:if|otherwise)\b",
     re.IGNORECASE,
 )
@@ -139,7 +143,7 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
     text = _EMPHASIS.sub("", _TAG.sub(" ", text))
     if _CLOSING.search(text):
         text = _SENTENCE.sub(lambda match: " " if _CLOSING.search(match[0]) else match[0], text)
-    return text.strip()
+    return _DANGLING.sub("", text.strip()).strip() or text.strip()
 
 
 def stated(text: str) -> list[tuple[int, str]]:
@@ -162,15 +166,18 @@ def undecided(text: str, position: int | None = None) -> bool:
     to one. Behind a statement, which begins at `position`, only what takes it back counts.
     """
     if position is not None:
-        text = text[position:]
-        parts = sentences(text)[1:]
-        return any(_DOUBT.search(part) and re.search(r"\bwhich\b|\bambiguous|\bcontradict|enough", part) for part in parts)
+        begin = max(text.rfind(mark, 0, position) for mark in (". ", "? ", "! ", "\n")) + 1
+        parts = sentences(text[begin:])
+        if parts and _CASES.search(parts[0]):
+            return True
+        parts = sentences(text[position:])[1:]
+        return any(_DOUBT.search(part) and _TAKES_BACK.search(part) for part in parts)
     parts = sentences(text)
-    if not parts:
-        return False
+    if not parts or "<think" in text:
+        return bool(parts)
     last = [part for part in parts if not part.endswith("?")][-2:]
     return (
-        _CUT.search(text) is not None
+        (_CUT.search(text) is not None and len(text.split()) > 3)
         or any(_DOUBT.search(_LATER.split(part)[-1]) for part in last[-2:])
         or _CASES.search(" ".join(last)) is not None
     )
