@@ -20,7 +20,7 @@ GOOD = (
 class Words:
     """The choices' words, each as it is compared."""
 
-    def __init__(self, choices: list[str]) -> None:
+    def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = [(_bare(choice), letter) for letter, choice in zip(LETTERS, choices, strict=True)]
 
     def whole(self, text: str) -> str | None:

@@ -12,7 +12,8 @@ GOLD = "ꙮ"
 
 _FUNCTION = frozenset(
     "is are was were be been being by in on at of to for from with as and that this these those it its he she they "
-    "them his her their who whom whose which what when where why how many much do does did has have had having one ones "
+    "them his her their who whom whose which what when where why how many much do does did has have had having "
+    "one ones "
     "both all each same also so therefore thus hence then there here the a an i i'm i'd i'll i've we we're us you "
     "you're your my me our would will can could should must shall may might only just not but or than too indeed "
     "okay ok sure yes well now first second third last two three into out up about very really quite most likely "
@@ -31,24 +32,33 @@ _META = frozenset(
     "match refers reference details detail support supports supported provide provides read reading derived described "
     "describes indicated indicates infer inferred explains explain explained explanation reason reasoning note step "
     "steps p page line sentence summary sum short word words phrase bottom tldr tl dr figure entry thing person place "
+    "great easy hmm ah oh yeah yep alright good hello hi thanks wow confidence high check gets yields assistant "
     "namely i.e e.g called titled entitled else available listed lists using taken together combining combined turns "
-    "justification long story mistaken determine determined answering answered answers get got directly explicitly go going plain simple simply".split()
+    "justification long story mistaken determine determined answering answered answers get got directly "
+    "explicitly go going plain simple simply".split()
 )
 _COPULA = frozenset("is was are were be been being it's that's he's she's they're".split())
 _STEM = re.compile(r"(?<=\w{3})(?:ings?|ed|ers?|es|s|d|e|ly)$")
 _WORD = re.compile(r"[\w&#][\w'.&-]*(?<![.'-])|ꙮ")
-_NEGATION = r"\b(?:(?<!why )not|never|neither|nor|cannot|isn't|wasn't|aren't|weren't|doesn't|didn't|can't|couldn't|no longer)\b"
-_ASIDE = r"\b(?:while|although|though|even though|unlike|rather than|instead of|despite|between|of|contrary to|whereas" \
-    r"|as opposed to|other than|apart from|besides|except(?: for)?|out of|over|versus|vs\.?|anything but)\b"  # fmt: skip
+_NEGATION = (
+    r"\b(?:(?<!why )not|never|neither|nor|cannot|isn't|wasn't|aren't|weren't|doesn't|didn't|can't|couldn't|no longer)\b"
+)
+_ASIDE = (
+    r"\b(?:while|although|though|even though|unlike|rather than|instead of|despite|between|of|contrary to|whereas"
+    r"|as opposed to|other than|apart from|besides|except(?: for)?|out of|over|versus|vs\.?|anything but)\b"
+)
 _TURN = re.compile(
-    r"(?:(?<!thing )\bbut(?: rather| instead)?|\b(?:it|this|that)(?:'s| is| was)|\bhowever,?|\binstead,?|\brather,?(?!\s+than)"
+    r"(?:(?<!thing )\bbut(?: rather| instead)?|\b(?:it|this|that)(?:'s| is| was)|\bhowever,?|\binstead,?"
+    r"|\brather,?(?!\s+than)"
     r"|\bactually,?|\bwe have|\bshould be|[.!?;—–:]|--)(?=\s)",
     re.IGNORECASE,
 )
 _LEAD = re.compile(rf"\A\W*{_ASIDE}", re.IGNORECASE)
 _DENIED = re.compile(
-    rf"(?:{_NEGATION}|\b(?:rather than|instead of|unlike|(?<!none )(?<!no )other than|anything but|except(?: for)?|contrary to"
-    r"|n't|as opposed to|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|an?\s+|the\s+|be\s+|by\s+|in\s+|of\s+|at\s+)*\Z",
+    rf"(?:{_NEGATION}|\b(?:rather than|instead of|unlike|(?<!none )(?<!no )other than|anything but"
+    rf"|except(?: for)?|contrary to"
+    r"|n't|as opposed to|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|perhaps\s+|maybe\s+"
+    r"|even\s+|an?\s+|the\s+|be\s+|by\s+|in\s+|of\s+|at\s+)*\Z",
     re.IGNORECASE,
 )
 _JOINED = re.compile(r"(?:\b(?:and|or|nor)|&|/|,)\s*\Z", re.IGNORECASE)
@@ -65,7 +75,9 @@ _REVERSED = re.compile(
     r"|the (?:\w+ )?(?:answer|one))\b(?!n't|\s+not)|\bseem right\b|\bat first\b",
     re.IGNORECASE,
 )
-_ENDS = re.compile(r"\W*\Z|\.(?=\W*\s+[^a-z]|\W*\n|,\s+[a-z])|[!?…]+|\s*[;:(\[{}|\n—–<>→🎉✅]|\s+(?:-+>?|//|=+>)\s|\"\s*[,}]|\s*\.\.\.")
+_ENDS = re.compile(
+    r"\W*\Z|\.(?=\W*\s+[^a-z]|\W*\n|,\s+[a-z])|[!?…]+|\s*[;:(\[{}|\n—–<>→🎉✅]|\s+(?:-+>?|//|=+>)\s|\"\s*[,}]|\s*\.\.\."
+)
 _NEXT = re.compile(r"(?P<mark>,?)\s+(?P<word>[\w'.-]+)(?P<rest>.*)", re.DOTALL)
 _NEW_CLAUSE = re.compile(
     r"[^.;\n]{1,60}?\s(?:is|was|are|were|has|does|did|says?|supports?|states?|mentions?)\b|\W*(?:\w+ly\s+)?(?:this|that|it|not|nothing"
@@ -73,16 +85,30 @@ _NEW_CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _DISMISSED = re.compile(
-    r"\s*,?\s+(?:is|was|are|were)\s+(?:\w+ly\s+|also\s+|just\s+)*(?:mentioned|named|listed|something|another|a different|about|not"
+    r"\s*,?\s+(?:is|was|are|were)\s+(?:\w+ly\s+|also\s+|just\s+)*(?:mentioned|named|listed|something|another"
+    r"|a different|about|not"
     r"|irrelevant|unrelated)\b"
 )
-_NUMBERED = frozenset("passage passages step steps p page line source sources document documents paragraph paragraphs".split())
+_NOT_THOUGHT = re.compile(r"(?:n't|\bnot)\s+(?:think|believe|say|sure|certain|mean)\b[^.,;]*\Z", re.IGNORECASE)
+_DESPITE = re.compile(r"\b(?:but|though|although|while|whereas|however)\b", re.IGNORECASE)
+_POINTS = re.compile(
+    r"(?<!doubt )(?<!whether )(?<!if )(?<!unless )(?<!thought )(?<!say )(?<!says )\b(?:it|that|the answer)(?:'s"
+    r"|\s+(?:is|was|must be|has to be|can only be))"
+    r"\s+(?:[a-z]+ly\s+|then\s+)*\Z",
+    re.IGNORECASE,
+)
+_NUMBERED = frozenset(
+    "passage passages step steps p page line source sources document documents paragraph paragraphs".split()
+)
 _PREPOSITION = frozenset("in on at of from to for with by about near under de von".split())
-_CONTRAST = frozenset("rather instead not unlike over despite while whereas although though because since as even".split())
+_CONTRAST = frozenset(
+    "rather instead not unlike over despite while whereas although though because since as even".split()
+)
 _TIES = frozenset("of or nor s".split())
 _BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _GOES_ON = re.compile(
-    r"\W*(?:he|she|it|they|this|that|these|those|his|her|its|their|the (?:passage|text|other|first|second)|note|to check"
+    r"\W*(?:he|she|it|they|this|that|these|those|his|her|its|their|the (?:passage|text|other|first|second)|note"
+    r"|to check"
     r"|passage|for (?:reference|context)|in addition|additionally|also|moreover)\b",
     re.IGNORECASE,
 )
@@ -91,7 +117,7 @@ _GOES_ON = re.compile(
 class Clauses:
     """The clauses of a text that answers `question`, read with its answers masked."""
 
-    def __init__(self, question: str, answers: list[str]) -> None:
+    def __init__(self, question: str, answers: tuple[str, ...]) -> None:
         self.asked = {_stem(m[0]) for m in _WORD.finditer(question)}
         self.in_question = all(
             all(_stem(m[0]) in self.asked | _FUNCTION for m in _WORD.finditer(answer)) for answer in answers
@@ -121,13 +147,15 @@ class Clauses:
 
     def _is_silent(self, sentence: str) -> bool:
         return GOLD not in sentence and (
-            _ABOUT.match(sentence) is not None
-            or all(kind in ("said", "asked") for _, kind in self._kinds(sentence))
+            _ABOUT.match(sentence) is not None or all(kind in ("said", "asked") for _, kind in self._kinds(sentence))
         )
 
     def is_bare(self, sentence: str) -> bool:
         """Whether a sentence is an answer and nothing else."""
-        words = [m[0].lower() for m in _WORD.finditer(_BRACKETED.sub("", sentence))]
+        kinds = self._kinds(_BRACKETED.sub("", sentence))
+        words = [m[0].lower() for m, _ in kinds]
+        if sum(kind == "said" and match[0] != GOLD for match, kind in kinds) > len(kinds) / 2:
+            return False
         return len(words) <= 7 and not {*words} & {*_COPULA, "has", "have", "had", "did", "does", "says", "states"} \
             and not sentence.endswith("?") and not re.search(_NEGATION, sentence, re.IGNORECASE)  # fmt: skip
 
@@ -171,7 +199,15 @@ class Clauses:
 
     def _opens(self, before: str, strict: bool) -> bool:
         """Whether the answer behind these words is what they lead to."""
-        if re.search(rf"{_NEGATION}|n't\b|\bbut\b|\bhowever\b|\bmight\b|\blooks?\b|\bseems?\b|\?", before, re.IGNORECASE):
+        if _NOT_THOUGHT.search(before):
+            return False
+        if points := _POINTS.search(before):
+            return points.start() == 0 or not re.search(
+                r"\bnot\W*\Z|n't\W*\Z|\b(?:or|nor)\W*\Z", before[: points.start()]
+            )
+        if re.search(
+            rf"{_NEGATION}|n't\b|\bbut\b|\bhowever\b|\bmight\b|\blooks?\b|\bseems?\b|\?", before, re.IGNORECASE
+        ):
             turns = list(_TURN.finditer(before))
             denial = [m.start() for m in re.finditer(rf"{_NEGATION}|n't\b|\bmight\b|\bmay\b", before, re.IGNORECASE)]
             if turns and (not denial or turns[-1].start() > denial[-1]):
@@ -196,11 +232,19 @@ class Clauses:
             return self.is_name and not re.search(r"[,(;:/&]|\band\b|\bor\b", before[unknown[0].end() :])
         if self.is_name:
             return not re.search(r"\A\W*[,/]\s*\Z", before[unknown[-1].end() :]) or any(k == "said" for _, k in kinds)
-        return kinds[-1][1] != "word" and not before.rstrip().endswith(",") or before.rstrip().endswith(":")
+        return (
+            (kinds[-1][1] != "word" or kinds[-1][0][0].endswith("s"))
+            and not before.rstrip().endswith(",")
+            or before.rstrip().endswith(":")
+        )
 
     def _closes(self, behind: str, strict: bool, before: str) -> bool:
         """Whether an answer before these words ends there, and is not taken back."""
-        if _DENIES.match(behind) or (_DISMISSED.match(behind) and before.strip()) or _REVERSED.search(behind.partition("\n")[0]):
+        if (
+            _DENIES.match(behind)
+            or (_DISMISSED.match(behind) and _DESPITE.search(before))
+            or _REVERSED.search(behind.partition("\n")[0])
+        ):
             return False
         if self.is_yes_no and re.search(r"\b(?:is|'s|was|be) (?:yes|no)\b", behind, re.IGNORECASE):
             return False
@@ -233,8 +277,8 @@ class Clauses:
             return word == "I"
         if plain in _COPULA or not strict:
             rest = _BRACKETED.sub("", re.split(r"[.;,\n]|\b(?:while|whereas|not|because|but)\b", rest)[0])
-            return not any(kind == "name" and not before.strip() or (kind == "name" and not strict) for _, kind in self._kinds(rest)) \
-                or self.in_question  # fmt: skip
+            is_other = any(kind == "name" for _, kind in self._kinds(rest)) and not (strict and before.strip())
+            return not is_other or self.in_question
         return True
 
 

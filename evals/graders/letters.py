@@ -5,6 +5,7 @@ lm-eval's generative variants of mmlu take what follows "The answer is" (strict-
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from evals.graders.choices import DRESS, GOOD, Words
@@ -17,7 +18,7 @@ _LINK = (
     r"|should|must|can|could|may|might|works?|holds|applies|wins|suits|appears|remains|captures|explains|stands|takes|"
     r"expresses|represents|reflects|agrees|covers|answers|addresses|includes|refers|summarizes|defines"
     r"|identifies|suggests|supports|follows|"
-    r"does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
+    r"gives|provides|offers|shows|contains|means|sounds|meets|satisfies|corresponds|does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
     r"|incorrect|with|over|the|alone|on|that)\b"
 )
 _LETTER = rf"(?<![\w'.\\^-])(?:[BCD]|(?<=ption )A|(?<=hoice )A|A(?!\s+(?!{_LINK})[a-z]))(?![\w'°²]|\.\w|-\w)"
@@ -39,7 +40,8 @@ _BAD = (
 )
 _REJECTED = re.compile(
     rf"(?:,?\s*\b(?:and|but)\s+)?(?i:\b(?:not|nor|neither|rather than|instead of|cannot be|unlike|thought of"
-    rf"|none of|anything but|ruled? out|eliminate|exclude|reject)|n't)\s+"
+    rf"|none of|anything but|rul(?:ed?|es|ing) out|eliminate[sd]?|eliminating|excludes?|rejects?"
+    rf"|(?:(?<=prefer [A-D] )|(?<=preferring [A-D] ))(?:to|over))|n't)\s+"
     rf"(?:be\s+|an?\s+|the\s+)?(?:{_NOUN}\s+)?(?:{_LIST}|{_IN_BRACKETS})(?:\s*(?:,|\bnor\b)\s*{_IN_BRACKETS}){{0,3}}"
     rf"|(?i:between|of|comparing)\s+{_IN_BRACKETS}\s*(?:and|or|with|to|,|/)\s*{_IN_BRACKETS}(?=,)"
     rf"|(?:{_NOUN}\s+)?{_IN_BRACKETS}[.:?]?\s*(?:(?:is|was|can|could|looks?|seems?|may|might)\s+(?:clearly\s+"
@@ -91,6 +93,13 @@ _OTHER_NAMES = re.compile(
 )
 
 
+# "B would be right if ..., but it is C"
+_HEDGED = re.compile(
+    r"\A.*\b(?:would|might|may|could|first|seems?|sounds?|looks?|tempt\w*|almost|initially)\b.*?,?\s+but\b"
+    rf"(?=.*{_LETTER})",
+)
+
+
 class Undecided(Exception):
     """The text names several letters, or says that it has none."""
 
@@ -102,10 +111,13 @@ def grade_letter(row: dict[str, Any], text: str) -> bool:
         return False
 
 
+_words = lru_cache(256)(Words)
+
+
 def final_letter(text: str, choices: list[str]) -> str | None:
     """The letter that the text settles on, or None. Raises Undecided for several."""
     text = clean(text)
-    words = Words(choices)
+    words = _words(tuple(choices))
     found = boxes(text)
     if found:
         if len(found) > 1 and re.fullmatch(r"\W*(?:or|and|,)\W*", text[found[-2][1] : found[-1][0]]):
@@ -113,21 +125,21 @@ def final_letter(text: str, choices: list[str]) -> str | None:
         if letter := _statement(_REJECTED.sub(" ", words.without_own(DRESS.sub("", found[-1][2]), _BAD)), words):
             return letter
     plain = words.without_own(DRESS.sub("", text), _BAD)
-    doubtful = undecided(words.without(DRESS.sub("", text)))
+    whole = text
     plain = "\n".join(_REJECTED.sub(" ", line) if _MENTION.search(line) else line for line in plain.split("\n"))
     later = correction(plain)
-    if later and (letter := _settled(later, words, doubtful)):
+    if later and (letter := _settled(later, words, whole)):
         return letter
-    return _settled(plain, words, doubtful)
+    return _settled(plain, words, whole)
 
 
-def _settled(plain: str, words: Words, doubtful: bool) -> str | None:
+def _settled(plain: str, words: Words, whole: str) -> str | None:
     for position, segment in stated(plain):
         if letter := _statement(segment, words):
             if undecided(plain, position):
                 raise Undecided
             return letter
-    if doubtful:
+    if undecided(words.without(DRESS.sub("", whole))):
         raise Undecided
     if (before := stated_before(plain)) and (
         letter := words.whole(before) or _named_last(SENTENCE_END.split(before)[-1])
@@ -135,7 +147,7 @@ def _settled(plain: str, words: Words, doubtful: bool) -> str | None:
         return letter
     if letter := _leading(plain, words) or words.called_right(plain.strip("' ")):
         return letter
-    sentences = [s for s in SENTENCE_END.split(plain) if s.strip()]
+    sentences = [_HEDGED.sub("", s) for s in SENTENCE_END.split(plain) if s.strip()]
     for find in (_positive, _chosen, _label, _in_sentence, _alone):
         for sentence in reversed(sentences):
             if letter := find(sentence, words):

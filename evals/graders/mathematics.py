@@ -20,6 +20,12 @@ _FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\
 _FORMULA_BEGINS = re.compile(r"[-+(\[{]*\s*(?:[$\\\d]|\w\s*=)")
 _PLAIN = re.compile(r"\$?[-+(\[{\\√π]*\s*(?:\d|\w\b(?!\s+[a-z]{2})|[A-Za-z]+\s*(?:=|\Z|\.\s*\Z)|sqrt|pi\b)")
 _IS = re.compile(r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?=\S)", re.IGNORECASE)
+# "we get $x$, as $y$ is even"
+_REASONED = re.compile(
+    rf"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?:then\s+|just\s+|[a-z]+ly\s+)*(?P<formula>{_FORMULA.pattern})"
+    r"\s*,?\s+(?:as|because|since|where|which|when|whenever)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _TEXT_FIRST = re.compile(
     r"(\$\$?|\\\[|\\\()\s*\\text\s*\{([^{}]*\b(?:answer|result|solution)\b[^{}]*)\}", re.IGNORECASE
 )
@@ -37,7 +43,9 @@ _STOP = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(
-    r"(?:\bnot|\b(?:is|was|are)n't|\b(?:cannot|can't) be|\brather than|\binstead of|\b(?:any|every)thing but)\s+(?:equal to\s+|simply\s+)?(?=\S)", re.IGNORECASE
+    r"(?:\bnot|\b(?:is|was|are)n't|\b(?:cannot|can't) be|\brather than|\binstead of|\b(?:any"
+    r"|every)thing but)\s+(?:equal to\s+|simply\s+)?(?=\S)",
+    re.IGNORECASE,
 )
 _NOT_ENDS = re.compile(r",?\s+(?:but|it|so|rather)\b|,\s+(?:the|I|we)\b|[.;](?=\s|\Z)|\n|\Z", re.IGNORECASE)
 _WRONG = re.compile(
@@ -50,7 +58,8 @@ _EXPLAINS = re.compile(
     re.IGNORECASE,
 )
 _REMARK = re.compile(
-    r"(?<=[.!?\n])\W*(?:check|note|verif|to (?:check|verify|see)|alternatively|here|indeed|this (?:follows|can)|we (?:used|checked|can"
+    r"(?<=[.!?\n])\W*(?:check|note|verif|to (?:check|verify|see)|alternatively|here|indeed|this (?:follows|can)"
+    r"|we (?:used|checked|can"
     r" check)|remark|proof|i assumed)\w*\b.*",
     re.IGNORECASE | re.DOTALL,
 )
@@ -110,6 +119,9 @@ def _settled(text: str) -> str | None:
         return None
     told = _REMARK.sub("", text)
     text = told if re.search(r"[\d$\\]", told) else text
+    reasoned = list(_REASONED.finditer(text))
+    if reasoned and not re.search(r"\b(?:so|hence|thus|therefore|we (?:get|have))\b", text[reasoned[-1].end() :], re.I):
+        text = text[: reasoned[-1].end("formula")]
     return _last_formula(text) or _last_words(text)
 
 

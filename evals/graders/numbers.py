@@ -35,7 +35,9 @@ _RANGE = re.compile(
     re.I,
 )
 _BOUNDS = re.compile(
-    rf"\b(?:(?:somewhere|lies|falls) between|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and|at most)\b[^.\n]*{NUMBER}[^\n]*\Z", re.I
+    rf"\b(?:(?:somewhere|lies?|falls?) between|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and"
+    rf"|at most)\b[^.\n]*{NUMBER}[^\n]*\Z",
+    re.I,
 )
 _ALTERNATIVE = re.compile(
     rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
@@ -43,9 +45,8 @@ _ALTERNATIVE = re.compile(
     re.I,
 )
 _ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
-_REASON = re.compile(
-    r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b|;", re.I
-)
+_REASON = re.compile(r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b", re.I)
+_IS_WHAT = re.compile(rf"\s*-?{NUMBER}{_UNIT}\s+(?:is|are|was|were|would be)\s+(?:the|what|how)\b", re.I)
 _COLON = re.compile(r":\s+(?![^=]*=)")
 _THEREFORE = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
@@ -54,11 +55,12 @@ _THEREFORE = re.compile(
     re.I,
 )
 _BESIDE = re.compile(
-    r"(?:\b(?:on|in|for|over|after|within|at|per|each|from|than|by|the|these|those|all|both|as|since"
+    r"(?:\b(?:(?<!land )(?<!lands )on|in|for|over|after|within|at|per|each|from|than|by|the|these|those|all"
+    r"|both|as|since"
     r"|(?<!up )(?<!left )with|every|among|"
     r"between|times|step|day|week|part|case|passage|until"
     r"|(?<!comes )(?<!come )(?<!amounts )(?<!up )(?<!equal )(?<!equals )to|of (?:the|his|her|its|their|our"
-    r"|my) [a-z]+|(?<!total )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
+    r"|my) [a-z]+|(?<!total )(?<!result )(?<!answer )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
     r"\s+(?:the\s+|about\s+)?\Z",
     re.I,
 )
@@ -120,7 +122,7 @@ def _settled(text: str) -> Fraction | None:
         value, _ = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
         if value is not None and not _is_heading(segment):
             return value
-    if (value := exact(plain.strip("()[]\"' \n"))) is not None:
+    if len(plain) < 80 and (value := exact(plain.strip("()[]\"' \n"))) is not None:
         return value
     if undecided(plain) or _BOUNDS.search(plain):
         raise Undecided
@@ -166,12 +168,14 @@ def _leading(segment: str) -> Fraction | None:
         return from_words(sentence)
     whole = _REASON.split(_ASIDE.sub(" ", sentence), maxsplit=1)[0]
     if "=" in whole and (value := _after_equals(whole)) is not None:
-        return value
+        return None if _chosen(_behind_equals(whole))[1] else value
     tail = sentence[match.end() :]
     other = _ALTERNATIVE.match(tail)
     if other and _is_choice(match.group(), other, tail):
         raise Undecided
-    if (other := re.match(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})", tail)) and evaluate(other["other"]) != evaluate(match.group()):
+    if (other := re.match(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})", tail)) and evaluate(other["other"]) != evaluate(
+        match.group()
+    ):
         raise Undecided
     other = _ALTERNATIVE.match(tail)
     if other and _THEREFORE.search(tail):
@@ -202,18 +206,27 @@ def _after_equals(text: str) -> Fraction | None:
     return evaluate(match.group()) if match else None
 
 
+def _behind_equals(text: str) -> str:
+    """What stands behind the number that follows the last "="."""
+    side = text.rpartition("=")[2]
+    return side[SUM.search(side).end() :]
+
+
 def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
     """The number that a sentence comes to: after its "so", after its last "=", else the last number that does not say
     how many, how long or of what. And whether it is said to be the result, not named in a reason or beside another.
     """
     sentence = sentence[-_LENGTH:]
-    if _UNSURE.search(sentence) or re.search(rf"{NUMBER}{_UNIT}\s+or\s+(?:maybe\s+)?-?{NUMBER}", sentence):
+    if _UNSURE.search(sentence) or re.search(
+        rf"{NUMBER}{_UNIT},?\s+or\s+(?:maybe\s+|perhaps\s+|possibly\s+)?-?{NUMBER}", sentence
+    ):
         raise Undecided
     sentence = _ASIDE.sub(" ", sentence)
     last = _THEREFORE.split(sentence)[-1]
     if _VALUE.search(last):
         sentence = last
     is_result = True
+    sentence = next((part for part in reversed(sentence.split(";")) if _chosen(part)[1]), sentence)
     for pattern in (_REASON, _COLON):
         head = pattern.split(sentence, maxsplit=1)[0]
         if head != sentence and _VALUE.search(head) and (pattern is _REASON or _chosen(head)[1]):
@@ -221,7 +234,9 @@ def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
         elif head != sentence and pattern is _REASON and len(head.split()) > 1:
             is_result = False
     if "=" in sentence and (value := _after_equals(sentence)) is not None:
-        return value, is_result
+        sentence = _behind_equals(sentence)
+        if not _chosen(sentence)[1]:
+            return value, is_result
     match, is_free = _chosen(sentence)
     if match is None:
         return from_words(sentence), False
@@ -232,6 +247,8 @@ def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
 
 def _chosen(sentence: str) -> tuple[re.Match | None, bool]:
     """The last number that does not say how many, how long or of what, and True; else the last of all and False."""
+    if first := _IS_WHAT.match(sentence):
+        return _VALUE.search(first.group()), True
     chosen, is_free, beside = None, False, False
     for match in _VALUE.finditer(sentence):
         before = sentence[: match.start()]

@@ -8,6 +8,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 from evals.graders.clauses import GOLD, Clauses
@@ -37,12 +38,15 @@ def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float]:
     if normal(plain) in golds:
         return True, 1.0
     masked = _masked(re.sub(r"\bof course\b", "surely", plain), answers)
-    clauses = Clauses(row.get("question", ""), answers)
-    correct = GOLD in masked and _states(masked, clauses)
-    if correct:
+    if GOLD in masked and _states(masked, _clauses(row.get("question", ""), tuple(answers))):
         return True, 1.0
     guess = _guess(cleaned).strip().partition("\n")[0]
     return False, max(f1(guess, answer) for answer in answers)
+
+
+_clauses = lru_cache(256)(Clauses)
+
+
 def longbench_f1(text: str, answers: list[str]) -> float:
     """Token F1 of the whole output, the best over the answers, from 0 to 1."""
     return max(f1(text, answer) for answer in answers)
@@ -60,6 +64,7 @@ def squad_normal(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
+@lru_cache(8192)
 def normal(text: str) -> str:
     """What is compared here: SQuAD's form, without accents and TeX. An answer of articles alone stays what it is."""
     text = _TEX.sub("", text).replace("{", "").replace("}", "")
@@ -67,7 +72,6 @@ def normal(text: str) -> str:
         apart = unicodedata.normalize("NFKD", text.translate(_DASHES).translate(_WHOLE))
         text = "".join(c for c in apart if unicodedata.category(c) not in ("Mn", "So", "Cf"))
     return squad_normal(text) or " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
 
 
 def _tokens(text: str) -> list[tuple[str, int, int]]:

@@ -25,7 +25,14 @@ _MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
 # a last "The answer is" that says no more
 _DANGLING = re.compile(
-    r"(?:^|(?<=[\s.]))[^.!?\n$\\]*\banswer(?:\s+is|:)[^\w$\\]*(?:clear|as above|given above)?[^\w$\\]*\Z", re.IGNORECASE | re.MULTILINE
+    r"(?:^|(?<=[\s.]))[^.!?\n$\\]*\banswer(?:\s+is|:)[^\w$\\]*(?:clear|as above|given above)?[^\w$\\]*\Z",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ROLE = re.compile(r"\A\W*(?:assistant|bot|ai|model)\s*:\s*", re.IGNORECASE)
+_CITATION = re.compile(r"(?<=[a-z]{3})\[\^?\d{1,2}\]")
+_TEX_LABEL = re.compile(
+    r"\\(?:textbf|emph|textit|underline|textsc)\s*\{\s*((?:[a-z]+ )?(?:answer|result|solution|conclusion)[:.]?)\s*\}",
+    re.IGNORECASE,
 )
 _STRUCK = re.compile(r"~~[^~\n]+~~")
 _EMPHASIS = re.compile(r"\*\*|__|`|(?<![\w*])\*(?=[^\s*])|(?<=[^\s*])\*(?![\w*])")
@@ -55,7 +62,8 @@ _CHARACTERS = str.maketrans(
 )
 _CUE = re.compile(
     r"^[ \t]*(?:(?:(?:final|correct|my)[ \t]+)?answer[ \t]*\n+|ans\.[ \t]+)\s*|"
-    r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|(?:^[ \t]*|(?<=[.?!] ))A(?=[ \t]*:)|\b(?:final|output|response"
+    r"(?:\b(?:answer|ans\.?|solution|result|conclusion)\b[\"']?|(?:^[ \t]*|(?<=[.?!] ))A(?=[ \t]*:)|\b(?:final"
+    r"|output|response"
     r"|verdict|bottom line|tl;?dr)(?=[ \t]*:))"
     r"(?:[ \t]+(?:to|of|for|in)[ \t]+(?:the|this|that|these|your|our)[ \t][^.:=\n]{0,60}?|,[ \t]*(?:according"
     r"|as|based|then|therefore|thus|hence|of course|however|given|from|in|I think|I believe"
@@ -64,7 +72,8 @@ _CUE = re.compile(
     r"|[ \t]+(?:here|then|now|therefore|thus|hence|in \w+))?"
     r"\s*(?:(?:must|should|would|will|could|has to|can only|turns out to|appears to|seems to)[ \t]+be\b|(?:is"
     r"|was|are)(?:\b|(?=n't))"
-    r"|(?:comes?(?:[ \t]out)?|simplifies|evaluates|reduces|works out|amounts|boils down)[ \t]to\b|[=:→➜➔⇒]|=>|-(?!\d)>?)"
+    r"|(?:comes?(?:[ \t]out)?|simplifies|evaluates|reduces|works out|amounts|boils down)[ \t]to\b|[=:→➜➔⇒]|=>"
+    r"|-(?!\d)>?)"
     r"[\s:=>]*",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -95,10 +104,13 @@ _DOUBT = re.compile(
     r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear)\b(?! why| how)"
     r"|\b(?:can't|cannot|can not|couldn't|could not|unable to|not able to|hard to|impossible to|difficult to)\s+"
     r"(?:tell|say|decide|determine|know|see which|choose|answer|be (?:sure|certain|determined))\b"
-    r"|\b(?:do|does|did)(?:n't| not)\s+(?:\w+\s+){0,2}?(?:know|say|answer|specify|state|make (?:it )?clear|tell|mention)\b"
+    r"|\b(?:do not|don't) (?:think|believe)\b"
+    r"|\b(?:do|does|did)(?:n't| not)\s+(?:\w+\s+){0,2}?(?:know|say|answer|specify|state|make (?:it )?clear|tell"
+    r"|mention)\b"
     r"|\bnor do(?:es)? \w+ say\b|\bwhether\b|\bmaybe\b.*\bmaybe\b|\b(?:could|might|may)\s+(?:also\s+|only\s+)?be\b"
     r"|\b(?:it )?depends\b|\bdepending on\b|\btorn between\b|\bambiguous\b|\bcontradict\b|\bnot enough\b"
-    r"|\b(?:is|are)n't enough\b|\bdifferent (?:results|answers)\b|\b(?:which|one) of (?:these|those|them|the two)\b.*\b(?:is"
+    r"|\b(?:is|are)n't enough\b|\bdifferent (?:results|answers)\b|\b(?:which|one) of (?:these|those|them"
+    r"|the two)\b.*\b(?:is"
     r"|must be) (?:right|wrong|correct)\b|\beither (?:could|might|of (?:them|these))\b|\bboth (?:could|might|may)\b"
     r"|\bnone of (?:these|the|them)\b.*\b(?:is|are|seems?|fits?)\b|\bsome\b[^.]*,\s*(?:and )?others\b"
     r"|\band so (?:is|are|does|was)\b|\bare both possible\b|\bare possible\b"
@@ -107,17 +119,21 @@ _DOUBT = re.compile(
 )
 _TAKES_BACK = re.compile(r"\b(?:which|ambiguous|contradict|one of|enough)\b", re.IGNORECASE)
 _CASES = re.compile(
-    r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise|in (?:the )?others?|with the (?:second|other)"
+    r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise"
+    r"|in (?:the )?others?|with the (?:second|other)"
     r"|when)\b|[^.;\n]*\bif\b[^.;\n]*,[^.;\n]*\b(?:if|otherwise)\b",
     re.IGNORECASE,
 )
 _LATER = re.compile(
-    r"[,;.]\s+(?:but|so|still|nevertheless|yet)\b(?=.*\b(?:I'd|I would|I'll|I|it's|it is|must|answer|choose|say)\b)", re.IGNORECASE
+    r"[,;.]\s+(?:but|(?=it's|it is)|so|still|nevertheless|yet)\b(?=.*\b(?:I'd|I would|I'll|I|it's|it is|must"
+    r"|answer|choose|say)\b)",
+    re.IGNORECASE,
 )
 # No sentence ends so: the text was cut.
 _CUT = re.compile(
     r"(?:\b(?:the|an?|of|to|in|on|at|by|for|with|and|or|but|nor|so|if|because|since|that|which|when|where|while|is|are"
-    r"|was|were|be|been|would be|will|would|could|should|must|can|has|have|had|we|I|they|he|she|you|their|his|her|its|our"
+    r"|was|were|be|been|would be|will|would|could|should|must|can|has|have|had|we|I|they|he|she|you|their|his"
+    r"|her|its|our"
     r"|these|those|from|as|than|not|doesn't|don't|isn't|says that|let me|try|need|only if|next one)|,)\s*\Z"
 )
 
@@ -138,12 +154,17 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
     text = (tagged[-1][tagged[-1].lastindex] if tagged else text).strip()
     if "\\boxed" in text:
         text = _EMPTY_BOX.sub(" ", text).strip()
-    text = _STRUCK.sub(" ", text)
+    text = _STRUCK.sub(" ", _ROLE.sub("", text))
+    if "[" in text:
+        text = _CITATION.sub("", text)
+    if "\\" in text:
+        text = _TEX_LABEL.sub(r"\1", text)
     text = _HEADING.sub("", _MARKED.sub("Answer: ", text))
     text = _EMPHASIS.sub("", _TAG.sub(" ", text))
     if _CLOSING.search(text):
         text = _SENTENCE.sub(lambda match: " " if _CLOSING.search(match[0]) else match[0], text)
-    return _DANGLING.sub("", text.strip()).strip() or text.strip()
+    text = text.strip()
+    return (_DANGLING.sub("", text).strip() if "nswer" in text[-60:] or "NSWER" in text[-60:] else "") or text
 
 
 def stated(text: str) -> list[tuple[int, str]]:
@@ -168,7 +189,7 @@ def undecided(text: str, position: int | None = None) -> bool:
     if position is not None:
         begin = max(text.rfind(mark, 0, position) for mark in (". ", "? ", "! ", "\n")) + 1
         parts = sentences(text[begin:])
-        if parts and _CASES.search(parts[0]):
+        if parts and _has_cases(parts[0]):
             return True
         parts = sentences(text[position:])[1:]
         return any(_DOUBT.search(part) and _TAKES_BACK.search(part) for part in parts)
@@ -179,8 +200,12 @@ def undecided(text: str, position: int | None = None) -> bool:
     return (
         (_CUT.search(text) is not None and len(text.split()) > 3)
         or any(_DOUBT.search(_LATER.split(part)[-1]) for part in last[-2:])
-        or _CASES.search(" ".join(last)) is not None
+        or _has_cases(" ".join(last))
     )
+
+
+def _has_cases(text: str) -> bool:
+    return re.search(r"\b(?:if|in some)\b", text, re.IGNORECASE) is not None and _CASES.search(text) is not None
 
 
 def correction(text: str) -> str | None:
