@@ -57,7 +57,7 @@ _LEAD = re.compile(rf"\A\W*{_ASIDE}", re.IGNORECASE)
 _DENIED = re.compile(
     rf"(?:{_NEGATION}|\b(?:rather than|instead of|unlike|(?<!none )(?<!no )other than|anything but"
     rf"|except(?: for)?|contrary to"
-    r"|n't|as opposed to|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|perhaps\s+|maybe\s+"
+    r"|n't|rul(?:e|ed|ing) out|exclud\w+|eliminat\w+|dismiss\w*|forget|confused? with|ignor\w+|as opposed to|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|perhaps\s+|maybe\s+"
     r"|even\s+|an?\s+|the\s+|be\s+|by\s+|in\s+|of\s+|at\s+)*\Z",
     re.IGNORECASE,
 )
@@ -92,8 +92,8 @@ _DISMISSED = re.compile(
 _NOT_THOUGHT = re.compile(r"(?:n't|\bnot)\s+(?:think|believe|say|sure|certain|mean)\b[^.,;]*\Z", re.IGNORECASE)
 _DESPITE = re.compile(r"\b(?:but|though|although|while|whereas|however)\b", re.IGNORECASE)
 _POINTS = re.compile(
-    r"(?<!doubt )(?<!whether )(?<!if )(?<!unless )(?<!thought )(?<!say )(?<!says )\b(?:it|that|the answer)(?:'s"
-    r"|\s+(?:is|was|must be|has to be|can only be))"
+    r"(?<!doubt )(?<!whether )(?<!if )(?<!unless )(?<!thought )(?<!say )(?<!says )(?:\b(?:it|that|the answer)(?:'s"
+    r"|\s+(?:is|was|must be|has to be|can only be))|\b(?:which|that|this|and) leaves(?: only| us with)?|\bleaving(?: only| us with)?)"
     r"\s+(?:[a-z]+ly\s+|then\s+)*\Z",
     re.IGNORECASE,
 )
@@ -107,7 +107,7 @@ _CONTRAST = frozenset(
 _TIES = frozenset("of or nor s".split())
 _BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _GOES_ON = re.compile(
-    r"\W*(?:he|she|it|they|this|that|these|those|his|her|its|their|the (?:passage|text|other|first|second)|note"
+    r"\W*(?:he|she|they|his|her|its|their|the (?:passage|text|other|first|second)|note"
     r"|to check"
     r"|passage|for (?:reference|context)|in addition|additionally|also|moreover)\b",
     re.IGNORECASE,
@@ -226,7 +226,7 @@ class Clauses:
         unknown = [match for match, kind in kinds if kind == "word"]
         if not unknown:
             return True
-        if re.search(r"\b(?:and|or|nor)\s*\Z|/\s*\Z", before):
+        if re.search(r"\b(?:and|or|nor)\s*\Z|[/(\[]\s*\Z", before):
             return False
         if strict:
             return self.is_name and not re.search(r"[,(;:/&]|\band\b|\bor\b", before[unknown[0].end() :])

@@ -95,7 +95,8 @@ _OTHER_NAMES = re.compile(
 
 # "B would be right if ..., but it is C"
 _HEDGED = re.compile(
-    r"\A.*\b(?:would|might|may|could|first|seems?|sounds?|looks?|tempt\w*|almost|initially)\b.*?,?\s+but\b"
+    r"(?:\A.*\b(?:would|might|may|could|first|seems?|sounds?|looks?|tempt\w*|almost|initially)\b.*?,?\s+but\b"
+    r"|\A.*,\s+(?:so|hence|therefore|thus)\b)"
     rf"(?=.*{_LETTER})",
 )
 

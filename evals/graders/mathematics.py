@@ -19,7 +19,7 @@ _LENGTH = 1000  # characters of a result that are compared
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$", re.DOTALL)
 _FORMULA_BEGINS = re.compile(r"[-+(\[{]*\s*(?:[$\\\d]|\w\s*=)")
 _PLAIN = re.compile(r"\$?[-+(\[{\\√π]*\s*(?:\d|\w\b(?!\s+[a-z]{2})|[A-Za-z]+\s*(?:=|\Z|\.\s*\Z)|sqrt|pi\b)")
-_IS = re.compile(r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?=\S)", re.IGNORECASE)
+_IS = re.compile(r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?!it\b|this\b|that\b)(?=\S)", re.IGNORECASE)
 # "we get $x$, as $y$ is even"
 _REASONED = re.compile(
     rf"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?:then\s+|just\s+|[a-z]+ly\s+)*(?P<formula>{_FORMULA.pattern})"
@@ -30,7 +30,7 @@ _TEXT_FIRST = re.compile(
     r"(\$\$?|\\\[|\\\()\s*\\text\s*\{([^{}]*\b(?:answer|result|solution)\b[^{}]*)\}", re.IGNORECASE
 )
 _MAYBE = r"(?:\s*(?:possibly|maybe|perhaps|else))?"
-_JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;)\s*(?:[a-z]\s*=\s*)?")
+_JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;|/)\s*(?:[a-z]\s*=\s*)?")
 _JOIN_BOXES = re.compile(
     rf"[\s$\\()\[\].]*(?:,|;|/|and|or)[\s$\\()\[\],]*(?:and|or)?{_MAYBE}[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
 )
@@ -68,6 +68,11 @@ _ENVIRONMENT = re.compile(r"\\(begin|end)\{(?:equation|align|gather|multline|dis
 _PROSE = re.compile(
     r"(?<![\\A-Za-z{])(?!(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|infinity|infty|and|or|union|degrees?|cents?|percent|units?"
     r"|cm|mm|km|kg|ft)\b)[A-Za-z][a-z']+\b"
+)
+_CLOSES = re.compile(
+    r"(?:,?\s+(?:in (?:total|all|the end)|altogether|overall|here|now|then|left|remaining|as (?:required|desired|needed)|exactly))?"
+    r"[\s.!]*\Z",
+    re.IGNORECASE,
 )
 _FIRST_ENDS = re.compile(r"\.(?=\s|\Z)|(?<!\\)[!?](?=\s|\Z)|\n|,?\s+(?:because|since|as)\b|\s[—–]\s")
 _THE_KIND = re.compile(
@@ -191,7 +196,7 @@ def _last_words(text: str) -> str | None:
     for match in reversed(list(_IS.finditer(lines[-1]))):
         if _PLAIN.match(lines[-1], match.end()):
             return _leading(lines[-1][match.end() :])
-    last = lines[-1].rstrip(" .!")
+    last = _CLOSES.sub("", lines[-1])
     prose = list(_PROSE.finditer(last))
     if prose and re.search(r"[\w∞]", end := last[prose[-1].end() :]):
         return _leading(end.lstrip(" :,"))

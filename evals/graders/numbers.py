@@ -35,7 +35,7 @@ _RANGE = re.compile(
     re.I,
 )
 _BOUNDS = re.compile(
-    rf"\b(?:(?:somewhere|lies?|falls?) between|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and"
+    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and"
     rf"|at most)\b[^.\n]*{NUMBER}[^\n]*\Z",
     re.I,
 )
@@ -47,6 +47,7 @@ _ALTERNATIVE = re.compile(
 _ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
 _REASON = re.compile(r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b", re.I)
 _IS_WHAT = re.compile(rf"\s*-?{NUMBER}{_UNIT}\s+(?:is|are|was|were|would be)\s+(?:the|what|how)\b", re.I)
+_MEANS = re.compile(r",?\s+(?:after|before|by|when|while|without|from|for|upon)\s+[a-z]+ing\b")
 _COLON = re.compile(r":\s+(?![^=]*=)")
 _THEREFORE = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
@@ -227,7 +228,7 @@ def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
         sentence = last
     is_result = True
     sentence = next((part for part in reversed(sentence.split(";")) if _chosen(part)[1]), sentence)
-    for pattern in (_REASON, _COLON):
+    for pattern in (_REASON, _COLON, _MEANS):
         head = pattern.split(sentence, maxsplit=1)[0]
         if head != sentence and _VALUE.search(head) and (pattern is _REASON or _chosen(head)[1]):
             sentence = head

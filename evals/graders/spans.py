@@ -37,7 +37,7 @@ def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float]:
     plain = _TEX.sub("", cleaned).strip()
     if normal(plain) in golds:
         return True, 1.0
-    masked = _masked(re.sub(r"\bof course\b", "surely", plain), answers)
+    masked = _masked(re.sub(r"\bof course\b", "surely", plain, flags=re.IGNORECASE), answers)
     if GOLD in masked and _states(masked, _clauses(row.get("question", ""), tuple(answers))):
         return True, 1.0
     guess = _guess(cleaned).strip().partition("\n")[0]

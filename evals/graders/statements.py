@@ -82,6 +82,7 @@ _BACKWARD = re.compile(
     r"(?:(?:final|correct|right|best)\s+)*(?:answer|solution|result)\b",
     re.IGNORECASE,
 )
+_PRONOUN = re.compile(r"\W*(?:(?:and|so)\s+)?(?:this|that|which|it)?\W*", re.IGNORECASE)
 _CORRECTION = re.compile(
     r"(?:(?:^|[.!?\n;,—–-])[\s*(]*\b(?:(?:oh,? )?wait|actually|correction|sorry|oops|scratch that"
     r"|on second thoughts?|I mean"
@@ -107,7 +108,7 @@ _DOUBT = re.compile(
     r"|\b(?:do not|don't) (?:think|believe)\b"
     r"|\b(?:do|does|did)(?:n't| not)\s+(?:\w+\s+){0,2}?(?:know|say|answer|specify|state|make (?:it )?clear|tell"
     r"|mention)\b"
-    r"|\bnor do(?:es)? \w+ say\b|\bwhether\b|\bmaybe\b.*\bmaybe\b|\b(?:could|might|may)\s+(?:also\s+|only\s+)?be\b"
+    r"|\bnor do(?:es)? \w+ say\b|\bwhether\b|\b(?:maybe|possibly|perhaps)\b.*\b(?:maybe|possibly|perhaps)\b|\b(?:could|might|may)\s+(?:also\s+|only\s+)?be\b"
     r"|\b(?:it )?depends\b|\bdepending on\b|\btorn between\b|\bambiguous\b|\bcontradict\b|\bnot enough\b"
     r"|\b(?:is|are)n't enough\b|\bdifferent (?:results|answers)\b|\b(?:which|one) of (?:these|those|them"
     r"|the two)\b.*\b(?:is"
@@ -173,9 +174,10 @@ def stated(text: str) -> list[tuple[int, str]]:
 
 
 def stated_before(text: str) -> str | None:
-    """What precedes the last "is the answer" in its line."""
+    """What precedes the last "is the answer" in its line; None where that is no more than "this"."""
     found = list(_BACKWARD.finditer(text))
-    return text[: found[-1].start()].rpartition("\n")[2].strip() if found else None
+    before = text[: found[-1].start()].rpartition("\n")[2].strip() if found else ""
+    return None if _PRONOUN.fullmatch(before) else before
 
 
 def sentences(text: str) -> list[str]:
