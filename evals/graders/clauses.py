@@ -32,7 +32,8 @@ _META = frozenset(
     "match refers reference details detail support supports supported provide provides read reading derived described "
     "describes indicated indicates infer inferred explains explain explained explanation reason reasoning note step "
     "steps p page line sentence summary sum short word words phrase bottom tldr tl dr figure entry thing person place "
-    "great easy hmm ah oh yeah yep alright good hello hi thanks wow confidence high check gets yields assistant "
+    "comes came come taken contained great easy hmm ah oh yeah yep alright good hello hi thanks wow confidence "
+    "high check gets yields assistant "
     "namely i.e e.g called titled entitled else available listed lists using taken together combining combined turns "
     "justification long story mistaken determine determined answering answered answers get got directly "
     "explicitly go going plain simple simply".split()
@@ -57,7 +58,8 @@ _LEAD = re.compile(rf"\A\W*{_ASIDE}", re.IGNORECASE)
 _DENIED = re.compile(
     rf"(?:{_NEGATION}|\b(?:rather than|instead of|unlike|(?<!none )(?<!no )other than|anything but"
     rf"|except(?: for)?|contrary to"
-    r"|n't|rul(?:e|ed|ing) out|exclud\w+|eliminat\w+|dismiss\w*|forget|confused? with|ignor\w+|as opposed to|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|perhaps\s+|maybe\s+"
+    r"|n't|rul(?:e|ed|ing) out|exclud\w+|eliminat\w+|dismiss\w*|forget|confused? with|ignor\w+|as opposed to"
+    r"|over|(?<!other )than|versus|or|nor|whether)\b)\W*(?:\w+ly\s+|perhaps\s+|maybe\s+"
     r"|even\s+|an?\s+|the\s+|be\s+|by\s+|in\s+|of\s+|at\s+)*\Z",
     re.IGNORECASE,
 )
@@ -93,7 +95,8 @@ _NOT_THOUGHT = re.compile(r"(?:n't|\bnot)\s+(?:think|believe|say|sure|certain|me
 _DESPITE = re.compile(r"\b(?:but|though|although|while|whereas|however)\b", re.IGNORECASE)
 _POINTS = re.compile(
     r"(?<!doubt )(?<!whether )(?<!if )(?<!unless )(?<!thought )(?<!say )(?<!says )(?:\b(?:it|that|the answer)(?:'s"
-    r"|\s+(?:is|was|must be|has to be|can only be))|\b(?:which|that|this|and) leaves(?: only| us with)?|\bleaving(?: only| us with)?)"
+    r"|\s+(?:is|was|must be|has to be|can only be))|\b(?:which|that|this|and) leaves(?: only| us with)?"
+    r"|\bleaving(?: only| us with)?)"
     r"\s+(?:[a-z]+ly\s+|then\s+)*\Z",
     re.IGNORECASE,
 )
@@ -129,6 +132,8 @@ class Clauses:
         """Whether what stands behind "the answer is" is the answer; None where it says nothing."""
         for sentence in sentences(segment):
             if self._is_silent(sentence):
+                if re.match(rf"\W*(?:{_NEGATION}|n't)", sentence, re.IGNORECASE):
+                    return False
                 continue
             if re.match(rf"\W*(?:{_NEGATION}|n't)", sentence, re.IGNORECASE) and not self._declares(sentence, True):
                 if GOLD in sentence or not _DENIED.sub("", sentence):
@@ -226,7 +231,7 @@ class Clauses:
         unknown = [match for match, kind in kinds if kind == "word"]
         if not unknown:
             return True
-        if re.search(r"\b(?:and|or|nor)\s*\Z|[/(\[]\s*\Z", before):
+        if re.search(r"\b(?:and|or|nor)(?:\s+(?:the|an?))?\s*\Z|[/(\[]\s*\Z", before):
             return False
         if strict:
             return self.is_name and not re.search(r"[,(;:/&]|\band\b|\bor\b", before[unknown[0].end() :])
@@ -234,7 +239,7 @@ class Clauses:
             return not re.search(r"\A\W*[,/]\s*\Z", before[unknown[-1].end() :]) or any(k == "said" for _, k in kinds)
         return (
             (kinds[-1][1] != "word" or kinds[-1][0][0].endswith("s"))
-            and not before.rstrip().endswith(",")
+            and not (before.rstrip().endswith(",") and kinds[-1][1] == "word")
             or before.rstrip().endswith(":")
         )
 
@@ -257,7 +262,10 @@ class Clauses:
         plain = word.lower().strip(".'")
         kinds = self._kinds(word)
         if plain in ("and", "&"):
-            return bool(_NEW_CLAUSE.match(rest))
+            names = [kind for _, kind in self._kinds(sentences(rest)[0]) if kind == "name"] if rest.strip() else []
+            return _NEW_CLAUSE.match(rest) is not None and (
+                strict or not names or re.match(rf"\W*(?:\w+ly\s+)?{_NEGATION}", rest)
+            )
         if plain in _TIES:
             return False
         if plain in _CONTRAST:

@@ -19,7 +19,10 @@ _LENGTH = 1000  # characters of a result that are compared
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$", re.DOTALL)
 _FORMULA_BEGINS = re.compile(r"[-+(\[{]*\s*(?:[$\\\d]|\w\s*=)")
 _PLAIN = re.compile(r"\$?[-+(\[{\\√π]*\s*(?:\d|\w\b(?!\s+[a-z]{2})|[A-Za-z]+\s*(?:=|\Z|\.\s*\Z)|sqrt|pi\b)")
-_IS = re.compile(r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?!it\b|this\b|that\b)(?=\S)", re.IGNORECASE)
+_IS = re.compile(
+    r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?!it\b|this\b|that\b)(?=\S)",
+    re.IGNORECASE,
+)
 # "we get $x$, as $y$ is even"
 _REASONED = re.compile(
     rf"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?:then\s+|just\s+|[a-z]+ly\s+)*(?P<formula>{_FORMULA.pattern})"
@@ -70,7 +73,8 @@ _PROSE = re.compile(
     r"|cm|mm|km|kg|ft)\b)[A-Za-z][a-z']+\b"
 )
 _CLOSES = re.compile(
-    r"(?:,?\s+(?:in (?:total|all|the end)|altogether|overall|here|now|then|left|remaining|as (?:required|desired|needed)|exactly))?"
+    r"(?:,?\s+(?:in (?:total|all|the end)|altogether|overall|here|now|then|left|remaining|as (?:required"
+    r"|desired|needed)|exactly))?"
     r"[\s.!]*\Z",
     re.IGNORECASE,
 )

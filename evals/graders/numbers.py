@@ -35,8 +35,8 @@ _RANGE = re.compile(
     re.I,
 )
 _BOUNDS = re.compile(
-    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]*{NUMBER}[^.\n]*\b(?:and"
-    rf"|at most)\b[^.\n]*{NUMBER}[^\n]*\Z",
+    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]{0, 60}{NUMBER}[^.\n]{0, 60}\b(?:and"
+    rf"|at most)\b[^.\n]{0, 60}{NUMBER}[^\n]{0, 200}\Z",
     re.I,
 )
 _ALTERNATIVE = re.compile(
