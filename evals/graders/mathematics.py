@@ -46,8 +46,8 @@ _STOP = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(
-    r"(?:\bnot|\b(?:is|was|are)n't|\b(?:cannot|can't) be|\brather than|\binstead of|\b(?:any"
-    r"|every)thing but)\s+(?:equal to\s+|simply\s+)?(?=\S)",
+    r"(?:\bnot(?! (?:know|sure|clear|certain|tell|say|able|enough)\b)|\bdoubt(?: that)? it is|\b(?:is|was|are)n't"
+    r"|\b(?:cannot|can't) be|\brather than|\binstead of|\b(?:any|every)thing but)\s+(?:equal to\s+|simply\s+)?(?=\S)",
     re.IGNORECASE,
 )
 _NOT_ENDS = re.compile(r",?\s+(?:but|it|so|rather)\b|,\s+(?:the|I|we)\b|[.;](?=\s|\Z)|\n|\Z", re.IGNORECASE)

@@ -35,8 +35,8 @@ _RANGE = re.compile(
     re.I,
 )
 _BOUNDS = re.compile(
-    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]{0, 60}{NUMBER}[^.\n]{0, 60}\b(?:and"
-    rf"|at most)\b[^.\n]{0, 60}{NUMBER}[^\n]{0, 200}\Z",
+    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]{{0,60}}{NUMBER}[^.\n]{{0,60}}\b(?:and|to"
+    rf"|at most)\b[^.\n]{{0,60}}{NUMBER}[^\n]{{0,200}}\Z",
     re.I,
 )
 _ALTERNATIVE = re.compile(
@@ -113,6 +113,8 @@ def _settled(text: str) -> Fraction | None:
             break
         value = _leading(segment)
         if value is not None:
+            if undecided(text, position):
+                raise Undecided
             return value
     if boxed is not None:
         return boxed

@@ -104,7 +104,7 @@ _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]]*\s+|\n+")
 _DOUBT = re.compile(
     r"\b(?:not (?:sure|certain|clear)|unsure|uncertain|unclear)\b(?! why| how)"
     r"|\b(?:can't|cannot|can not|couldn't|could not|unable to|not able to|hard to|impossible to|difficult to)\s+"
-    r"(?:tell|say|decide|determine|know|see which|choose|answer|be (?:sure|certain|determined))\b"
+    r"(?:tell|say|decide|determine|know|see which|choose|answer|settle|be (?:sure|certain|determined))\b"
     r"|\b(?:do not|don't) (?:think|believe)\b"
     r"|\b(?:do|does|did)(?:n't| not)\s+(?:\w+\s+){0,2}?(?:know|say|answer|specify|state|make (?:it )?clear|tell"
     r"|mention)\b"
@@ -121,9 +121,10 @@ _DOUBT = re.compile(
 )
 _TAKES_BACK = re.compile(r"\b(?:which|ambiguous|contradict|one of|enough)\b", re.IGNORECASE)
 _CASES = re.compile(
-    r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?(?:if|otherwise"
-    r"|in (?:the )?others?|with the (?:second|other)"
-    r"|when)\b|[^.;\n]*\bif\b[^.;\n]*,[^.;\n]*\b(?:if|otherwise)\b",
+    r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?"
+    r"(?:if|otherwise|in (?:the )?others?|with the (?:second|other)|when)\b"
+    r"|\bif\b(?:[^.;\n]|\.(?=\d))*,(?:[^.;\n]|\.(?=\d))*\b(?:if|otherwise)\b"
+    r"|\baccording to (?:the )?\w+(?: \w+)?,(?:[^.;\n]|\.(?=\d))*\baccording to\b",
     re.IGNORECASE,
 )
 _LATER = re.compile(
@@ -156,7 +157,7 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
     text = (tagged[-1][tagged[-1].lastindex] if tagged else text).strip()
     if "\\boxed" in text:
         text = _EMPTY_BOX.sub(" ", text).strip()
-    text = _STRUCK.sub(" ", _ROLE.sub("", text))
+    text = _STRUCK.sub(" ", _ROLE.sub("", text)).replace("(?)", "")
     if "[" in text:
         text = _CITATION.sub("", text)
     if "\\" in text:
@@ -208,7 +209,9 @@ def undecided(text: str, position: int | None = None) -> bool:
 
 
 def _has_cases(text: str) -> bool:
-    return re.search(r"\b(?:if|in some)\b", text, re.IGNORECASE) is not None and _CASES.search(text) is not None
+    return (
+        re.search(r"\b(?:if|in some|according)\b", text, re.IGNORECASE) is not None and _CASES.search(text) is not None
+    )
 
 
 def correction(text: str) -> str | None:
