@@ -63,8 +63,7 @@ _DENIED = re.compile(
     r"|even\s+|an?\s+|the\s+|be\s+|by\s+|in\s+|of\s+|at\s+)*\Z",
     re.IGNORECASE,
 )
-_JOINED = re.compile(r"(?:\b(?:and|or|nor)|&|/|,)\s*\Z", re.IGNORECASE)
-# "is wrong", "is not it", "~~"
+# "is wrong", "is not it"
 _DENIES = re.compile(
     r"\W*(?:is|was|are|were|does|do|did|has|would|can|could|looks?|seems?|might|may)(?:\b\s*)(?:\w+ly\s+|also\s+|be\s+)*"
     r"(?:n't\b|not\b|never\b|wrong\b|incorrect\b|ruled out|irrelevant\b|false\b|something else|close\b|tempting\b)"

@@ -39,6 +39,7 @@ _BOUNDS = re.compile(
     rf"|at most)\b[^.\n]{{0,60}}{NUMBER}[^\n]{{0,200}}\Z",
     re.I,
 )
+_OR_ELSE = re.compile(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})")
 _ALTERNATIVE = re.compile(
     rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
     rf"|then)?\s*(?P<other>-?{NUMBER})",
@@ -176,11 +177,9 @@ def _leading(segment: str) -> Fraction | None:
     other = _ALTERNATIVE.match(tail)
     if other and _is_choice(match.group(), other, tail):
         raise Undecided
-    if (other := re.match(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})", tail)) and evaluate(other["other"]) != evaluate(
-        match.group()
-    ):
+    later = _OR_ELSE.match(tail)
+    if later and evaluate(later["other"]) != evaluate(match.group()):
         raise Undecided
-    other = _ALTERNATIVE.match(tail)
     if other and _THEREFORE.search(tail):
         return None
     if re.match(r"[:.]?\d|[A-Za-z_]\d", tail):
@@ -229,7 +228,8 @@ def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
     if _VALUE.search(last):
         sentence = last
     is_result = True
-    sentence = next((part for part in reversed(sentence.split(";")) if _chosen(part)[1]), sentence)
+    if ";" in sentence:
+        sentence = next((part for part in reversed(sentence.split(";")) if _chosen(part)[1]), sentence)
     for pattern in (_REASON, _COLON, _MEANS):
         head = pattern.split(sentence, maxsplit=1)[0]
         if head != sentence and _VALUE.search(head) and (pattern is _REASON or _chosen(head)[1]):

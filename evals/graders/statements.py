@@ -120,6 +120,7 @@ _DOUBT = re.compile(
     re.IGNORECASE,
 )
 _TAKES_BACK = re.compile(r"\b(?:which|ambiguous|contradict|one of|enough)\b", re.IGNORECASE)
+_HAS_CASES = re.compile(r"\b(?:if|in some|according)\b", re.IGNORECASE)
 _CASES = re.compile(
     r"\b(?:if|in some)\b(?:[^.;\n]|\.(?=\d))*[.;,]\s*(?:(?:but|and|while)\s+)?"
     r"(?:if|otherwise|in (?:the )?others?|with the (?:second|other)|when)\b"
@@ -191,27 +192,20 @@ def undecided(text: str, position: int | None = None) -> bool:
     to one. Behind a statement, which begins at `position`, only what takes it back counts.
     """
     if position is not None:
+        if not (_TAKES_BACK.search(text, position) or _HAS_CASES.search(text)):
+            return False
         begin = max(text.rfind(mark, 0, position) for mark in (". ", "? ", "! ", "\n")) + 1
-        parts = sentences(text[begin:])
-        if parts and _has_cases(parts[0]):
-            return True
-        parts = sentences(text[position:])[1:]
-        return any(_DOUBT.search(part) and _TAKES_BACK.search(part) for part in parts)
+        first = sentences(text[begin:])[:1]
+        return any(_CASES.search(part) for part in first) or any(
+            _DOUBT.search(part) and _TAKES_BACK.search(part) for part in sentences(text[position:])[1:]
+        )
     parts = sentences(text)
     if not parts or "<think" in text:
         return bool(parts)
+    if _CUT.search(text) and len(text.split()) > 3:
+        return True
     last = [part for part in parts if not part.endswith("?")][-2:]
-    return (
-        (_CUT.search(text) is not None and len(text.split()) > 3)
-        or any(_DOUBT.search(_LATER.split(part)[-1]) for part in last[-2:])
-        or _has_cases(" ".join(last))
-    )
-
-
-def _has_cases(text: str) -> bool:
-    return (
-        re.search(r"\b(?:if|in some|according)\b", text, re.IGNORECASE) is not None and _CASES.search(text) is not None
-    )
+    return any(_DOUBT.search(_LATER.split(part)[-1]) for part in last) or _CASES.search(" ".join(last)) is not None
 
 
 def correction(text: str) -> str | None:
