@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from evals.report.command import main as report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evals.report.command import main as report
 from evals.results import compare, merge
 
 ROOT = Path(__file__).parent.parent

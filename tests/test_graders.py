@@ -205,6 +205,62 @@ def test_hotpotqa(text, correct, score):
     assert result.score == pytest.approx(score, abs=1e-5)
 
 
+HOTPOTQA_QUESTION = "Who directed the film that was shot in Berlin?"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("Ann Lee", "The film was directed by Ann Lee (born 1950)."),
+        ("Ann Lee", "The director, Ann Lee, was born in Rome."),
+        ("Ann Lee", "The film that was shot in Berlin was directed by Ann Lee, who was born in Rome."),
+        ("Ann Lee", "Ann Lee directed the film. She was born in Rome in 1950."),
+        ("Ann Lee", "Everything in the passages points to Ann Lee."),
+        ("It's Always Sunny", "So it's It's Always Sunny."),
+        ("Dr. No", "I first thought of Goldfinger, but it's Dr. No."),
+        ("Who's the Boss?", "The answer is Who's the Boss?, as Passage 3 says."),
+        ("from 1969 until 1974", "The answer is from 1969 until 1974."),
+        ("yes", "Both of them were directors, so yes."),
+        ("no", "No, only one of them is."),
+    ],
+)
+def test_a_sentence_that_states_the_answer(answer, text):
+    one = row("longbench_hotpotqa", answer, answers=[answer], question=HOTPOTQA_QUESTION)
+    assert is_right(one, text)
+    assert not is_right(one | {"answers": ["Bob Ray"]}, text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("Ann Lee", "Ann Lee is the sister of Bob. Bob directed the film."),
+        ("Ann Lee", "The film was written by Ann Lee and directed by Bob Ray."),
+        ("Ann Lee", "The film was directed by Bob Ray, who married Ann Lee."),
+        ("Ann Lee", "Ann Lee wrote it, but Bob Ray directed it."),
+        ("Ann Lee", "Bob Ray, not Ann Lee, directed the film."),
+        ("Ann Lee", "The answer is not in the passages. Ann Lee is mentioned."),
+        ("Ann Lee", "We can rule out Ann Lee. That leaves Bob Ray."),
+        ("Ann Lee", "It seems to be Ann Lee, but it is actually Bob Ray."),
+        ("Ann Lee", "Passage 1 names Ann Lee. Passage 3 names Bob Ray, and so we have to compare the"),
+        ("Ann Lee", "I don't think it's Ann Lee."),
+        ("Ann Lee", "Ann Lee's brother directed it."),
+        ("Washington", "The answer is George Washington."),
+        ("Long Island", "The answer is Long Island City."),
+        ("American", "The answer is American football."),
+        ("The Fall", "The answer is The Fall of Man."),
+        ("building", "The answer is an office building."),
+        ("poet", "The answer is poet and novelist."),
+        ("tuba", "She plays the viola and the tuba."),
+        ("Paris", "The answer is Paris in Texas."),
+        ("no", "Yes, there is no doubt."),
+        ("yes", "The answer is no. Yes, one is."),
+    ],
+)
+def test_a_sentence_that_only_holds_the_answer(answer, text):
+    one = row("longbench_hotpotqa", answer, answers=[answer], question=HOTPOTQA_QUESTION)
+    assert not is_right(one, text)
+
+
 # Least shares: right answers accepted, wrong ones and undecided texts refused.
 BARS = {"gsm8k": 0.99, "math500": 0.99, "mmlu": 0.98, "longbench_hotpotqa": 0.97}
 
@@ -212,8 +268,8 @@ BARS = {"gsm8k": 0.99, "math500": 0.99, "mmlu": 0.98, "longbench_hotpotqa": 0.97
 @pytest.mark.parametrize("part", ["seen", "held"])
 @pytest.mark.parametrize("source", BARS)
 def test_phrasings(source, part):
-    for stated, least in [("right", BARS[source]), ("wrong", 0.995), ("nothing", 0.98)]:
-        every = 24 if source == "math500" else 8
+    for stated, least in [("right", BARS[source]), ("wrong", 0.995), ("nothing", 0.99)]:
+        every = (48 if source == "math500" else 12) if part == "seen" else (24 if source == "math500" else 8)
         results = [
             (is_right(one, text) == (stated == "right"), text) for one, text, _ in cases(source, stated, part, every)
         ]
@@ -339,7 +395,7 @@ def test_longbench_s_own_measure_takes_the_whole_output():
 
 
 def test_every_source_has_a_version():
-    assert GRADER_VERSIONS == {"gsm8k": 3, "math500": 3, "mmlu": 4, "longbench_hotpotqa": 3}
+    assert GRADER_VERSIONS == {"gsm8k": 4, "math500": 4, "mmlu": 5, "longbench_hotpotqa": 4}
 
 
 def test_what_grading_needs_is_named_before_anything_is_generated(monkeypatch):

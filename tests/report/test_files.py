@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from evals.report.command import main
 
 from evals.report import page
+from evals.report.command import main
 from evals.runs.configurations import KERNEL, STEP
 from tests.report.html_tree import sections, table
 from tests.report.sample import info, results, write, write_run

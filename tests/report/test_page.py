@@ -5,10 +5,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from evals.report.command import main
 
 from blockinfer.decoding.modes import MODES
 from evals.report import page
+from evals.report.command import main
 from evals.results.wilson import wilson_interval
 from tests.report.html_tree import parse, sections, table
 from tests.report.sample import LOSS, info, results, write, write_run

@@ -15,7 +15,7 @@ from evals.questions.graders.mathematics import grade_math
 from evals.questions.graders.numbers import grade_number
 from evals.questions.graders.spans import grade_span, longbench_f1
 
-GRADER_VERSIONS = {"gsm8k": 3, "math500": 3, "mmlu": 4, "longbench_hotpotqa": 3}
+GRADER_VERSIONS = {"gsm8k": 4, "math500": 4, "mmlu": 5, "longbench_hotpotqa": 4}
 
 
 SECONDS = 5  # that judging one answer may take; one that takes longer is wrong

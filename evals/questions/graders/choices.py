@@ -20,7 +20,7 @@ GOOD = (
 class Words:
     """The choices' words, each as it is compared."""
 
-    def __init__(self, choices: list[str]) -> None:
+    def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = [(_bare(choice), letter) for letter, choice in zip(LETTERS, choices, strict=True)]
 
     def whole(self, text: str) -> str | None:
@@ -39,6 +39,12 @@ class Words:
             if words and folded.startswith(words, at) and not folded[at + len(words) : at + len(words) + 1].isalnum():
                 best = max(best or (0, ""), (at + len(words), letter))
         return (best[1], best[0]) if best else None
+
+    def without(self, text: str) -> str:
+        """The text without the choices' words."""
+        for words, _ in self.choices:
+            text = re.sub(rf"(?<!\w){re.escape(words)}(?!\w)", "x", text, flags=re.IGNORECASE) if words else text
+        return text
 
     def called_right(self, text: str) -> str | None:
         """The letter of the choice that the text begins with and calls correct."""

@@ -5,10 +5,20 @@ lm-eval's generative variants of mmlu take what follows "The answer is" (strict-
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from evals.questions.graders.choices import DRESS, GOOD, Words
-from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.statements import (
+    FILLER,
+    SENTENCE_END,
+    boxes,
+    clean,
+    correction,
+    stated,
+    stated_before,
+    undecided,
+)
 
 _NOUN = r"(?i:(?:answer choice|option|choice|letter|answer|statement|alternative|response)s?)"
 # A verb or a link behind it tells the letter A from the article.
@@ -17,10 +27,10 @@ _LINK = (
     r"|should|must|can|could|may|might|works?|holds|applies|wins|suits|appears|remains|captures|explains|stands|takes|"
     r"expresses|represents|reflects|agrees|covers|answers|addresses|includes|refers|summarizes|defines"
     r"|identifies|suggests|supports|follows|"
-    r"does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
-    r"|incorrect|with|over|the)\b"
+    r"gives|provides|offers|shows|contains|means|sounds|meets|satisfies|corresponds|does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
+    r"|incorrect|with|over|the|alone|on|that)\b"
 )
-_LETTER = rf"(?<![\w'.\\^-])(?:[BCD]|A(?!\s+(?!{_LINK})[a-z]))(?![\w'°²]|\.\w|-\w)"
+_LETTER = rf"(?<![\w'.\\^-])(?:[BCD]|(?<=ption )A|(?<=hoice )A|A(?!\s+(?!{_LINK})[a-z]))(?![\w'°²]|\.\w|-\w)"
 _IN_BRACKETS = rf"(?>[(\[<]?{_LETTER}[)\]>]?)"
 _AND = r"\s*(?:,\s*(?:and\b|or\b)?|/|&|\band\b|\bor\b)\s*"
 _LIST = rf"(?>{_IN_BRACKETS}(?:{_AND}{_IN_BRACKETS}){{1,3}})"
@@ -39,16 +49,17 @@ _BAD = (
 )
 _REJECTED = re.compile(
     rf"(?:,?\s*\b(?:and|but)\s+)?(?i:\b(?:not|nor|neither|rather than|instead of|cannot be|unlike|thought of"
-    rf"|none of|anything but|ruled? out|eliminate|exclude|reject)|n't)\s+"
+    rf"|none of|anything but|rul(?:ed?|es|ing) out|eliminate[sd]?|eliminating|excludes?|rejects?"
+    rf"|(?:(?<=prefer [A-D] )|(?<=preferring [A-D] ))(?:to|over))|n't)\s+"
     rf"(?:be\s+|an?\s+|the\s+)?(?:{_NOUN}\s+)?(?:{_LIST}|{_IN_BRACKETS})(?:\s*(?:,|\bnor\b)\s*{_IN_BRACKETS}){{0,3}}"
-    rf"|(?i:between|of|comparing)\s+{_LIST}(?=,)"
+    rf"|(?i:between|of|comparing)\s+{_IN_BRACKETS}\s*(?:and|or|with|to|,|/)\s*{_IN_BRACKETS}(?=,)"
     rf"|(?:{_NOUN}\s+)?{_IN_BRACKETS}[.:?]?\s*(?:(?:is|was|can|could|looks?|seems?|may|might)\s+(?:clearly\s+"
     rf"|also\s+|only\s+|partly\s+)*"
     rf"(?:be\s+)?)?{_BAD}"
     rf"|(?:{_NOUN}\s+)?{_IN_BRACKETS}\s+(?:(?:is|does|do|can|was|did)n't\b|(?:does|do|did|can)(?:\s+not|not)\b"
     r"|(?:(?:looks?|seems?)\s+right|(?:looks?|seems?|is)\s+(?:tempting|plausible|close|possible|partly"
     r"|attractive))\b(?=[^.\n]*,)|before,)"
-    rf"|(?:{_NOUN}\s+)?{_LIST}\s+(?:(?:are|were|can(?:not)?|could|do|all)\s+(?:all\s+|both\s+|clearly\s+"
+    rf"|(?:{_NOUN}\s+)?{_LIST}\s*[:–-]\s*{_BAD}|(?:{_NOUN}\s+)?{_LIST}\s+(?:(?:are|were|can(?:not)?|could|do|all)\s+(?:all\s+|both\s+|clearly\s+"
     rf"|also\s+|be\s+)*{_BAD}|(?:are|do|can)n't\b)"
 )
 _POSITIVE = re.compile(
@@ -91,6 +102,14 @@ _OTHER_NAMES = re.compile(
 )
 
 
+# "B would be right if ..., but it is C"
+_HEDGED = re.compile(
+    r"(?:\A.*\b(?:would|might|may|could|first|seems?|sounds?|looks?|tempt\w*|almost|initially)\b.*?,?\s+but\b"
+    r"|\A.*,\s+(?:so|hence|therefore|thus)\b)"
+    rf"(?=.*{_LETTER})",
+)
+
+
 class Undecided(Exception):
     """The text names several letters, or says that it has none."""
 
@@ -102,10 +121,13 @@ def grade_letter(row: dict[str, Any], text: str) -> bool:
         return False
 
 
+_words = lru_cache(256)(Words)
+
+
 def final_letter(text: str, choices: list[str]) -> str | None:
     """The letter that the text settles on, or None. Raises Undecided for several."""
     text = clean(text)
-    words = Words(choices)
+    words = _words(tuple(choices))
     found = boxes(text)
     if found:
         if len(found) > 1 and re.fullmatch(r"\W*(?:or|and|,)\W*", text[found[-2][1] : found[-1][0]]):
@@ -113,24 +135,29 @@ def final_letter(text: str, choices: list[str]) -> str | None:
         if letter := _statement(_REJECTED.sub(" ", words.without_own(DRESS.sub("", found[-1][2]), _BAD)), words):
             return letter
     plain = words.without_own(DRESS.sub("", text), _BAD)
+    whole = text
     plain = "\n".join(_REJECTED.sub(" ", line) if _MENTION.search(line) else line for line in plain.split("\n"))
     later = correction(plain)
-    if later and (letter := _settled(later, words)):
+    if later and (letter := _settled(later, words, whole)):
         return letter
-    return _settled(plain, words)
+    return _settled(plain, words, whole)
 
 
-def _settled(plain: str, words: Words) -> str | None:
-    for _, segment in stated(plain):
+def _settled(plain: str, words: Words, whole: str) -> str | None:
+    for position, segment in stated(plain):
         if letter := _statement(segment, words):
+            if undecided(plain, position):
+                raise Undecided
             return letter
+    if undecided(words.without(DRESS.sub("", whole))):
+        raise Undecided
     if (before := stated_before(plain)) and (
         letter := words.whole(before) or _named_last(SENTENCE_END.split(before)[-1])
     ):
         return letter
     if letter := _leading(plain, words) or words.called_right(plain.strip("' ")):
         return letter
-    sentences = [s for s in SENTENCE_END.split(plain) if s.strip()]
+    sentences = [_HEDGED.sub("", s) for s in SENTENCE_END.split(plain) if s.strip()]
     for find in (_positive, _chosen, _label, _in_sentence, _alone):
         for sentence in reversed(sentences):
             if letter := find(sentence, words):

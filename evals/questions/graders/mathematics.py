@@ -10,8 +10,17 @@ from functools import lru_cache
 from typing import Any
 
 from evals.questions.graders.arithmetic import same
-from evals.questions.graders.spans import normal
-from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.spans import grade_span, normal
+from evals.questions.graders.statements import (
+    FILLER,
+    SENTENCE_END,
+    boxes,
+    clean,
+    correction,
+    stated,
+    stated_before,
+    undecided,
+)
 from evals.questions.graders.tex import number, parts, standard, words
 
 _LENGTH = 1000  # characters of a result that are compared
@@ -19,14 +28,23 @@ _LENGTH = 1000  # characters of a result that are compared
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\\\$|[^$])+?)(?<!\\)\$", re.DOTALL)
 _FORMULA_BEGINS = re.compile(r"[-+(\[{]*\s*(?:[$\\\d]|\w\s*=)")
 _PLAIN = re.compile(r"\$?[-+(\[{\\√π]*\s*(?:\d|\w\b(?!\s+[a-z]{2})|[A-Za-z]+\s*(?:=|\Z|\.\s*\Z)|sqrt|pi\b)")
-_IS = re.compile(r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?=\S)", re.IGNORECASE)
+_IS = re.compile(
+    r"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?!it\b|this\b|that\b)(?=\S)",
+    re.IGNORECASE,
+)
+# "we get $x$, as $y$ is even"
+_REASONED = re.compile(
+    rf"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?:then\s+|just\s+|[a-z]+ly\s+)*(?P<formula>{_FORMULA.pattern})"
+    r"\s*,?\s+(?:as|because|since|where|which|when|whenever)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _TEXT_FIRST = re.compile(
     r"(\$\$?|\\\[|\\\()\s*\\text\s*\{([^{}]*\b(?:answer|result|solution)\b[^{}]*)\}", re.IGNORECASE
 )
 _MAYBE = r"(?:\s*(?:possibly|maybe|perhaps|else))?"
-_JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;)\s*(?:[a-z]\s*=\s*)?")
+_JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;|/)\s*(?:[a-z]\s*=\s*)?")
 _JOIN_BOXES = re.compile(
-    rf"[\s$\\()\[\].]*(?:,|;|and|or)[\s$\\()\[\],]*(?:and|or)?{_MAYBE}[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
+    rf"[\s$\\()\[\].]*(?:,|;|/|and|or)[\s$\\()\[\],]*(?:and|or)?{_MAYBE}[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
 )
 # Where a result that stands in no formula ends.
 _STOP = re.compile(
@@ -37,18 +55,39 @@ _STOP = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(
-    r"(?:\bnot|n't|\bcannot be|\brather than|\binstead of)\s+(?:equal to\s+|simply\s+)?(?=\S)", re.IGNORECASE
+    r"(?:\bnot(?! (?:know|sure|clear|certain|tell|say|able|enough)\b)|\bdoubt(?: that)? it is|\b(?:is|was|are)n't"
+    r"|\b(?:cannot|can't) be|\brather than|\binstead of|\b(?:any|every)thing but)\s+(?:equal to\s+|simply\s+)?(?=\S)",
+    re.IGNORECASE,
 )
-_NOT_ENDS = re.compile(r",?\s+(?:but|it|so|rather)\b|[.;](?=\s|\Z)|\n|\Z", re.IGNORECASE)
+_NOT_ENDS = re.compile(r",?\s+(?:but|it|so|rather)\b|,\s+(?:the|I|we)\b|[.;](?=\s|\Z)|\n|\Z", re.IGNORECASE)
 _WRONG = re.compile(
     r"\A[\s$\\()\[\].,?]*(?:(?:(?:is|was|seems|looks)\s|first\b)[^$\\\n.]{0,40}\b(?:wrong|incorrect|mistaken"
-    r"|false)\b|(?:is|was)(?:n't|\s+not)\b|\?\s*no\b)",
+    r"|false)\b|(?:is|was)(?:n't|\s+not)\b|(?:can't|cannot|can not) be\b|\?\s*no\b)",
     re.IGNORECASE,
 )
 _EXPLAINS = re.compile(
     r"\s*\n\s*(?:explanation|reason|because|this|here|solution|we\b|to\b|proof|justification|steps?|note|check)",
     re.IGNORECASE,
 )
+_REMARK = re.compile(
+    r"(?<=[.!?\n])\W*(?:check|note|verif|to (?:check|verify|see)|alternatively|here|indeed|this (?:follows|can)"
+    r"|we (?:used|checked|can"
+    r" check)|remark|proof|i assumed)\w*\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+_ENVIRONMENT = re.compile(r"\\(begin|end)\{(?:equation|align|gather|multline|displaymath)\*?\}")
+# a word that is no part of a result
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z{])(?!(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|infinity|infty|and|or|union|degrees?|cents?|percent|units?"
+    r"|cm|mm|km|kg|ft)\b)[A-Za-z][a-z']+\b"
+)
+_CLOSES = re.compile(
+    r"(?:,?\s+(?:in (?:total|all|the end)|altogether|overall|here|now|then|left|remaining|as (?:required"
+    r"|desired|needed)|exactly))?"
+    r"[\s.!]*\Z",
+    re.IGNORECASE,
+)
+_FIRST_ENDS = re.compile(r"\.(?=\s|\Z)|(?<!\\)[!?](?=\s|\Z)|\n|,?\s+(?:because|since|as)\b|\s[—–]\s")
 _THE_KIND = re.compile(
     r"(?:either|(?:the\s+)?(?:set|interval|point|ordered pair|matrix|vector|value|number|expression|equation"
     r"|function))\s+(?=\S)"
@@ -60,30 +99,47 @@ _TOO_LARGE = re.compile(r"\^\{?-?\(?(?:\d{5,}|\d+\^|[^{}]{0,20}\^\{|\{?\d+\}?!)|
 
 def grade_math(row: dict[str, Any], text: str) -> bool:
     gold = row["answer"].strip()
-    text = _TEXT_FIRST.sub(r"\2 \1", clean(text, [gold]))
-    later = correction(text)
-    result = (_settled(later) if later else None) or _settled(text)
-    return result is not None and is_same(gold, result)
+    cleaned = clean(text, [gold])
+    plain = _ENVIRONMENT.sub(lambda m: "\\[" if m[1] == "begin" else "\\]", cleaned)
+    plain = _TEXT_FIRST.sub(r"\2 \1", plain)
+    later = correction(plain)
+    result = (_settled(later) if later else None) or _settled(plain)
+    if result is not None and is_same(gold, result):
+        return True
+    word = words(gold)
+    is_prose = word is not None and len(word) > 3 and "$" not in plain and "\\" not in plain
+    return is_prose and grade_span({"answers": [word]}, text)[0]
 
 
 def _settled(text: str) -> str | None:
     """What the text states last; a list joined by commas where it states several results at once."""
-    text = _strike(text)
+    text = _strike(text).strip()
     found = boxes(text)
     for position, segment in stated(text):
         if found and position < found[-1][1]:
             break
-        result = _leading(segment)
+        result = None if undecided(text, position) else _leading(segment)
         # behind a box only a formula is a statement: "this answer is easy to check" is none
         if result and (not found or _FORMULA_BEGINS.match(segment, FILLER.match(segment).end())):
             return result
     if found:
-        return _joined(text, found, _JOIN_BOXES)
+        return None if undecided(text, found[-1][1]) else _joined(text, found, _JOIN_BOXES)
     if before := stated_before(text):
         return _last_formula(before) or _last_words(SENTENCE_END.split(before)[-1])
-    first, _, _ = text.strip().partition("\n")
-    if _EXPLAINS.match(text.strip()[len(first) :]) and len(first) < 200:
+    end = _FIRST_ENDS.search(text, 1)
+    first = text[: end.start()] if end else text
+    if not _PROSE.search(_FORMULA.sub(" ", first)) and re.search(r"\w", first) and not (end and end[0] == "?"):
+        return _last_formula(first) or _leading(first)
+    first, _, _ = text.partition("\n")
+    if _EXPLAINS.match(text[len(first) :]) and len(first) < 200:
         return _leading(first)
+    if undecided(_FORMULA.sub(" 0 ", text)):
+        return None
+    told = _REMARK.sub("", text)
+    text = told if re.search(r"[\d$\\]", told) else text
+    reasoned = list(_REASONED.finditer(text))
+    if reasoned and not re.search(r"\b(?:so|hence|thus|therefore|we (?:get|have))\b", text[reasoned[-1].end() :], re.I):
+        text = text[: reasoned[-1].end("formula")]
     return _last_formula(text) or _last_words(text)
 
 
@@ -153,6 +209,10 @@ def _last_words(text: str) -> str | None:
     for match in reversed(list(_IS.finditer(lines[-1]))):
         if _PLAIN.match(lines[-1], match.end()):
             return _leading(lines[-1][match.end() :])
+    last = _CLOSES.sub("", lines[-1])
+    prose = list(_PROSE.finditer(last))
+    if prose and re.search(r"[\w∞]", end := last[prose[-1].end() :]):
+        return _leading(end.lstrip(" :,"))
     if len(lines[-1].split()) <= 8:
         return _leading(lines[-1])
     if "=" in lines[-1]:

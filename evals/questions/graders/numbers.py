@@ -9,7 +9,16 @@ from fractions import Fraction
 from typing import Any
 
 from evals.questions.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
-from evals.questions.graders.statements import FILLER, SENTENCE_END, boxes, clean, correction, stated, stated_before
+from evals.questions.graders.statements import (
+    FILLER,
+    SENTENCE_END,
+    boxes,
+    clean,
+    correction,
+    stated,
+    stated_before,
+    undecided,
+)
 
 _LENGTH = 500  # characters of a sentence that are read
 
@@ -17,7 +26,7 @@ _VALUE = re.compile(rf"(?<![\w.^])(?<!\d:)-?\s?{NUMBER}(?![\d]|\.\d|:\d|(?-i:[A-
 _UNIT = r"(?:\s*%|\s*°|\s*[A-Za-z][\w./^²³-]*){0,4}"
 _NEGATED = re.compile(
     rf"(?:\b(?:not|never|nor|neither)|n't|\bcannot be|\b(?:rather|other) than|\binstead of)\s+(?:be\s+"
-    rf"|equal to\s+|just\s+)?"
+    rf"|equal to\s+|just\s+|only\s+|[a-z]+ly\s+)*"
     rf"-?{NUMBER}%?(?![\d])|(?<![\w.])-?{NUMBER}%?\s+(?:is|was|seems|looks)\s+(?:wrong|incorrect|not\b|too\b|false)"
     rf"|(?<![\w.])-?{NUMBER}(?:\s+(?:is|was)n't|\s*\?\s*(?:no|wrong)\b)|\b(?:anything|everything|all"
     rf"|any number) (?:but|except)\s+-?{NUMBER}",
@@ -34,15 +43,22 @@ _RANGE = re.compile(
     rf"-?{NUMBER}",
     re.I,
 )
+_BOUNDS = re.compile(
+    rf"\b(?:(?:somewhere|lies?|falls?) (?:between|around)|at least)\s[^.\n]{{0,60}}{NUMBER}[^.\n]{{0,60}}\b(?:and|to"
+    rf"|at most)\b[^.\n]{{0,60}}{NUMBER}[^\n]{{0,200}}\Z",
+    re.I,
+)
+_OR_ELSE = re.compile(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})")
 _ALTERNATIVE = re.compile(
     rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
     rf"|then)?\s*(?P<other>-?{NUMBER})",
     re.I,
 )
 _ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
-_REASON = re.compile(
-    r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b|;", re.I
-)
+_REASON = re.compile(r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b", re.I)
+_IS_WHAT = re.compile(rf"\s*-?{NUMBER}{_UNIT}\s+(?:is|are|was|were|would be)\s+(?:the|what|how)\b", re.I)
+_MEANS = re.compile(r",?\s+(?:after|before|by|when|while|without|from|for|upon)\s+[a-z]+ing\b")
+_COLON = re.compile(r":\s+(?![^=]*=)")
 _THEREFORE = re.compile(
     r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
     r"|which (?:gives|makes|leaves|equals|means"
@@ -50,11 +66,12 @@ _THEREFORE = re.compile(
     re.I,
 )
 _BESIDE = re.compile(
-    r"(?:\b(?:on|in|for|over|after|within|at|per|each|from|than|by|the|these|those|all|both|as|since"
+    r"(?:\b(?:(?<!land )(?<!lands )on|in|for|over|after|within|at|per|each|from|than|by|the|these|those|all"
+    r"|both|as|since"
     r"|(?<!up )(?<!left )with|every|among|"
     r"between|times|step|day|week|part|case|passage|until"
     r"|(?<!comes )(?<!come )(?<!amounts )(?<!up )(?<!equal )(?<!equals )to|of (?:the|his|her|its|their|our"
-    r"|my) [a-z]+|(?<!total )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
+    r"|my) [a-z]+|(?<!total )(?<!result )(?<!answer )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
     r"\s+(?:the\s+|about\s+)?\Z",
     re.I,
 )
@@ -106,19 +123,22 @@ def _settled(text: str) -> Fraction | None:
             break
         value = _leading(segment)
         if value is not None:
+            if undecided(text, position):
+                raise Undecided
             return value
     if boxed is not None:
         return boxed
     before = stated_before(plain)
-    if before and (value := _in_prose(SENTENCE_END.split(before)[-1])) is not None:
+    if before and (value := _in_prose(SENTENCE_END.split(before)[-1])[0]) is not None:
         return value
     for _, segment in after:
-        value = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
+        value, _ = _in_prose(SENTENCE_END.split(segment.strip(), maxsplit=1)[0])
         if value is not None and not _is_heading(segment):
             return value
-    first, _, rest = plain.strip().partition("\n")
-    if rest.strip() and (value := exact(first.strip("()[]\"' "))) is not None:
+    if len(plain) < 80 and (value := exact(plain.strip("()[]\"' \n"))) is not None:
         return value
+    if undecided(plain) or _BOUNDS.search(plain):
+        raise Undecided
     return _last_sentence(plain)
 
 
@@ -161,10 +181,13 @@ def _leading(segment: str) -> Fraction | None:
         return from_words(sentence)
     whole = _REASON.split(_ASIDE.sub(" ", sentence), maxsplit=1)[0]
     if "=" in whole and (value := _after_equals(whole)) is not None:
-        return value
+        return None if _chosen(_behind_equals(whole))[1] else value
     tail = sentence[match.end() :]
     other = _ALTERNATIVE.match(tail)
     if other and _is_choice(match.group(), other, tail):
+        raise Undecided
+    later = _OR_ELSE.match(tail)
+    if later and evaluate(later["other"]) != evaluate(match.group()):
         raise Undecided
     if other and _THEREFORE.search(tail):
         return None
@@ -194,40 +217,73 @@ def _after_equals(text: str) -> Fraction | None:
     return evaluate(match.group()) if match else None
 
 
-def _in_prose(sentence: str) -> Fraction | None:
+def _behind_equals(text: str) -> str:
+    """What stands behind the number that follows the last "="."""
+    side = text.rpartition("=")[2]
+    return side[SUM.search(side).end() :]
+
+
+def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
     """The number that a sentence comes to: after its "so", after its last "=", else the last number that does not say
-    how many, how long or of what.
+    how many, how long or of what. And whether it is said to be the result, not named in a reason or beside another.
     """
     sentence = sentence[-_LENGTH:]
-    if _UNSURE.search(sentence) or re.search(rf"{NUMBER}{_UNIT}\s+or\s+(?:maybe\s+)?-?{NUMBER}", sentence):
+    if _UNSURE.search(sentence) or re.search(
+        rf"{NUMBER}{_UNIT},?\s+or\s+(?:maybe\s+|perhaps\s+|possibly\s+)?-?{NUMBER}", sentence
+    ):
         raise Undecided
     sentence = _ASIDE.sub(" ", sentence)
     last = _THEREFORE.split(sentence)[-1]
     if _VALUE.search(last):
         sentence = last
-    reasoned = _REASON.split(sentence, maxsplit=1)[0]
-    if _VALUE.search(reasoned):
-        sentence = reasoned
+    is_result = True
+    if ";" in sentence:
+        sentence = next((part for part in reversed(sentence.split(";")) if _chosen(part)[1]), sentence)
+    for pattern in (_REASON, _COLON, _MEANS):
+        head = pattern.split(sentence, maxsplit=1)[0]
+        if head != sentence and _VALUE.search(head) and (pattern is _REASON or _chosen(head)[1]):
+            sentence = head
+        elif head != sentence and pattern is _REASON and len(head.split()) > 1:
+            is_result = False
     if "=" in sentence and (value := _after_equals(sentence)) is not None:
-        return value
-    chosen, beside = None, False
+        sentence = _behind_equals(sentence)
+        if not _chosen(sentence)[1]:
+            return value, is_result
+    match, is_free = _chosen(sentence)
+    if match is None:
+        return from_words(sentence), False
+    words = re.match(r"\s*([a-z]+)", sentence[match.end() :])
+    value = evaluate(match.group())
+    return value * SCALE.get(words[1], 1) if words and value is not None else value, is_result and is_free
+
+
+def _chosen(sentence: str) -> tuple[re.Match | None, bool]:
+    """The last number that does not say how many, how long or of what, and True; else the last of all and False."""
+    if first := _IS_WHAT.match(sentence):
+        return _VALUE.search(first.group()), True
+    chosen, is_free, beside = None, False, False
     for match in _VALUE.finditer(sentence):
         before = sentence[: match.start()]
         beside = bool(_BESIDE.search(before[-40:])) or (beside and re.search(r"\band\s+\Z", before[-10:]) is not None)
-        if not beside or chosen is None or chosen[1]:
-            chosen = (match, beside)
-    if chosen is None:
-        return from_words(sentence)
-    words = re.match(r"\s*([a-z]+)", sentence[chosen[0].end() :])
-    value = evaluate(chosen[0].group())
-    return value * SCALE.get(words[1], 1) if words and value is not None else value
+        if not beside or not is_free:
+            chosen, is_free = match, not beside
+    return chosen, is_free
 
 
 def _last_sentence(plain: str) -> Fraction | None:
+    """What the last sentence comes to that names a result, or else the last one with a number."""
     marked = re.search(r"(?m)^\s*(?:step\s+)?1[.):]\s", plain, re.I)
     if marked:
         plain = _LIST_MARK.sub("", plain)
-    for sentence in reversed(SENTENCE_END.split(plain)):
-        if re.search(NUMBER, sentence):
-            return _in_prose(sentence)
-    return from_words(SENTENCE_END.split(plain.strip())[0])
+    parts = [part for part in SENTENCE_END.split(plain) if re.search(NUMBER, part)]
+    if not parts:
+        return from_words(SENTENCE_END.split(plain.strip())[0])
+    if (value := exact(parts[0].strip("()[]\"' "))) is not None:
+        return value
+    found = None
+    for part in reversed(parts):
+        value, is_result = _in_prose(part)
+        if is_result:
+            return value
+        found = value if found is None else found
+    return found

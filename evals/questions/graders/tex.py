@@ -51,7 +51,9 @@ _UNIT = (
     r"|(?<=\d)\s*(?:cm|km|mm|kg|m|g|s|h))"
 )
 _TRAILING_UNIT = re.compile(rf"(?<=[\d}})\]a-z\s])\s*{_UNIT}(?:\^\{{?\d\}}?)?\s*\Z")
-_LEADING_TEXT = re.compile(rf"\A{_TEXT}\s*\{{[^{{}}]*(?:\b(?:is|answer|are|be)\b|:)[^{{}}]*\}}\s*(?=\S)")
+_LEADING_TEXT = re.compile(
+    rf"\A{_TEXT}\s*\{{[^{{}}]*(?:\b(?:is|answer|are|be)\b|:)[^{{}}]*\}}\s*=?\s*(?=\S)|\A(?:\\(?:[Rr]ightarrow|implies|therefore|to)(?![a-zA-Z])|=|⇒|→|∴)\s*"
+)
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z .,'-]*\)?(?:\s\d+)?")
 _MIXED = re.compile(r"(-?)(\d*)\\frac\{(-?\d+)\}\{(\d+)\}")
 
