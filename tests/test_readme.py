@@ -1,24 +1,86 @@
-"""What the README shows runs as it is shown."""
+"""What the pages show runs as it is shown."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from pytest_benchmark import cli
 
+import evals.__main__ as front
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals.gate import command as gate
 from evals.gate import experiment
-from evals.llada_tiny import study
+from evals.llada_tiny import study, train
 from evals.questions import build_sample
 from evals.results import compare
 from evals.timing import stages
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "blockinfer/README.md", "evals/README.md", "evals/timing/README.md", "evals/llada_tiny/README.md")
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
 # what stands before the script's name is sbatch's
-OURS = re.sub(r"sbatch .*?\.slurm", "", README)
+OURS = re.sub(r"sbatch .*?\.slurm", "", "".join(TEXT.values()))
+
+# Commands that no test runs, each with what it needs.
+NEEDS = {
+    "minutes": (
+        "pytest evals/ --benchmark-json=out.json",
+        "pytest evals/ --mode all --block-length 8,32 --num-samples 64",
+        "pytest evals/ --unmasking threshold --threshold 0.8",
+        "pytest evals/ --mode block --benchmark-autosave",
+        "pytest evals/ --mode block --benchmark-compare --benchmark-compare-fail=median:50%",
+        "pytest evals/ --num-samples 200 --mode block,block_refresh --unmasking low_confidence,threshold",
+        "nox -s gate -- --base origin/main",
+        "nox -s gate -- --base origin/main --profile quick",
+        "python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1,0.05:vanilla,0.05:threshold,0.05:memory "
+        "--profile quick",
+        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-json=evals/baselines/intel-xeon-processor-1-thread.json",
+        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-compare=evals/baselines/intel-xeon-processor-1-thread.json "
+        "--benchmark-compare-fail=median:5%",
+    ),
+    "a network": (
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest evals/ "
+        "--benchmark-json=out.json",
+        # .ci/run takes this one out of the page
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest",
+        "pytest evals/ --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16",
+        "python -m evals build-sample --out rows.jsonl --per-source 50 --seed 0",
+        "pytest evals/ --dataset rows.jsonl",
+    ),
+    "a GPU": (
+        "pytest evals/ --model llada-8b --load-format dummy",
+        "pytest evals/test_steps.py --benchmark-json=steps.json",
+        "pytest evals/test_kernels.py --benchmark-json=kernels.json",
+        "python -m evals stages --mode block --batch 1 --prompt 128 --json block.json",
+        "python -m evals stages --mode vanilla --batch 1 --prompt 128 --json vanilla.json",
+        "python -m evals train-tiny --out evals/llada_tiny",
+        "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
+    ),
+    "a cluster": (
+        "sbatch --ntasks=8 --gpus-per-task=1 evals/slurm/run_benchmark.slurm --model GSAI-ML/LLaDA-8B-Instruct",
+    ),
+    "what another test runs": (
+        "python -m evals train-tiny --out /tmp/tiny --smoke",  # llada_tiny/test_training.py
+        "pytest-benchmark --storage .benchmarks/DEVICE compare",  # test_history.py
+        "python -m evals report out.json .benchmarks/*/*/*.json -o report.html",  # test_history.py has the pattern
+    ),
+}
+# Commands that are run here, with the exit code.
+RUN = {
+    "python -m evals report out.json -o report.html": 0,
+    "python -m evals compare old.json new.json": 0,
+    "python -m evals compare evals/baselines/intel-xeon-processor-1-thread.json out.json": 0,
+}
+
+
+def shown():
+    for text in TEXT.values():
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            yield from (re.sub(r"\s+#.*", "", line) for line in block.strip().splitlines())
 
 
 def test_the_first_script(monkeypatch, capsys):
@@ -31,16 +93,49 @@ def test_the_first_script(monkeypatch, capsys):
     assert lines[-2].endswith("14 + 23 = 37 apples. The answer is 37.") and tokens > 2 * forwards > 0
 
 
+def test_every_command_is_run_or_says_what_it_needs():
+    listed = [command for commands in NEEDS.values() for command in commands]
+    assert len(listed) == len(set(listed)) and set(shown()) == {*listed, *RUN}
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command(command, tmp_path, monkeypatch):
+    baseline = ROOT / "evals/baselines/intel-xeon-processor-1-thread.json"
+    (tmp_path / "evals/baselines").mkdir(parents=True)
+    for name in ("out.json", "old.json", "new.json", f"evals/baselines/{baseline.name}"):
+        shutil.copy(baseline, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "evals"]
+    assert front.main(words[3:]) == RUN[command]
+
+
 def test_every_mode_and_rule_is_described():
     rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     assert named >= {*MODES, *RULES}
 
 
+def test_every_command_of_evals_is_one():
+    named = set(re.findall(r"python -m evals ([a-z][a-z-]*)", "".join(TEXT.values())))
+    assert named <= {*front.COMMANDS} and {"compare", "merge", "report", "gate", "study"} <= named
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT[page]):
+        path, _, heading = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert target.startswith("http") or there.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", OURS))))
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
     parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
-    parsers += [cli.make_parser(), stages.make_parser(), study.make_parser()]
+    parsers += [cli.make_parser(), stages.make_parser(), study.make_parser(), train.make_parser()]
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known

@@ -263,7 +263,7 @@ def new_shape(encoder: Encoder, sizes: dict[str, int]) -> Shape:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m evals train-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,6 +273,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, help=f"packed rows of {ROW} tokens a step (default {FULL['rows']})")
     parser.add_argument("--minutes", type=float, help="end by then, with the learning rate at zero (default: no limit)")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     started = time.time()
     options = dict(SMOKE if args.smoke else FULL)
