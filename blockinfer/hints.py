@@ -10,7 +10,6 @@ def _is(name: str, *foreign: str) -> dict[str, str]:
 
 _TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
 _PENALTY = "tokens are neither penalized nor favoured here"
-_ONE_EACH = "a request has one output: pass the prompt as often as you want answers, each with its seed"
 _CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
 _ONE_GPU = "the model runs on one GPU"
 
@@ -35,12 +34,14 @@ SAMPLING_HINTS = {
         ("bad_words", "min_tokens", "allowed_token_ids", "logits_processors", "guided_decoding", "structured_outputs"),
         "no token but EOS can be forbidden here (logits_eos_inf)",
     ),
-    **dict.fromkeys(("n", "best_of", "num_return_sequences"), _ONE_EACH),
+    **_is("n", "num_return_sequences", "num_samples"),
+    "best_of": "n answers are all given back; choose among them",
     **dict.fromkeys(("num_beams", "use_beam_search"), "there is no beam search here"),
-    **dict.fromkeys(("logprobs", "prompt_logprobs"), "probabilities are not reported here"),
+    **_is("logprobs", "top_logprobs"),
+    "prompt_logprobs": "a prompt's tokens have no probabilities of their own here",
     **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "there is no classifier-free guidance here"),
     **dict.fromkeys(("use_cache", "dual_cache", "prefix_cache", "cache", "if_cache_position"), _CACHE),
-    **dict.fromkeys(("stop", "stop_strings", "stop_sequences"), "there are no stop strings here, only stop_token_ids"),
+    **_is("stop", "stop_strings", "stop_sequences", "until"),
     "truncate_prompt_tokens": "prompts are never cut",
     **_is("stop_token_ids", "eos_token_id", "eos_id", "stop_tokens"),
     **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),

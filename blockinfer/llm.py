@@ -166,7 +166,7 @@ class LLM:
                 while engine.has_unfinished():
                     for output in engine.step():
                         outputs[output.request_id] = output
-                        tokens += len(output.outputs[0].token_ids)
+                        tokens += sum(len(completion.token_ids) for completion in output.outputs)
                         progress.set_postfix(tokens=tokens, refresh=False)
                         progress.update()
                         if on_finish is not None:

@@ -195,7 +195,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: the output positions revealed, and how far the step was from revealing anything else.
+    """One denoising step: the output positions revealed, the log-probabilities there, and how far the step was from
+    revealing anything else.
 
     `margin` is the least of the gap between the top two logits (with their noise), the gap in confidence or entropy at
     the cut, and the distance from a threshold or bound.
@@ -203,6 +204,7 @@ class Step:
 
     revealed: list[int]
     margin: float
+    logprobs: torch.Tensor | None = None  # [revealed, ids], -inf of those that do not compete
 
 
 @dataclass
@@ -245,7 +247,9 @@ def generate(model: Reference, prompt_ids: list[int], settings: Settings) -> Res
             chosen, margin = reveal(predicted, quota, last, settings)
             for i in chosen:
                 canvas[masked[i]] = predicted.tokens[i]
-            steps.append(Step([masked[i] - P for i in chosen], margin))
+            steps.append(
+                Step([masked[i] - P for i in chosen], margin, log_distribution(logits[chosen], model, settings))
+            )
             masked = [position for i, position in enumerate(masked) if i not in chosen]
         result.blocks.append(steps)
         result.tokens = canvas[P:end]
@@ -258,6 +262,16 @@ def generate(model: Reference, prompt_ids: list[int], settings: Settings) -> Res
             mode.finish(canvas, start, end)
     result.token_ids = list(result.tokens)
     return result
+
+
+def log_distribution(logits: torch.Tensor, model: Reference, settings: Settings) -> torch.Tensor:
+    """[n, vocab_size]: what the model says of positions, but for what can never be revealed."""
+    competing = torch.zeros(model.config["vocab_size"], dtype=torch.bool)
+    competing[[i for i in range(len(competing)) if i != model.config["mask_token_id"]]] = True
+    if settings.logits_eos_inf:
+        competing[list(settings.eos_ids)] = False
+    x = torch.where(competing, logits[:, : len(competing)].cpu(), -math.inf)
+    return x - x.logsumexp(-1, keepdim=True)
 
 
 def step_limit(n: int, settings: Settings) -> int | None:

@@ -74,13 +74,11 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     `step_columns` are left 0.
     """
     number, spans, fixed = 0, [], []
-    for sequence, plan in scheduled:
+    for (sequence, plan), first_row in zip(scheduled, block_rows(scheduled), strict=True):
         for start, stop, kv_len in plan.segments:
             spans.append((sequence.slot, stop - start, start - number, kv_len))
             number += stop - start
         start = sequence.block_start
-        # the last segment holds the block
-        first_row = number - (plan.segments[-1].stop - start)
         fixed.append((sequence.slot, start, sequence.block_end - start, first_row, start - sequence.prompt_len))
     slots, lengths, shifts, kv_lens = np.array(spans, dtype=np.int64).T
     tiles = cut(slots, lengths, kv_lens, cutting, rows)
@@ -96,6 +94,15 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     positions[:number] = shifts.repeat(lengths) + np.arange(number)
     packed[start + 2 * rows :] = tiles.ravel()
     return packed
+
+
+def block_rows(scheduled: Items[ScheduledSequence]) -> list[int]:
+    """The row in the forward of each block's first position. A plan's last segment holds the block."""
+    rows, number = [], 0
+    for sequence, plan in scheduled:
+        number += plan.rows
+        rows.append(number - (plan.segments[-1].stop - sequence.block_start))
+    return rows
 
 
 def layout(scheduled: Items[ScheduledSequence]) -> list:

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockinfer.checks import check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
+from blockinfer.engine.answers import request_output, search_stop
 from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
@@ -17,8 +18,8 @@ from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.sequence import Sequence
 from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
-from blockinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from blockinfer.sampling_params import SamplingParams
+from blockinfer.outputs import RequestOutput
+from blockinfer.sampling_params import SamplingParams, answer_seed
 
 Prompt = str | list[int] | dict[str, Any]
 
@@ -63,12 +64,16 @@ class Engine:
         if not params.ignore_eos:
             stops |= self.stop_token_ids
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        sequence = Sequence(self._next_id, text, token_ids, params, seed, frozenset(stops))
-        self._next_id += 1
+        siblings: list[Sequence] = []
+        for i in range(params.n):
+            number = self._next_id + i
+            Sequence(number, text, token_ids, params, answer_seed(seed, i), frozenset(stops), siblings)
+        self._next_id += params.n
         with self._whole():
-            self.scheduler.add(sequence)
-            self._sequences[sequence.request_id] = sequence
-        return sequence.request_id
+            for sequence in siblings:
+                self.scheduler.add(sequence)
+            self._sequences |= {sequence.request_id: sequence for sequence in siblings}
+        return siblings[0].request_id
 
     def step(self) -> list[RequestOutput]:
         """One forward for the requests that fit in it -> those that it finished, in the order they were added.
@@ -82,10 +87,8 @@ class Engine:
             self._finished = self._finished + self._step()
             for output in self._finished:
                 self._drop(output.request_id)
-        try:
-            return self._finished
-        finally:
-            self._finished = []
+        # in one statement, which Ctrl-C comes before or after
+        return (self._finished, vars(self).update(_finished=[]))[0]
 
     def _step(self) -> list[RequestOutput]:
         self._check_finite()
@@ -106,14 +109,25 @@ class Engine:
             sequence.advance(result.masked_left)
             if result.masked_left:
                 continue
-            sequence.finish_block(result.token_ids)
-            if sequence.is_finished():
-                finished.append(self._output(sequence))
-        return finished
+            sequence.finish_block(result.token_ids, result.logprobs)
+            if not self._is_finished(sequence):
+                continue
+            if all(sibling.is_finished() for sibling in sequence.siblings):
+                finished.append(request_output(sequence.siblings, self._decode(sequence)))
+            else:
+                self.scheduler.release(sequence)
+        return sorted(finished, key=lambda output: output.request_id)
+
+    def _is_finished(self, sequence: Sequence) -> bool:
+        """Once its stop strings were looked for."""
+        if sequence.params.stop:
+            search_stop(sequence, self._decode(sequence))
+        return sequence.is_finished()
 
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError where there is none of that id."""
-        if not isinstance(request_id, int) or request_id not in self._sequences:
+        sequence = self._sequences.get(request_id) if isinstance(request_id, int) else None
+        if sequence is None or sequence is not sequence.siblings[0]:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
         with self._whole():
             self._drop(request_id)
@@ -129,18 +143,19 @@ class Engine:
     def _drop(self, request_id: int) -> None:
         # one that ended in a call that was cut short is not there any more
         if request_id in self._sequences:
-            self.scheduler.release(self._sequences[request_id])
-            del self._sequences[request_id]
+            for sequence in self._sequences[request_id].siblings:
+                self.scheduler.release(sequence)
+                self._sequences.pop(sequence.request_id, None)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
         if self._cut_short:
             finished = {output.request_id: output for output in self._finished}
-            for i, sequence in self._sequences.items():
-                if sequence.is_finished() and i not in finished:
-                    finished[i] = self._output(sequence)
-            unfinished = {i: sequence for i, sequence in self._sequences.items() if i not in finished}
+            for i, first in self._sequences.items():
+                if first is first.siblings[0] and i not in finished and all(map(self._is_finished, first.siblings)):
+                    finished[i] = request_output(first.siblings, self._decode(first))
+            unfinished = {i: s for i, s in self._sequences.items() if s.siblings[0].request_id not in finished}
             self._begin_anew(unfinished, list(finished.values()))
         self._cut_short = True
         try:
@@ -158,7 +173,8 @@ class Engine:
         scheduler = Scheduler(pool, *limits, row_tile)
         for sequence in sequences.values():
             sequence.requeue()
-            scheduler.add(sequence)
+            if not sequence.is_finished():
+                scheduler.add(sequence)
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
         self._cut_short = False
 
@@ -168,7 +184,7 @@ class Engine:
 
         `token_confidence` defines a token even then; the engine rather says that the model is broken.
         """
-        broken = [str(sequence.request_id) for sequence in self.scheduler.running if sequence.broken]
+        broken = {str(s.siblings[0].request_id): None for s in self.scheduler.running if s.broken}
         if broken:
             raise FloatingPointError(
                 f"the model's logits are NaN or infinite for request {', '.join(broken)}: its activations overflow "
@@ -227,6 +243,10 @@ class Engine:
                 f"{self.pool.num_pages}; raise kv_cache_memory"
             )
         self._check_candidates(params)
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and there is none; pass tokenizer= to LLM")
+        if params.logprobs is not None and params.logprobs > self.model.config.vocab_size:
+            raise ValueError(f"logprobs={params.logprobs} is more than vocab_size={self.model.config.vocab_size}")
         for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
             if getattr(params, option) and not len(ids):
                 raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
@@ -242,35 +262,13 @@ class Engine:
             tokens = "the mask token and, by logits_eos_inf, EOS" if params.logits_eos_inf else "the mask token"
             raise ValueError(f"vocab_size={config.vocab_size} leaves no token to predict besides {tokens}")
 
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        stop = sequence.stop_position()
-        token_ids = sequence.output_token_ids[:stop]
-        text = None
-        if self.tokenizer is not None:
-            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request_id}"):
-                text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        now = time.perf_counter()
-        return RequestOutput(
-            request_id=sequence.request_id,
-            prompt=sequence.prompt,
-            prompt_token_ids=sequence.prompt_token_ids,
-            outputs=[
-                CompletionOutput(
-                    index=0,
-                    text=text,
-                    token_ids=token_ids,
-                    finish_reason="length" if stop is None else "stop",
-                    stop_reason=None if stop is None else sequence.output_token_ids[stop],
-                )
-            ],
-            finished=True,
-            metrics=RequestMetrics(
-                nfe=sequence.nfe,
-                denoising_steps=sequence.denoising_steps,
-                queued_seconds=sequence.first_run_at - sequence.added_at,
-                first_block_seconds=sequence.first_block_at - sequence.added_at,
-                total_seconds=now - sequence.added_at,
-                preemptions=sequence.preemptions,
-                seed=sequence.seed,
-            ),
-        )
+    def _decode(self, sequence: Sequence) -> Callable[[list[int]], str] | None:
+        """From token ids to text, for this sequence; None where there is no tokenizer."""
+        if self.tokenizer is None:
+            return None
+
+        def decode(token_ids: list[int]) -> str:
+            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.siblings[0].request_id}"):
+                return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+        return decode

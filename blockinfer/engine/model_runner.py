@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from blockinfer.config import EngineConfig
 from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, slot_options, step_columns
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
+from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.backend import runs_triton
@@ -48,12 +49,14 @@ class EngineStats:
 class BlockResult(NamedTuple):
     """A sequence's block after a step: how many positions are still masked, and, where the result was read, its tokens.
 
-    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read.
+    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read. logprobs: of each position,
+    by token id, where they were asked for and the block is at its end.
     """
 
     masked_left: int
     token_ids: list[int] | None = None
     broken: bool = False
+    logprobs: list[dict[int, tuple[float, int]]] | None = None
 
 
 class ModelRunner:
@@ -91,6 +94,7 @@ class ModelRunner:
             torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
         )
         self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
+        self._logprobs = RevealedLogprobs(self.state, self._vocabulary)
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
         self._blocks = config.max_num_seqs + config.max_num_seqs % 2
@@ -153,6 +157,7 @@ class ModelRunner:
         self.state.broken[sequence.slot].fill_(False)
         self._num_pages_known[sequence.slot] = 0
         _write(self.state.options[sequence.slot], slot_options(sequence))
+        self._logprobs.start(sequence)
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
@@ -172,7 +177,9 @@ class ModelRunner:
         expected = [sequence.masked_after_step() for sequence in sequences]
         masked = sum(sequence.num_masked for sequence in sequences)
         _write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
+        observed = self._logprobs.before(scheduled)
         self._reveal(self._reveal.padded(masked))
+        self._logprobs.after(observed, self._logits)
         self.stats.forwards += 1
         self.stats.rows += rows
         self.stats.lm_head_rows += masked
@@ -189,9 +196,10 @@ class ModelRunner:
         start = 2 * self._blocks
         values = self._result[: start + sum(lengths)].tolist()
         results = []
-        for i, length in enumerate(lengths):
+        for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             broken, left = values[2 * i : 2 * i + 2]
-            results.append(BlockResult(left, values[start : start + length], bool(broken)))
+            logprobs = None if left else self._logprobs.read(sequence)
+            results.append(BlockResult(left, values[start : start + length], bool(broken), logprobs))
             start += length
         return results
 
@@ -241,6 +249,11 @@ class ModelRunner:
         rows, options = masked_rows(self.state, blocks, size)
         predicted = self._predict(rows.row, options)
         unmask(predicted, rows, self.state, blocks, self._result)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [N], few, of the last forward -> their logits, by kernels that graphs of so many rows were made of."""
+        padded = torch.nn.functional.pad(rows, (0, self._reveal.padded(len(rows)) - len(rows)))
+        return self.model.logits(self._attended, self._residual, padded)[: len(rows)]
 
     def _predict(self, rows: torch.Tensor, options: RowOptions) -> Confidence:
         """rows [N]: of the forward, with what each asks for -> what each predicts."""

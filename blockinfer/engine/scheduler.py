@@ -17,7 +17,8 @@ class ScheduledSequence(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served. A running sequence owns a slot and the pages that its next step needs.
+    """First come, first served. A running sequence owns a slot and the pages that its next step needs; the pages that
+    its prompt fills it may share with its siblings.
 
     Pages are taken as blocks need them. When they run out, the youngest running request gives up its pages, goes back
     to the head of the queue and starts its current block anew; so the oldest one always gets on.
@@ -57,7 +58,7 @@ class Scheduler:
             if rows_with_it <= self.max_num_batched_tokens:
                 scheduled.append(entry)
                 rows = rows_with_it
-        scheduled = self._in_whole_tiles(scheduled)
+        scheduled = _with_their_prompts(self._in_whole_tiles(scheduled))
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
         return scheduled
 
@@ -82,9 +83,9 @@ class Scheduler:
         return in_turn[number:]
 
     def release(self, sequence: Sequence) -> None:
-        """Takes a sequence out, running or waiting; its pages and slot are free again."""
+        """Takes a sequence out, running or waiting, where it is still there; its pages and slot are free again."""
         if sequence.slot is None:
-            del self._waiting[sequence.request_id]
+            self._waiting.pop(sequence.request_id, None)
         else:
             self._stop_running(sequence)
 
@@ -98,17 +99,25 @@ class Scheduler:
                 sequence.pages += self.pool.allocate(shortage)
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence = next(iter(self._waiting.values()))
-            shortage = self._shortage(sequence)
-            if shortage > self.pool.num_free:
+        """The next ones in the queue, as far as slots and pages go."""
+        admitted = []
+        for sequence in self._waiting.values():
+            holder = sequence.prompt_holder()
+            # the page that the prompt fills in part goes on with the answer, so each has its own
+            shared = holder.pages[: sequence.prompt_len // self.pool.page_size] if holder else []
+            shortage = self._shortage(sequence) - len(shared)
+            if not self._free_slots or shortage > self.pool.num_free:
                 break
-            del self._waiting[sequence.request_id]
+            self.pool.share(shared)
+            sequence.begin_with(
+                shared + self.pool.allocate(shortage), len(shared) * self.pool.page_size, holder if shared else None
+            )
             sequence.slot = self._free_slots.pop()
             sequence.last_out = self._steps
-            sequence.pages = self.pool.allocate(shortage)
-            self.running.append(sequence)
-        self.running.sort(key=lambda s: s.request_id)
+            admitted.append(sequence)
+        for sequence in admitted:
+            del self._waiting[sequence.request_id]
+        self.running = sorted(self.running + admitted, key=lambda s: s.request_id)
 
     def _shortage(self, sequence: Sequence) -> int:
         """Pages that the sequence's next step needs beyond those it has."""
@@ -127,3 +136,15 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot = None
         sequence.on_device = False
+
+
+def _with_their_prompts(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+    """Without those whose prompt's pages are a sibling's that has not computed them, nor does so in this step.
+
+    In the same step is early enough: in each layer K and V are written before any attention reads them. Who shares such
+    pages came after the sibling, so it is preempted before it.
+    """
+    if all(sequence.prompt_source is None for sequence, _ in scheduled):
+        return scheduled
+    computing = {sequence.request_id for sequence, _ in scheduled}
+    return [entry for entry in scheduled if entry.sequence.has_prompt(computing)]

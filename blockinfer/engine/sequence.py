@@ -1,10 +1,12 @@
 """One request on its way through the engine: its tokens, where it stands, what it cost. No tensors."""
 
 import time
+from collections.abc import Container
 from typing import NamedTuple
 
-from blockinfer.decoding.modes import MODES, BlockState, Segment
+from blockinfer.decoding.modes import MODES, PROMPT_ALONE, BlockState, Segment
 from blockinfer.decoding.unmasking import RULES, scheduled_count
+from blockinfer.engine.stops import StopMatch
 from blockinfer.sampling_params import SamplingParams
 
 
@@ -18,7 +20,12 @@ class Plan(NamedTuple):
 
 
 class Sequence:
-    """A request's state on the host. The tokens of the block being denoised live on the device, in row `slot`."""
+    """The state of a request, or of one of its answers, on the host. The tokens of the block being denoised live on the
+    device, in row `slot`.
+
+    request_id: its own, which no other sequence has. siblings: the sequences of its request, itself among them; the
+    first one's request_id is the request's.
+    """
 
     def __init__(
         self,
@@ -28,6 +35,7 @@ class Sequence:
         params: SamplingParams,
         seed: int,
         stop_token_ids: frozenset[int],
+        siblings: "list[Sequence] | None" = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -37,13 +45,19 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self.siblings = [] if siblings is None else siblings
+        self.siblings.append(self)
         self._is_scheduled = RULES[params.unmasking].scheduled
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
+        self.logprobs: list[dict[int, tuple[float, int]]] = []  # of these tokens, where the request asks for them
+        self.stopped_by: StopMatch | None = None
+        self.num_searched = 0  # tokens that hold no stop string
         self.slot: int | None = None
         self.on_device = False  # whether the slot's tokens are this sequence's
         self.broken = False  # whether its logits were seen to be NaN or infinite
         self.pages: list[int] = []
+        self.prompt_source: Sequence | None = None  # whose pages hold its prompt
         self._masked_left = 0
         self.num_cached = 0
         self.last_run = -1
@@ -113,11 +127,13 @@ class Sequence:
         self.step += 1
         self._masked_left = masked_left
         self.num_cached = self.block_start
+        self.prompt_source = None
         self._plan = None
 
-    def finish_block(self, token_ids: list[int]) -> None:
+    def finish_block(self, token_ids: list[int], logprobs: list[dict[int, tuple[float, int]]] | None = None) -> None:
         """The block's positions are all revealed, as `token_ids`; the next one begins."""
         self.first_block_at = self.first_block_at or time.perf_counter()
+        self.logprobs += logprobs or []
         self.output_token_ids += token_ids
         self.denoising_steps += self.step
         self._begin_block()
@@ -141,5 +157,24 @@ class Sequence:
         return next((i for i, token in enumerate(self.output_token_ids) if token in self.stop_token_ids), None)
 
     def is_finished(self) -> bool:
-        """Whether the finished blocks end the request: by a stop token or by max_tokens."""
-        return len(self.output_token_ids) >= self.params.max_tokens or self.stop_position() is not None
+        """Whether the finished blocks end it: by a stop token, by a stop string that was found, or by max_tokens."""
+        is_full = len(self.output_token_ids) >= self.params.max_tokens
+        return is_full or self.stopped_by is not None or self.stop_position() is not None
+
+    def prompt_holder(self) -> "Sequence | None":
+        """The oldest running sibling, where it may share the prompt's pages with this one."""
+        if len(self.siblings) == 1 or self.params.mode not in PROMPT_ALONE:
+            return None
+        return next((sibling for sibling in self.siblings if sibling.slot is not None), None)
+
+    def begin_with(self, pages: list[int], num_cached: int, source: "Sequence | None") -> None:
+        """Its pages, of which so many positions hold what `source` has computed or is about to."""
+        self.pages = pages
+        self.num_cached = num_cached
+        self.prompt_source = source
+        self._plan = None
+
+    def has_prompt(self, computing: Container[int]) -> bool:
+        """Whether the prompt's pages that it shares hold their K and V once these have run."""
+        source = self.prompt_source
+        return source is None or source.num_cached >= self.prompt_len or source.request_id in computing
