@@ -39,7 +39,8 @@ SAMPLING_HINTS = {
     **dict.fromkeys(("num_beams", "use_beam_search"), "there is no beam search here"),
     **_is("logprobs", "top_logprobs"),
     "prompt_logprobs": "a prompt's tokens have no probabilities of their own here",
-    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "there is no classifier-free guidance here"),
+    **_is("cfg_scale", "cfg"),
+    "guidance_scale": "cfg_scale is LLaDA's: 0 is no guidance, and guidance_scale - 1 elsewhere",
     **dict.fromkeys(("use_cache", "dual_cache", "prefix_cache", "cache", "if_cache_position"), _CACHE),
     **_is("stop", "stop_strings", "stop_sequences", "until"),
     "truncate_prompt_tokens": "prompts are never cut",
@@ -47,6 +48,16 @@ SAMPLING_HINTS = {
     **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),
     **_is("mask_token_id, an option of LLM,", "mask_id"),
     **dict.fromkeys(("skip_special_tokens", "detokenize"), "text is decoded without special tokens"),
+}
+
+SCORING_HINTS = {
+    **_is("mc_num", "mc", "num_mc", "n_mc", "num_samples", "monte_carlo_num"),
+    **_is("cfg_scale", "cfg"),
+    **_is("is_greedy", "is_check_greedy", "check_greedy"),
+    **dict.fromkeys(("batch_size", "mc_batch_size"), "max_num_seqs, an option of LLM, is what runs at once"),
+    **dict.fromkeys(
+        ("temperature", "max_tokens", "n", "stop"), "nothing is sampled; it is an option of SamplingParams"
+    ),
 }
 
 LLM_HINTS = {

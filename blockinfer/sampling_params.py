@@ -51,6 +51,10 @@ class SamplingParams:
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
         depends on besides the position in the output, the step and the token: requests of one seed share their noise,
         and the same prompt with the same params gives the same sample. For other samples give other seeds, or none.
+    cfg_scale: classifier-free guidance (arXiv 2207.12598, as LLaDA has it): above 0 each forward also has the rows of a
+        shadow, which sees mask tokens in place of the prompt and of all else that is given, and the logits are
+        u + (cfg_scale + 1) (c - u), c those of the request and u of its shadow. It takes two of max_num_seqs, and a
+        forward counts twice in nfe. At most 1e6.
     n: answers to the prompt, each with noise of its own: that of answer i is the noise of seed `answer_seed(seed, i)`,
         which is `seed` itself for the first. In mode `block` they share the pages that the prompt fills, computed once.
         Above 1 it needs a temperature or the rule `random`, without which all were the same.
@@ -80,6 +84,7 @@ class SamplingParams:
     entropy_bound: float | None = None
     temperature: float = 0.0
     seed: int | None = None
+    cfg_scale: float = 0.0
     n: int = 1
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
@@ -103,6 +108,7 @@ class SamplingParams:
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
         check_real("temperature", self.temperature, 0.0, 1e6)
+        check_real("cfg_scale", self.cfg_scale, 0.0, 1e6)
         check_seed(self.seed)
         if not isinstance(self.stop_token_ids, list | tuple | None):
             raise ValueError(f"stop_token_ids must be a list of token ids, got {shown(self.stop_token_ids)}")

@@ -89,3 +89,6 @@ MODES: dict[str, Mode] = {
 
 # In these the prompt's K and V depend on the prompt alone, so that several answers to it can share them.
 PROMPT_ALONE = frozenset({"block"})
+
+# These see all of the canvas, so that text may follow what is masked.
+SEE_SUFFIX = ("vanilla", "prefix_cache", "dual_cache")

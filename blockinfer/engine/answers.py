@@ -4,9 +4,19 @@ import time
 from collections.abc import Callable
 from functools import cache
 
+from blockinfer.engine.infilling import InfillSequence
+from blockinfer.engine.scoring import ScoringRow
 from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.stops import find_stop
-from blockinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from blockinfer.outputs import (
+    CompletionOutput,
+    Infilled,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ScoringOutput,
+    Span,
+)
 
 Decode = Callable[[list[int]], str]
 
@@ -15,11 +25,18 @@ def search_stop(sequence: Sequence, decode: Decode) -> None:
     """Looks for the request's stop strings in the blocks that were finished since the last search."""
     params = sequence.params
     token_ids = sequence.output_token_ids[: sequence.stop_position()]
-    if not params.stop or sequence.stopped_by is not None or len(token_ids) == sequence.num_searched:
+    if isinstance(sequence, InfillSequence) or not params.stop or sequence.stopped_by is not None:
+        return
+    if len(token_ids) == sequence.num_searched:
         return
     searched = sequence.num_searched
     sequence.stopped_by = find_stop(decode, token_ids, searched, params.stop, params.include_stop_str_in_output)
     sequence.num_searched = len(token_ids)
+
+
+def scoring_output(siblings: list[ScoringRow]) -> ScoringOutput:
+    """Of forwards that are all through."""
+    return ScoringOutput(siblings[0].request_id, [row.values for row in siblings], sum(row.nfe for row in siblings))
 
 
 def request_output(siblings: list[Sequence], decode: Decode | None) -> RequestOutput:
@@ -28,8 +45,11 @@ def request_output(siblings: list[Sequence], decode: Decode | None) -> RequestOu
     return RequestOutput(
         request_id=first.request_id,
         prompt=first.prompt,
-        prompt_token_ids=first.prompt_token_ids,
-        outputs=[_completion(i, sequence, decode) for i, sequence in enumerate(siblings)],
+        prompt_token_ids=first.asked_token_ids,
+        outputs=[
+            (_infilled if isinstance(sequence, InfillSequence) else _completion)(i, sequence, decode)
+            for i, sequence in enumerate(siblings)
+        ],
         finished=True,
         metrics=RequestMetrics(
             nfe=sum(sequence.nfe for sequence in siblings),
@@ -58,6 +78,32 @@ def _completion(index: int, sequence: Sequence, decode: Decode | None) -> Comple
         finish_reason="length" if reason is None else "stop",
         stop_reason=reason,
         logprobs=None if sequence.params.logprobs is None else _named(sequence.logprobs[: len(token_ids)], decode),
+    )
+
+
+def _infilled(index: int, sequence: InfillSequence, decode: Decode | None) -> CompletionOutput:
+    output, params = sequence.output_token_ids, sequence.params
+    spans, kept, reason = [], [], None
+    for part in sequence.spans():
+        token_ids, reason = output[part], None
+        stop = next((i for i, token in enumerate(token_ids) if token in sequence.stop_token_ids), None)
+        if stop is not None:
+            token_ids, reason = token_ids[:stop], token_ids[stop]
+        text = None if decode is None else decode(token_ids)
+        found = params.stop and find_stop(decode, token_ids, 0, params.stop, params.include_stop_str_in_output)
+        if found:
+            token_ids, text, reason = token_ids[: found.num_tokens], found.text, found.stop
+        spans.append(Span(sequence.prompt_len + part.start, token_ids, text))
+        kept += range(part.start, part.start + len(token_ids))
+    whole = sequence.prompt_token_ids + output
+    return CompletionOutput(
+        index=index,
+        text=None if decode is None else "".join(span.text for span in spans),
+        token_ids=[output[i] for i in kept],
+        finish_reason="length" if reason is None else "stop",
+        stop_reason=reason,
+        logprobs=None if params.logprobs is None else _named([sequence.logprobs[i] for i in kept], decode),
+        infilled=Infilled(whole, None if decode is None else decode(whole), spans),
     )
 
 

@@ -3,25 +3,29 @@
 import random
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from blockinfer.checks import check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
-from blockinfer.engine.answers import request_output, search_stop
+from blockinfer.decoding.likelihood import Mask
+from blockinfer.engine.answers import request_output, scoring_output, search_stop
+from blockinfer.engine.batch import denoised
 from blockinfer.engine.graphs import ROW_TILE
+from blockinfer.engine.infilling import InfillSequence, check_infilling
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
+from blockinfer.engine.prompts import Prompt, PromptReader
 from blockinfer.engine.scheduler import Scheduler
-from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.scoring import Scores, ScoringRow
+from blockinfer.engine.sequence import Resident, Sequence
 from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
-from blockinfer.outputs import RequestOutput
+from blockinfer.outputs import RequestOutput, ScoringOutput
 from blockinfer.sampling_params import SamplingParams, answer_seed
-
-Prompt = str | list[int] | dict[str, Any]
+from blockinfer.scoring_params import ScoringParams
 
 _EOT = "<|eot_id|>"
 # More than a token can stand for.
@@ -45,12 +49,14 @@ class Engine:
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
         self.abort_all()
+        tokenize = None if tokenizer is None else self.tokenize
+        self.prompts = PromptReader(tokenize, config.mask_token_id, model.config.embedding_size)
         self._next_id = 0
         self._seeds = random.Random(config.seed)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
-        {"prompt_token_ids": [...]}.
+        {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`).
 
         Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
         a request that the page pool could never hold, and for an option that this checkpoint cannot follow.
@@ -58,24 +64,59 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        text, token_ids = self._encode(prompt)
-        self._check_fits(len(token_ids), params)
+        read = self.prompts.read(prompt)
+        if read.tokens is None:
+            self._check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
+        else:
+            check_infilling(read.tokens, params)
+            self._check_fits(len(read.tokens), 0, params.cfg_scale > 0)
+        self._check_options(params)
         stops = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops |= self.stop_token_ids
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         siblings: list[Sequence] = []
         for i in range(params.n):
-            number = self._next_id + i
-            Sequence(number, text, token_ids, params, answer_seed(seed, i), frozenset(stops), siblings)
-        self._next_id += params.n
+            rest = params, answer_seed(seed, i), frozenset(stops), siblings
+            if read.tokens is None:
+                Sequence(self._next_id + i, read.text, read.token_ids, *rest)
+            else:
+                InfillSequence(self._next_id + i, read.text, read.tokens, *rest, read.token_ids)
+        return self._queue(siblings)
+
+    def add_scoring(
+        self,
+        token_ids: list[int],
+        answer: range,
+        masked: Items[Mask],
+        reads: Items[list[tuple[int, int]]],
+        params: ScoringParams,
+    ) -> int:
+        """Queues forwards of a canvas, each with other positions of the answer masked, and returns their request's id;
+        `step` gives a ScoringOutput. reads: of each forward (position, token id), whose log-probability is asked for.
+
+        Raises ValueError where the canvas does not fit.
+        """
+        self._check_fits(len(token_ids), 0, params.cfg_scale > 0)
+        siblings: list[ScoringRow] = []
+        for i, (mask, wanted) in enumerate(zip(masked, reads, strict=True)):
+            options = params.mode, params.cfg_scale, siblings
+            ScoringRow(self._next_id + i, token_ids, answer, mask, wanted, *options)
+        return self._queue(siblings)
+
+    def draw_seed(self) -> int:
+        """The next of the seeds that requests without one get."""
+        return self._seeds.getrandbits(64)
+
+    def _queue(self, siblings: list[Resident]) -> int:
+        self._next_id += len(siblings)
         with self._whole():
             for sequence in siblings:
                 self.scheduler.add(sequence)
             self._sequences |= {sequence.request_id: sequence for sequence in siblings}
         return siblings[0].request_id
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[RequestOutput | ScoringOutput]:
         """One forward for the requests that fit in it -> those that it finished, in the order they were added.
 
         Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
@@ -90,19 +131,21 @@ class Engine:
         # in one statement, which Ctrl-C comes before or after
         return (self._finished, vars(self).update(_finished=[]))[0]
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self) -> list[RequestOutput | ScoringOutput]:
         self._check_finite()
         scheduled = self.scheduler.schedule()
         if not scheduled:
-            return []
+            return self._collect(0)
         for sequence, _ in scheduled:
             if not sequence.on_device:
                 self.runner.start(sequence)
                 sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
-        results = self.runner.run(scheduled)
+        results, scores = self.runner.run(scheduled)
+        if scores is not None:
+            self._launched(scores)
         finished = []
-        for (sequence, _), result in zip(scheduled, results, strict=True):
+        for (sequence, _), result in zip(denoised(scheduled), results, strict=True):
             if result.broken:
                 sequence.broken = True
                 continue
@@ -113,14 +156,42 @@ class Engine:
             if not self._is_finished(sequence):
                 continue
             if all(sibling.is_finished() for sibling in sequence.siblings):
-                finished.append(request_output(sequence.siblings, self._decode(sequence)))
+                finished.append(self._output(sequence.siblings))
             else:
                 self.scheduler.release(sequence)
+        # what was launched before, while the device is busy
+        finished += self._collect(1 if scores is not None else 0)
         return sorted(finished, key=lambda output: output.request_id)
+
+    def _launched(self, scores: Scores) -> None:
+        """Slots and pages are for others at once: what these do to them is done after it."""
+        self._scores = [*self._scores, scores]
+        for row in scores.rows:
+            row.launched()
+            self.scheduler.release(row)
+
+    def _collect(self, left: int) -> list[ScoringOutput]:
+        """The values of what was launched, but for the last so many launches -> the requests that this finishes."""
+        finished = []
+        while len(self._scores) > left:
+            scores = self._scores[0]
+            scores.collect()
+            for siblings in {row.request: row.siblings for row in scores.rows}.values():
+                if any(row.broken for row in siblings):
+                    self._broken.add(siblings[0].request_id)
+                elif all(row.is_finished() for row in siblings) and siblings[0].request_id in self._sequences:
+                    finished.append(self._output(siblings))
+            self._scores = self._scores[1:]
+        return finished
+
+    def _output(self, siblings: list[Resident]) -> RequestOutput | ScoringOutput:
+        if isinstance(siblings[0], ScoringRow):
+            return scoring_output(siblings)
+        return request_output(siblings, self._decode(siblings[0]))
 
     def _is_finished(self, sequence: Sequence) -> bool:
         """Once its stop strings were looked for."""
-        if sequence.params.stop:
+        if isinstance(sequence, Sequence) and sequence.params.stop:
             search_stop(sequence, self._decode(sequence))
         return sequence.is_finished()
 
@@ -146,6 +217,7 @@ class Engine:
             for sequence in self._sequences[request_id].siblings:
                 self.scheduler.release(sequence)
                 self._sequences.pop(sequence.request_id, None)
+            self._broken.discard(request_id)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -154,8 +226,8 @@ class Engine:
             finished = {output.request_id: output for output in self._finished}
             for i, first in self._sequences.items():
                 if first is first.siblings[0] and i not in finished and all(map(self._is_finished, first.siblings)):
-                    finished[i] = request_output(first.siblings, self._decode(first))
-            unfinished = {i: s for i, s in self._sequences.items() if s.siblings[0].request_id not in finished}
+                    finished[i] = self._output(first.siblings)
+            unfinished = {i: s for i, s in self._sequences.items() if s.request not in finished}
             self._begin_anew(unfinished, list(finished.values()))
         self._cut_short = True
         try:
@@ -165,7 +237,7 @@ class Engine:
             raise
         self._cut_short = False
 
-    def _begin_anew(self, sequences: dict[int, Sequence], finished: list[RequestOutput]) -> None:
+    def _begin_anew(self, sequences: dict[int, Resident], finished: list[RequestOutput | ScoringOutput]) -> None:
         """With these requests waiting; what the engine has is replaced at once, at the end."""
         pool = PagePool(self.runner.num_pages, self.config.page_size)
         row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
@@ -176,6 +248,7 @@ class Engine:
             if not sequence.is_finished():
                 scheduler.add(sequence)
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
+        self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 
     def _check_finite(self) -> None:
@@ -184,39 +257,12 @@ class Engine:
 
         `token_confidence` defines a token even then; the engine rather says that the model is broken.
         """
-        broken = {str(s.siblings[0].request_id): None for s in self.scheduler.running if s.broken}
+        broken = [str(i) for i in sorted(self._broken | {s.request for s in self.scheduler.running if s.broken})]
         if broken:
             raise FloatingPointError(
                 f"the model's logits are NaN or infinite for request {', '.join(broken)}: its activations overflow "
                 f"{self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
             )
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """prompt -> its text, where it has one, and its token ids, checked."""
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if not isinstance(prompt, dict):
-            prompt = {"prompt_token_ids": prompt}
-        if not prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
-            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {shown(list(prompt))}')
-        text = prompt.get("prompt")
-        if not isinstance(text, str | None):
-            raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
-        if "prompt_token_ids" in prompt:
-            token_ids = prompt["prompt_token_ids"]
-        elif self.tokenizer is None:
-            raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
-        else:
-            token_ids = self.tokenize(text) if text else []
-        if not isinstance(token_ids, list | tuple):
-            raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
-        if not token_ids:
-            raise ValueError("the prompt is empty: it must have at least 1 token, got 0")
-        limit = self.model.config.embedding_size
-        for i, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
-        return text, list(token_ids)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""
@@ -229,24 +275,37 @@ class Engine:
         with foreign_errors("the tokenizer cannot encode the prompt"):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
-        total = prompt_len + params.max_tokens
+    def _check_fits(self, given: int, max_tokens: int, guided: bool) -> None:
+        if guided and self.config.max_num_seqs < 2:
+            raise ValueError("cfg_scale needs max_num_seqs of at least 2, got 1: its shadow runs beside a request")
+        lanes = 2 if guided else 1
+        total = given + max_tokens
+        asked = f"the prompt's {given} tokens" + (
+            f" and max_tokens={max_tokens} make {total}," if max_tokens else " are"
+        )
+        advice = "shorten the prompt" + " or lower max_tokens" * (max_tokens > 0)
         if total > self.config.max_model_len:
+            raise ValueError(f"{asked} more than max_model_len={self.config.max_model_len}; {advice}")
+        pages = lanes * self.pool.pages_for(total)
+        if pages > self.pool.num_pages:
+            asked = asked.replace(f" make {total},", "").removesuffix(" are")
             raise ValueError(
-                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} make {total}, more than "
-                f"max_model_len={self.config.max_model_len}; shorten the prompt or lower max_tokens"
-            )
-        if self.pool.pages_for(total) > self.pool.num_pages:
-            raise ValueError(
-                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} need "
-                f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
+                f"{asked} need {pages} pages of {self.pool.page_size} tokens, the KV cache has "
                 f"{self.pool.num_pages}; raise kv_cache_memory"
             )
+        if lanes * total > self.config.max_num_batched_tokens:
+            raise ValueError(
+                f"with cfg_scale {total} tokens have {lanes * total} rows, more than "
+                f"max_num_batched_tokens={self.config.max_num_batched_tokens}; {advice}"
+            )
+
+    def _check_options(self, params: SamplingParams) -> None:
         self._check_candidates(params)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and there is none; pass tokenizer= to LLM")
-        if params.logprobs is not None and params.logprobs > self.model.config.vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} is more than vocab_size={self.model.config.vocab_size}")
+        size = self.model.config.vocab_size
+        if params.logprobs is not None and params.logprobs > size:
+            raise ValueError(f"logprobs={params.logprobs} is more than vocab_size={size}")
         for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
             if getattr(params, option) and not len(ids):
                 raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
@@ -268,7 +327,7 @@ class Engine:
             return None
 
         def decode(token_ids: list[int]) -> str:
-            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.siblings[0].request_id}"):
+            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request}"):
                 return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
         return decode

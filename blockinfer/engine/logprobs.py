@@ -9,18 +9,21 @@ from typing import NamedTuple
 
 import torch
 
-from blockinfer.engine.batch import block_rows
+from blockinfer.engine.batch import block_rows, denoised
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.confidence import Vocabulary
+from blockinfer.kernels.guidance import Guidance
 from blockinfer.kernels.unmasking import SlotState
 
 
 class Observed(NamedTuple):
-    """A block before its step: its sequence, its first row in the forward, and which of its positions are masked."""
+    """A block before its step: its sequence, its first row in the forward, how many rows further its shadow's is, and
+    which of its positions are masked."""
 
     sequence: Sequence
     first_row: int
+    shift: int
     masked: torch.Tensor
 
 
@@ -28,7 +31,9 @@ class RevealedLogprobs:
     """Keeps them on the device until a block's end: of each slot that asks [block_length, 2 k + 3] float64, the token's
     rank, and ids and log-probabilities of the token and of the k likeliest ones, the likeliest first."""
 
-    def __init__(self, state: SlotState, vocabulary: Vocabulary) -> None:
+    def __init__(self, state: SlotState, vocabulary: Vocabulary, padded: Callable[[int], int]) -> None:
+        """padded: to how many rows so many are best padded."""
+        self._padded = padded
         self._state = state
         self._vocabulary = vocabulary
         self._kept: dict[int, torch.Tensor] = {}
@@ -42,22 +47,31 @@ class RevealedLogprobs:
 
     def before(self, scheduled: list[ScheduledSequence]) -> list[Observed]:
         """What the step may reveal; empty where nobody asks."""
-        if all(sequence.params.logprobs is None for sequence, _ in scheduled):
+        entries = denoised(scheduled)
+        if all(sequence.params.logprobs is None for sequence, _ in entries):
             return []
         return [
-            Observed(sequence, first_row, self._of_block(self._state.masked, sequence).clone())
-            for (sequence, _), first_row in zip(scheduled, block_rows(scheduled), strict=True)
+            Observed(sequence, row, plan.rows // sequence.lanes, self._of_block(self._state.masked, sequence).clone())
+            for (sequence, plan), row in zip(entries, block_rows(scheduled), strict=True)
             if sequence.params.logprobs is not None
         ]
 
-    def after(self, observed: list[Observed], logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def after(self, observed: list[Observed], logits: Callable[[torch.Tensor, Guidance | None], torch.Tensor]) -> None:
         """What the step revealed is kept. logits: of rows [N] of the forward."""
-        for sequence, first_row, masked in observed:
-            rows = first_row + torch.arange(len(masked), device=masked.device)
+        for sequence, first_row, shift, masked in observed:
+            length = len(masked)
+            # of as many rows as graphs have, whose kernels are compiled
+            rows = torch.arange(self._padded(length), device=masked.device).clamp(max=length - 1) + first_row
+            guidance = None
+            if sequence.guided:
+                scale = torch.full(rows.shape, sequence.params.cfg_scale, dtype=torch.float64, device=rows.device)
+                guidance = Guidance(torch.full_like(rows, shift), scale)
             tokens = self._of_block(self._state.tokens, sequence)
-            found = _likeliest(self._logprobs(logits(rows), sequence), tokens, sequence.params.logprobs)
+            found = _likeliest(
+                self._logprobs(logits(rows, guidance)[:length], sequence), tokens, sequence.params.logprobs
+            )
             revealed = masked & ~self._of_block(self._state.masked, sequence)
-            kept = self._kept[sequence.slot][: len(masked)]
+            kept = self._kept[sequence.slot][:length]
             kept.copy_(torch.where(revealed[:, None], found, kept))
 
     def read(self, sequence: Sequence) -> list[dict[int, tuple[float, int]]] | None:

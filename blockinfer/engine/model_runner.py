@@ -11,13 +11,26 @@ import torch
 from tqdm.auto import tqdm
 
 from blockinfer.config import EngineConfig
-from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, slot_options, step_columns
+from blockinfer.engine.batch import (
+    StepInputs,
+    denoised,
+    lane_rows,
+    layout,
+    pack,
+    pack_steps,
+    packed_size,
+    slot_options,
+    step_columns,
+)
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
 from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.scoring import Scores, ScoringRow
+from blockinfer.engine.sequence import Resident, Sequence
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
+from blockinfer.kernels.guidance import Guidance, guide
+from blockinfer.kernels.log_probability import log_probability
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.unmasking import SlotOptions, SlotState, masked_rows, unmask
 from blockinfer.models.llada import LLaDA
@@ -94,7 +107,7 @@ class ModelRunner:
             torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
         )
         self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
-        self._logprobs = RevealedLogprobs(self.state, self._vocabulary)
+        self._logprobs = RevealedLogprobs(self.state, self._vocabulary, lambda rows: self._reveal.padded(rows))
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
         self._blocks = config.max_num_seqs + config.max_num_seqs % 2
@@ -148,47 +161,147 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
-    def start(self, sequence: Sequence) -> None:
-        """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
-        row = slice(sequence.block_start, sequence.canvas_end)
-        _write(self.state.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
-        self.state.tokens[sequence.slot, row] = self.config.mask_token_id
-        self.state.masked[sequence.slot, row] = True
+    def start(self, sequence: Resident) -> None:
+        """Writes the tokens of a sequence that was given its slots; all from its current block on is masked, but for
+        what is given there."""
+        self._start_lane(sequence, sequence.slot, sequence.known_token_ids())
+        if sequence.guided:
+            self._start_lane(sequence, sequence.shadow_slot, sequence.shadow_token_ids())
+        if not isinstance(sequence, Sequence):
+            return
+        given = sequence.given_after()
+        if given:
+            self._write_tokens(sequence.slot, sequence.block_start, given)
+        self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end] = True
+        if given:
+            is_masked = [token is None for token in given]
+            _write(self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end], is_masked)
         self.state.broken[sequence.slot].fill_(False)
-        self._num_pages_known[sequence.slot] = 0
         _write(self.state.options[sequence.slot], slot_options(sequence))
         self._logprobs.start(sequence)
 
+    def _start_lane(self, sequence: Resident, slot: int, known: list[int | None]) -> None:
+        self._write_tokens(slot, 0, known)
+        self.state.tokens[slot, len(known) : sequence.canvas_end] = self.config.mask_token_id
+        self._num_pages_known[slot] = 0
+
+    def _write_tokens(self, slot: int, start: int, tokens: list[int | None]) -> None:
+        """The mask token for None."""
+        mask = self.config.mask_token_id
+        _write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
+
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
-        """One denoising step of every scheduled sequence -> what became of each one's block.
+    def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
+        """One step of every scheduled sequence -> what became of each one's block, of those that have one, and what is
+        read of the others' logits, where there are any.
 
         Waits for the device only where a block ends, whose tokens may hold a stop token, and where a rule has no
         schedule. Otherwise the step is still under way or queued behind others, on one stream: what is done next to
         slots and pages, which may be another sequence's by then, is done after it.
         """
-        sequences = [sequence for sequence, _ in scheduled]
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)
-        self._write_page_tables(sequences)
+        self._write_page_tables(scheduled)
         self._write_inputs(scheduled, padded)
         self._layers(padded)
+        self.stats.forwards += 1
+        self.stats.rows += rows
+        self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
+        for sequence, _ in scheduled:
+            sequence.ran(self.stats.forwards)
+        scores = self._score(scheduled)
         # the device is busy: the rest is not waited for
+        sequences = [sequence for sequence, _ in denoised(scheduled)]
+        return (self._denoise(scheduled, sequences) if sequences else []), scores
+
+    def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
+        """What follows the layers in the sequences that have a block."""
         expected = [sequence.masked_after_step() for sequence in sequences]
         masked = sum(sequence.num_masked for sequence in sequences)
         _write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
         observed = self._logprobs.before(scheduled)
-        self._reveal(self._reveal.padded(masked))
+        size = self._reveal.padded(masked)
+        guided = [sequence for sequence in sequences if sequence.guided]
+        if guided:
+            self._run_reveal(size, self._guidance_of_blocks(scheduled, size))
+            self._show_shadows(guided)
+        else:
+            self._reveal(size)
         self._logprobs.after(observed, self._logits)
-        self.stats.forwards += 1
-        self.stats.rows += rows
-        self.stats.lm_head_rows += masked
-        self.stats.keys += sum(plan.kv_len for _, plan in scheduled)
-        for sequence in sequences:
-            sequence.ran(self.stats.forwards)
+        self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
         if all(expected):
             return [BlockResult(left) for left in expected]
         return self._read(sequences)
+
+    def _guidance_of_blocks(self, scheduled: list[ScheduledSequence], size: int) -> Guidance:
+        """Of the masked rows, in their order."""
+        shifts, scales = np.zeros(size, dtype=np.int64), np.zeros(size)
+        number = 0
+        for (sequence, _), rows in zip(scheduled, lane_rows(scheduled), strict=True):
+            if isinstance(sequence, Sequence):
+                part = slice(number, number + sequence.num_masked)
+                if sequence.guided:
+                    shifts[part], scales[part] = len(rows), sequence.params.cfg_scale
+                number += sequence.num_masked
+        return Guidance(*(_on_device(values, self.device) for values in (shifts, scales)))
+
+    def _show_shadows(self, guided: list[Sequence]) -> None:
+        """What was revealed in a block, its shadow sees too; what is given it does not."""
+        for sequence in guided:
+            length = sequence.block_end - sequence.block_start
+            given = sequence.given_after()[:length] or [None] * length
+            runs = [
+                i for i in range(length + 1) if (i < length and given[i] is None) != (i > 0 and given[i - 1] is None)
+            ]
+            for start, stop in zip(runs[::2], runs[1::2], strict=True):
+                part = slice(sequence.block_start + start, sequence.block_start + stop)
+                self.state.tokens[sequence.shadow_slot, part] = self.state.tokens[sequence.slot, part]
+
+    def _score(self, scheduled: list[ScheduledSequence]) -> Scores | None:
+        """What is to be read of the logits of rows that are scored; they are read beside the captured functions."""
+        rows, shifts, scales, token_ids = [], [], [], []
+        scored = []
+        for (sequence, plan), own in zip(scheduled, lane_rows(scheduled), strict=True):
+            if isinstance(sequence, ScoringRow):
+                scored.append(sequence)
+                rows += [own.stop - plan.segments[-1].stop + position for position, _ in sequence.reads]
+                token_ids += [token_id for _, token_id in sequence.reads]
+                shifts += [len(own) if sequence.guided else 0] * len(sequence.reads)
+                scales += [sequence.cfg_scale] * len(sequence.reads)
+        if not scored:
+            return None
+        self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scored)
+        guidance = (shifts, scales) if any(scales) else None
+        values = self._log_probabilities(rows, token_ids, guidance)
+        if self.device.type != "cuda":
+            return Scores(scored, values.tolist)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list[float]:
+            arrived.synchronize()
+            return on_host.tolist()
+
+        return Scores(scored, read)
+
+    def _log_probabilities(
+        self, rows: list[int], token_ids: list[int], guidance: tuple[list[int], list[float]] | None
+    ) -> torch.Tensor:
+        """rows of the forward, token_ids, and of each row its Guidance -> [N] float64."""
+        size = _COLUMN_BYTES // 4
+        chunks = []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            columns = [rows[part], token_ids[part], *(column[part] for column in guidance or ())]
+            number = len(rows[part])
+            # as many rows as graphs of the step's other functions have, whose kernels are compiled
+            filler = [0] * (self._reveal.padded(number) - number)
+            chunk, tokens, *guiding = (_on_device(np.array(column + filler), self.device) for column in columns)
+            logits = self._logits(chunk, Guidance(*guiding) if guiding else None)
+            chunks.append(log_probability(logits, tokens, self._vocabulary.size)[:number])
+        return torch.cat(chunks)
 
     def _read(self, sequences: list[Sequence]) -> list[BlockResult]:
         """Waits for the step's result."""
@@ -213,13 +326,18 @@ class ModelRunner:
         _write(self._packed[: len(packed)], packed)
         self._layout = wanted
 
-    def _write_page_tables(self, sequences: list[Sequence]) -> None:
+    def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
         """A running sequence's pages are only ever added to, until it is started anew."""
-        for sequence in sequences:
-            known = self._num_pages_known[sequence.slot]
-            if known < len(sequence.pages):
-                _write(self.page_tables[sequence.slot, known : len(sequence.pages)], sequence.pages[known:])
-                self._num_pages_known[sequence.slot] = len(sequence.pages)
+        for sequence, _ in scheduled:
+            self._write_page_table(sequence.slot, sequence.pages)
+            if sequence.guided:
+                self._write_page_table(sequence.shadow_slot, sequence.shadow_pages)
+
+    def _write_page_table(self, slot: int, pages: list[int]) -> None:
+        known = self._num_pages_known[slot]
+        if known < len(pages):
+            _write(self.page_tables[slot, known : len(pages)], pages[known:])
+            self._num_pages_known[slot] = len(pages)
 
     def _run_layers(self, rows: int) -> None:
         """All layers on the step's rows, padded to so many, up to the last one's attention: K and V are written.
@@ -240,34 +358,44 @@ class ModelRunner:
         attended, residual = self._attended[:rows], self._residual[:rows]
         self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual)
 
-    def _run_reveal(self, size: int) -> None:
+    def _run_reveal(self, size: int, guidance: Guidance | None = None) -> None:
         """The masked rows' predictions, padded to so many, and what the rules make of them, down to the result.
 
-        As `_run_layers`, it can be captured.
+        As `_run_layers`, it can be captured; guidance, of so many rows, is not.
         """
         blocks = StepInputs.split(self._packed, self._blocks, 0).blocks
         rows, options = masked_rows(self.state, blocks, size)
-        predicted = self._predict(rows.row, options)
+        predicted = self._predict(rows.row, options, guidance)
         unmask(predicted, rows, self.state, blocks, self._result)
 
-    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [N], few, of the last forward -> their logits, by kernels that graphs of so many rows were made of."""
-        padded = torch.nn.functional.pad(rows, (0, self._reveal.padded(len(rows)) - len(rows)))
-        return self.model.logits(self._attended, self._residual, padded)[: len(rows)]
+    def _logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
+        """rows [N] of the last forward -> their logits [N, embedding_size], guided where that is asked for."""
+        logits = self.model.logits(self._attended, self._residual, rows)
+        if guidance is None:
+            return logits
+        shadow = self.model.logits(self._attended, self._residual, rows + guidance.shift)
+        return guide(logits, shadow, guidance.scale)
 
-    def _predict(self, rows: torch.Tensor, options: RowOptions) -> Confidence:
+    def _predict(self, rows: torch.Tensor, options: RowOptions, guidance: Guidance | None) -> Confidence:
         """rows [N]: of the forward, with what each asks for -> what each predicts."""
         # the PyTorch twin computes in float32 at least
         size = _COLUMN_BYTES // (self.config.dtype.itemsize if runs_triton(self._residual) else 4)
+        if guidance is not None:
+            size = _COLUMN_BYTES // 4
         chunks = []
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
-            logits = self.model.logits(self._attended, self._residual, rows[chunk])
+            logits = self._logits(rows[chunk], guidance and Guidance(*(tensor[chunk] for tensor in guidance)))
             chunk_options = RowOptions(*(tensor[chunk] for tensor in options))
             chunks.append(token_confidence(logits, self._vocabulary, chunk_options))
         if len(chunks) == 1:
             return chunks[0]
         return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy there, which is not waited for."""
+    return _pinned(torch.from_numpy(values), device).to(device, non_blocking=True)
 
 
 def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:

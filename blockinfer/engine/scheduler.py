@@ -5,14 +5,14 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from blockinfer.engine.page_pool import PagePool
-from blockinfer.engine.sequence import Plan, Sequence
+from blockinfer.engine.sequence import Plan, Resident
 
 # From so many tiles of rows on the time of a step is that of its matrix products (measured on an H200).
 _MANY_TILES = 8
 
 
 class ScheduledSequence(NamedTuple):
-    sequence: Sequence
+    sequence: Resident
     plan: Plan
 
 
@@ -30,17 +30,17 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
         # by id, so that an abort need not look for its request
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self.running: list[Sequence] = []  # oldest first
+        self._waiting: OrderedDict[int, Resident] = OrderedDict()
+        self.running: list[Resident] = []  # oldest first
         self._free_slots = list(range(max_num_seqs))[::-1]
         self._steps = 0
 
     @property
-    def waiting(self) -> Collection[Sequence]:
+    def waiting(self) -> Collection[Resident]:
         """The next to run first."""
         return self._waiting.values()
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Resident) -> None:
         self._waiting[sequence.request_id] = sequence
 
     def schedule(self) -> list[ScheduledSequence]:
@@ -82,7 +82,7 @@ class Scheduler:
             sequence.last_out = self._steps
         return in_turn[number:]
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Resident) -> None:
         """Takes a sequence out, running or waiting, where it is still there; its pages and slot are free again."""
         if sequence.slot is None:
             self._waiting.pop(sequence.request_id, None)
@@ -92,11 +92,11 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for the running sequences' next steps, the oldest first, preempting from the youngest end."""
         for sequence in list(self.running):
-            shortage = self._shortage(sequence)
+            shortage = sequence.lanes * self._shortage(sequence)
             while sequence.slot is not None and shortage > self.pool.num_free:
                 self._preempt(self.running[-1])
             if sequence.slot is not None and shortage:
-                sequence.pages += self.pool.allocate(shortage)
+                self._extend(sequence)
 
     def _admit(self) -> None:
         """The next ones in the queue, as far as slots and pages go."""
@@ -104,37 +104,51 @@ class Scheduler:
         for sequence in self._waiting.values():
             holder = sequence.prompt_holder()
             # the page that the prompt fills in part goes on with the answer, so each has its own
-            shared = holder.pages[: sequence.prompt_len // self.pool.page_size] if holder else []
-            shortage = self._shortage(sequence) - len(shared)
-            if not self._free_slots or shortage > self.pool.num_free:
+            shared = sequence.prompt_len // self.pool.page_size if holder else 0
+            shortage = sequence.lanes * (self._shortage(sequence) - shared)
+            if len(self._free_slots) < sequence.lanes or shortage > self.pool.num_free:
                 break
-            self.pool.share(shared)
-            sequence.begin_with(
-                shared + self.pool.allocate(shortage), len(shared) * self.pool.page_size, holder if shared else None
-            )
+            if shared:
+                self._share(sequence, holder, shared)
+            self._extend(sequence)
             sequence.slot = self._free_slots.pop()
+            sequence.shadow_slot = self._free_slots.pop() if sequence.guided else None
             sequence.last_out = self._steps
             admitted.append(sequence)
         for sequence in admitted:
             del self._waiting[sequence.request_id]
         self.running = sorted(self.running + admitted, key=lambda s: s.request_id)
 
-    def _shortage(self, sequence: Sequence) -> int:
-        """Pages that the sequence's next step needs beyond those it has."""
+    def _share(self, sequence: Resident, holder: Resident, count: int) -> None:
+        for name in ("pages", "shadow_pages"):
+            pages = getattr(holder, name)[:count]
+            self.pool.share(pages)
+            setattr(sequence, name, pages)
+        sequence.begin_with(count * self.pool.page_size, holder)
+
+    def _extend(self, sequence: Resident) -> None:
+        """By the pages that its next step needs; the caller has made sure that there are as many."""
+        shortage = self._shortage(sequence)
+        sequence.pages = sequence.pages + self.pool.allocate(shortage)
+        if sequence.guided:
+            sequence.shadow_pages = sequence.shadow_pages + self.pool.allocate(shortage)
+
+    def _shortage(self, sequence: Resident) -> int:
+        """Pages that the sequence's next step needs beyond those it has; its shadow lacks as many."""
         return max(0, self.pool.pages_for(sequence.plan().kv_len) - len(sequence.pages))
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Resident) -> None:
         self._stop_running(sequence)
         sequence.restart_block()
         self._waiting[sequence.request_id] = sequence
         self._waiting.move_to_end(sequence.request_id, last=False)
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Resident) -> None:
         self.running.remove(sequence)
-        self.pool.free(sequence.pages)
-        sequence.pages = []
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+        self.pool.free(sequence.pages + sequence.shadow_pages)
+        sequence.pages, sequence.shadow_pages = [], []
+        self._free_slots += [sequence.slot] if sequence.shadow_slot is None else [sequence.shadow_slot, sequence.slot]
+        sequence.slot = sequence.shadow_slot = None
         sequence.on_device = False
 
 
