@@ -146,6 +146,7 @@ class ModelRunner:
         rows = len(self._attended)
         self._run_layers(rows)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
+        self._log_probabilities([0], [0], None)
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
