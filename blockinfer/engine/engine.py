@@ -15,6 +15,7 @@ from blockinfer.engine.answers import request_output, scoring_output, search_sto
 from blockinfer.engine.batch import denoised
 from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.infilling import InfillSequence, check_infilling
+from blockinfer.engine.limits import Limits
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.prompts import Prompt, PromptReader
@@ -51,6 +52,9 @@ class Engine:
         self.abort_all()
         tokenize = None if tokenizer is None else self.tokenize
         self.prompts = PromptReader(tokenize, config.mask_token_id, model.config.embedding_size)
+        self._limits = Limits(
+            model.config, config, pages, len(self.runner.eos_ids), len(self.runner.last_ids), tokenizer is not None
+        )
         self._next_id = 0
         self._seeds = random.Random(config.seed)
 
@@ -66,11 +70,11 @@ class Engine:
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
         read = self.prompts.read(prompt)
         if read.tokens is None:
-            self._check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
+            self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
         else:
             check_infilling(read.tokens, params)
-            self._check_fits(len(read.tokens), 0, params.cfg_scale > 0)
-        self._check_options(params)
+            self._limits.check_fits(len(read.tokens), 0, params.cfg_scale > 0)
+        self._limits.check_options(params)
         stops = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops |= self.stop_token_ids
@@ -97,7 +101,7 @@ class Engine:
 
         Raises ValueError where the canvas does not fit.
         """
-        self._check_fits(len(token_ids), 0, params.cfg_scale > 0)
+        self._limits.check_fits(len(token_ids), 0, params.cfg_scale > 0)
         siblings: list[ScoringRow] = []
         for i, (mask, wanted) in enumerate(zip(masked, reads, strict=True)):
             options = params.mode, params.cfg_scale, siblings
@@ -274,52 +278,6 @@ class Engine:
             )
         with foreign_errors("the tokenizer cannot encode the prompt"):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-
-    def _check_fits(self, given: int, max_tokens: int, guided: bool) -> None:
-        if guided and self.config.max_num_seqs < 2:
-            raise ValueError("cfg_scale needs max_num_seqs of at least 2, got 1: its shadow runs beside a request")
-        lanes = 2 if guided else 1
-        total = given + max_tokens
-        asked = f"the prompt's {given} tokens" + (
-            f" and max_tokens={max_tokens} make {total}," if max_tokens else " are"
-        )
-        advice = "shorten the prompt" + " or lower max_tokens" * (max_tokens > 0)
-        if total > self.config.max_model_len:
-            raise ValueError(f"{asked} more than max_model_len={self.config.max_model_len}; {advice}")
-        pages = lanes * self.pool.pages_for(total)
-        if pages > self.pool.num_pages:
-            asked = asked.replace(f" make {total},", "").removesuffix(" are")
-            raise ValueError(
-                f"{asked} need {pages} pages of {self.pool.page_size} tokens, the KV cache has "
-                f"{self.pool.num_pages}; raise kv_cache_memory"
-            )
-        if lanes * total > self.config.max_num_batched_tokens:
-            raise ValueError(
-                f"with cfg_scale {total} tokens have {lanes * total} rows, more than "
-                f"max_num_batched_tokens={self.config.max_num_batched_tokens}; {advice}"
-            )
-
-    def _check_options(self, params: SamplingParams) -> None:
-        self._check_candidates(params)
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and there is none; pass tokenizer= to LLM")
-        size = self.model.config.vocab_size
-        if params.logprobs is not None and params.logprobs > size:
-            raise ValueError(f"logprobs={params.logprobs} is more than vocab_size={size}")
-        for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
-            if getattr(params, option) and not len(ids):
-                raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
-        outside = [i for i in params.stop_token_ids or () if i >= self.model.config.embedding_size]
-        if outside:
-            raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
-
-    def _check_candidates(self, params: SamplingParams) -> None:
-        """A position must have a token that it can become."""
-        config, mask_id = self.model.config, self.config.mask_token_id
-        forbidden = {mask_id, *config.eos_token_ids} if params.logits_eos_inf else {mask_id}
-        if len([i for i in forbidden if i < config.vocab_size]) == config.vocab_size:
-            tokens = "the mask token and, by logits_eos_inf, EOS" if params.logits_eos_inf else "the mask token"
-            raise ValueError(f"vocab_size={config.vocab_size} leaves no token to predict besides {tokens}")
 
     def _decode(self, sequence: Sequence) -> Callable[[list[int]], str] | None:
         """From token ids to text, for this sequence; None where there is no tokenizer."""

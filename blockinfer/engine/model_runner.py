@@ -2,11 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -14,7 +12,6 @@ from blockinfer.config import EngineConfig
 from blockinfer.engine.batch import (
     StepInputs,
     denoised,
-    lane_rows,
     layout,
     pack,
     pack_steps,
@@ -25,12 +22,14 @@ from blockinfer.engine.batch import (
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
 from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.engine.scoring import Scores, ScoringRow
+from blockinfer.engine.score_reader import ScoreReader
+from blockinfer.engine.scoring import Scores
 from blockinfer.engine.sequence import Resident, Sequence
+from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
+from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
 from blockinfer.kernels.guidance import Guidance, guide
-from blockinfer.kernels.log_probability import log_probability
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.unmasking import SlotOptions, SlotState, masked_rows, unmask
 from blockinfer.models.llada import LLaDA
@@ -108,6 +107,7 @@ class ModelRunner:
         )
         self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
         self._logprobs = RevealedLogprobs(self.state, self._vocabulary, lambda rows: self._reveal.padded(rows))
+        self._scores = ScoreReader(self._logits, lambda rows: self._reveal.padded(rows), size, self.device)
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
         self._blocks = config.max_num_seqs + config.max_num_seqs % 2
@@ -146,7 +146,7 @@ class ModelRunner:
         rows = len(self._attended)
         self._run_layers(rows)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
-        self._log_probabilities([0], [0], None)
+        self._scores.log_probabilities([0], [0], None)
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
@@ -176,9 +176,9 @@ class ModelRunner:
         self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end] = True
         if given:
             is_masked = [token is None for token in given]
-            _write(self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end], is_masked)
+            write(self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end], is_masked)
         self.state.broken[sequence.slot].fill_(False)
-        _write(self.state.options[sequence.slot], slot_options(sequence))
+        write(self.state.options[sequence.slot], slot_options(sequence))
         self._logprobs.start(sequence)
 
     def _start_lane(self, sequence: Resident, slot: int, known: list[int | None]) -> None:
@@ -189,7 +189,7 @@ class ModelRunner:
     def _write_tokens(self, slot: int, start: int, tokens: list[int | None]) -> None:
         """The mask token for None."""
         mask = self.config.mask_token_id
-        _write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
+        write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
@@ -210,7 +210,8 @@ class ModelRunner:
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
         for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
-        scores = self._score(scheduled)
+        scores = self._scores.read(scheduled)
+        self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scores.rows) if scores else 0
         # the device is busy: the rest is not waited for
         sequences = [sequence for sequence, _ in denoised(scheduled)]
         return (self._denoise(scheduled, sequences) if sequences else []), scores
@@ -219,13 +220,13 @@ class ModelRunner:
         """What follows the layers in the sequences that have a block."""
         expected = [sequence.masked_after_step() for sequence in sequences]
         masked = sum(sequence.num_masked for sequence in sequences)
-        _write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
+        write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
         observed = self._logprobs.before(scheduled)
         size = self._reveal.padded(masked)
         guided = [sequence for sequence in sequences if sequence.guided]
         if guided:
-            self._run_reveal(size, self._guidance_of_blocks(scheduled, size))
-            self._show_shadows(guided)
+            self._run_reveal(size, guidance_of_blocks(scheduled, size, self.device))
+            show_shadows(self.state, guided)
         else:
             self._reveal(size)
         self._logprobs.after(observed, self._logits)
@@ -233,76 +234,6 @@ class ModelRunner:
         if all(expected):
             return [BlockResult(left) for left in expected]
         return self._read(sequences)
-
-    def _guidance_of_blocks(self, scheduled: list[ScheduledSequence], size: int) -> Guidance:
-        """Of the masked rows, in their order."""
-        shifts, scales = np.zeros(size, dtype=np.int64), np.zeros(size)
-        number = 0
-        for (sequence, _), rows in zip(scheduled, lane_rows(scheduled), strict=True):
-            if isinstance(sequence, Sequence):
-                part = slice(number, number + sequence.num_masked)
-                if sequence.guided:
-                    shifts[part], scales[part] = len(rows), sequence.params.cfg_scale
-                number += sequence.num_masked
-        return Guidance(*(_on_device(values, self.device) for values in (shifts, scales)))
-
-    def _show_shadows(self, guided: list[Sequence]) -> None:
-        """What was revealed in a block, its shadow sees too; what is given it does not."""
-        for sequence in guided:
-            length = sequence.block_end - sequence.block_start
-            given = sequence.given_after()[:length] or [None] * length
-            runs = [
-                i for i in range(length + 1) if (i < length and given[i] is None) != (i > 0 and given[i - 1] is None)
-            ]
-            for start, stop in zip(runs[::2], runs[1::2], strict=True):
-                part = slice(sequence.block_start + start, sequence.block_start + stop)
-                self.state.tokens[sequence.shadow_slot, part] = self.state.tokens[sequence.slot, part]
-
-    def _score(self, scheduled: list[ScheduledSequence]) -> Scores | None:
-        """What is to be read of the logits of rows that are scored; they are read beside the captured functions."""
-        rows, shifts, scales, token_ids = [], [], [], []
-        scored = []
-        for (sequence, plan), own in zip(scheduled, lane_rows(scheduled), strict=True):
-            if isinstance(sequence, ScoringRow):
-                scored.append(sequence)
-                rows += [own.stop - plan.segments[-1].stop + position for position, _ in sequence.reads]
-                token_ids += [token_id for _, token_id in sequence.reads]
-                shifts += [len(own) if sequence.guided else 0] * len(sequence.reads)
-                scales += [sequence.cfg_scale] * len(sequence.reads)
-        if not scored:
-            return None
-        self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scored)
-        guidance = (shifts, scales) if any(scales) else None
-        values = self._log_probabilities(rows, token_ids, guidance)
-        if self.device.type != "cuda":
-            return Scores(scored, values.tolist)
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def read() -> list[float]:
-            arrived.synchronize()
-            return on_host.tolist()
-
-        return Scores(scored, read)
-
-    def _log_probabilities(
-        self, rows: list[int], token_ids: list[int], guidance: tuple[list[int], list[float]] | None
-    ) -> torch.Tensor:
-        """rows of the forward, token_ids, and of each row its Guidance -> [N] float64."""
-        size = _COLUMN_BYTES // 4
-        chunks = []
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            columns = [rows[part], token_ids[part], *(column[part] for column in guidance or ())]
-            number = len(rows[part])
-            # as many rows as graphs of the step's other functions have, whose kernels are compiled
-            filler = [0] * (self._reveal.padded(number) - number)
-            chunk, tokens, *guiding = (_on_device(np.array(column + filler), self.device) for column in columns)
-            logits = self._logits(chunk, Guidance(*guiding) if guiding else None)
-            chunks.append(log_probability(logits, tokens, self._vocabulary.size)[:number])
-        return torch.cat(chunks)
 
     def _read(self, sequences: list[Sequence]) -> list[BlockResult]:
         """Waits for the step's result."""
@@ -324,7 +255,7 @@ class ModelRunner:
             return
         self._layout = None  # should Ctrl-C come before the last line
         packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
-        _write(self._packed[: len(packed)], packed)
+        write(self._packed[: len(packed)], packed)
         self._layout = wanted
 
     def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
@@ -337,7 +268,7 @@ class ModelRunner:
     def _write_page_table(self, slot: int, pages: list[int]) -> None:
         known = self._num_pages_known[slot]
         if known < len(pages):
-            _write(self.page_tables[slot, known : len(pages)], pages[known:])
+            write(self.page_tables[slot, known : len(pages)], pages[known:])
             self._num_pages_known[slot] = len(pages)
 
     def _run_layers(self, rows: int) -> None:
@@ -392,25 +323,6 @@ class ModelRunner:
         if len(chunks) == 1:
             return chunks[0]
         return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy there, which is not waited for."""
-    return _pinned(torch.from_numpy(values), device).to(device, non_blocking=True)
-
-
-def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """values on the CPU, from where a copy to the device need not be waited for.
-
-    The memory is torch's own, which gives it out again only when the copies from it are done.
-    """
-    return values.pin_memory() if device.type == "cuda" else values
-
-
-def _write(target: torch.Tensor, values: Items[int] | np.ndarray) -> None:
-    """Copies int64 values of its shape into the target, behind what the device has yet to do, and waits for nothing."""
-    values = torch.as_tensor(values, dtype=torch.int64)
-    target.copy_(_pinned(values, target.device), non_blocking=True)
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:
