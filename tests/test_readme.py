@@ -21,10 +21,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 OURS = re.sub(r"sbatch .*?\.slurm", "", README)
 
 
-def test_the_first_script(monkeypatch, capsys):
-    (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_scripts(monkeypatch, capsys):
+    """The second goes on from the first."""
+    scripts, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
     monkeypatch.chdir(ROOT)
-    exec(compile(script, "README.md", "exec"), {})
+    for script in scripts:
+        exec(compile(script, "README.md", "exec"), names)
+    assert names["score"].logprob < 0 == names["score"].standard_error
+    assert len(names["choice"].probabilities) == 3 and names["filled"].outputs[0].infilled.text.startswith("2 + ")
+    assert names["guided"].metrics.nfe == 2 * names["guided"].metrics.denoising_steps
     lines = capsys.readouterr().out.strip().splitlines()
     tokens, forwards = map(int, re.fullmatch(r"(\d+) tokens in (\d+) forwards", lines[-1]).groups())
     # right, and by several tokens a forward
