@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from tqdm.auto import tqdm
 
@@ -33,17 +34,32 @@ class _Canvas:
 
 @dataclass
 class _Work:
-    """One request of the engine, and what it gave."""
+    """One request of the engine, and what it gave. masks: places of the answer, a list that works may share.
+    candidates: tokens whose log-probabilities are asked for at the one place that is masked; without them those of the
+    answer are, wherever it is masked. values: these, or of each mask their sum."""
 
     prompt: list[int]
     token_ids: list[int]
     answer: range
     masks: list[Mask]
-    reads: list[list[tuple[int, int]]]
-    values: list[list[float]] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     nfe: int = 0
     is_greedy: bool | None = None
     left: int = 1
+
+    def placed(self) -> list[Mask]:
+        """The masks as positions of the canvas."""
+        return [tuple(self.answer.start + i for i in mask) for mask in self.masks]
+
+    def reads(self) -> list[list[tuple[int, int]]]:
+        """Of each mask the (position, token id) whose log-probability is asked for."""
+        if self.candidates:
+            return [[(self.answer.start, token) for token in self.candidates]]
+        return [[(i, self.token_ids[i]) for i in mask] for mask in self.placed()]
+
+    def take(self, values: list[list[float]]) -> None:
+        self.values = values[0] if self.candidates else [math.fsum(of_mask) for of_mask in values]
 
 
 def score(
@@ -51,12 +67,13 @@ def score(
 ) -> list[ScoreOutput]:
     """`LLM.score`."""
     seed = engine.draw_seed() if params.seed is None else params.seed
+    masks_of = cache(lambda length: draw_masks(length, params.mc_num, seed))
     works = []
     for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
         with _named(f"prompt {i}"):
             canvas = _canvas(engine, prompt, spans=0)
             answer = engine.prompts.encode(continuation, "continuation")
-            works.append(_of_answer(engine, canvas, answer, params, seed))
+            works.append(_of_answer(engine, canvas, answer, masks_of))
     _run(engine, works, params, use_tqdm)
     return [_score_output(work, params, seed) for work in works]
 
@@ -70,6 +87,7 @@ def choose(
 ) -> list[ChoiceOutput]:
     """`LLM.choose`."""
     seed = engine.draw_seed() if params.seed is None else params.seed
+    masks_of = cache(lambda length: draw_masks(length, params.mc_num, seed))
     asked: list[tuple[_Canvas, list[list[int]], _Work | None, list[_Work | None]]] = []
     for i, (prompt, candidates) in enumerate(zip(prompts, choices, strict=True)):
         with _named(f"prompt {i}"):
@@ -77,9 +95,7 @@ def choose(
             answers = [engine.prompts.encode(candidate, "choice") for candidate in candidates]
             _check_choices(canvas, answers)
             single = _of_position(engine, canvas, [answer[0] for answer in answers if len(answer) == 1])
-            longer = [
-                _of_answer(engine, canvas, answer, params, seed) if len(answer) > 1 else None for answer in answers
-            ]
+            longer = [_of_answer(engine, canvas, answer, masks_of) if len(answer) > 1 else None for answer in answers]
             asked.append((canvas, answers, single, longer))
     works = [work for _, _, single, longer in asked for work in (single, *longer) if work is not None]
     _run(engine, works, replace(params, is_greedy=False), use_tqdm)
@@ -130,13 +146,10 @@ def _check_tokens(engine: Engine, token_ids: list[int]) -> None:
         raise ValueError(f"token {outside[0]} is none of the {size} that the model predicts")
 
 
-def _of_answer(engine: Engine, canvas: _Canvas, answer: list[int], params: ScoringParams, seed: int) -> _Work:
+def _of_answer(engine: Engine, canvas: _Canvas, answer: list[int], masks_of: Callable[[int], list[Mask]]) -> _Work:
     _check_tokens(engine, answer)
     token_ids, positions = canvas.around(answer)
-    masks = draw_masks(len(answer), params.mc_num, seed)
-    placed = [tuple(positions.start + i for i in mask) for mask in masks]
-    reads = [[(i, token_ids[i]) for i in mask] for mask in placed]
-    return _Work(canvas.prompt, token_ids, positions, masks, reads)
+    return _Work(canvas.prompt, token_ids, positions, masks_of(len(answer)))
 
 
 def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int]) -> _Work | None:
@@ -145,7 +158,7 @@ def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int]) -> _Work | 
         return None
     _check_tokens(engine, tokens)
     token_ids, positions = canvas.around([engine.config.mask_token_id])
-    return _Work(canvas.prompt, token_ids, positions, [(0,)], [[(positions.start, token) for token in tokens]])
+    return _Work(canvas.prompt, token_ids, positions, [(0,)], tokens)
 
 
 def _run(engine: Engine, works: list[_Work], params: ScoringParams, use_tqdm: bool) -> None:
@@ -169,8 +182,8 @@ def _complete(engine: Engine, works: list[_Work], params: ScoringParams, use_tqd
             while left or engine.has_unfinished():
                 while left and len(engine.scheduler.waiting) < 2 * engine.config.max_num_seqs:
                     work = left.popleft()
-                    placed = [tuple(work.answer.start + i for i in mask) for mask in work.masks]
-                    running[engine.add_scoring(work.token_ids, work.answer, placed, work.reads, params)] = work
+                    asked = work.token_ids, work.answer, work.placed(), work.reads()
+                    running[engine.add_scoring(*asked, params)] = work
                     if params.is_greedy:
                         greedy[_add_greedy(engine, work, params)] = work
                         work.left += 1
@@ -185,7 +198,7 @@ def _complete(engine: Engine, works: list[_Work], params: ScoringParams, use_tqd
 def _take(output: ScoringOutput | RequestOutput, running: dict[int, _Work], greedy: dict[int, _Work]) -> _Work:
     if isinstance(output, ScoringOutput):
         work = running.pop(output.request_id)
-        work.values = output.values
+        work.take(output.values)
         work.nfe += output.nfe
     else:
         work = greedy.pop(output.request_id)
@@ -202,8 +215,7 @@ def _add_greedy(engine: Engine, work: _Work, params: ScoringParams) -> int:
 
 
 def _score_output(work: _Work, params: ScoringParams, seed: int) -> ScoreOutput:
-    sums = [math.fsum(values) for values in work.values]
-    logprob, error = estimate(len(work.answer), params.mc_num, work.masks, sums)
+    logprob, error = estimate(len(work.answer), params.mc_num, work.masks, work.values)
     token_ids = [work.token_ids[i] for i in work.answer]
     return ScoreOutput(work.prompt, token_ids, logprob, error, work.is_greedy, work.nfe, seed)
 
@@ -216,7 +228,7 @@ def _choice_output(
     params: ScoringParams,
     seed: int,
 ) -> ChoiceOutput:
-    exact: Iterator[float] = iter(single.values[0] if single else [])
+    exact: Iterator[float] = iter(single.values if single else [])
     scores = [None if work is None else _score_output(work, params, seed) for work in longer]
     logprobs = [next(exact) if score is None else score.logprob for score in scores]
     best = max(range(len(answers)), key=logprobs.__getitem__)

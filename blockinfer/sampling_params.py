@@ -36,7 +36,8 @@ def answer_seed(seed: int, index: int) -> int:
 class SamplingParams:
     """Options of one request. All lengths are in tokens.
 
-    max_tokens: generated positions; need not be a multiple of block_length.
+    max_tokens: generated positions; need not be a multiple of block_length. Of a prompt with masked spans the most that
+        these may have together.
     block_length: positions denoised together.
     denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what

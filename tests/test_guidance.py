@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from blockinfer import LLM, SamplingParams
+from blockinfer import LLM, SamplingParams, ScoringParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -71,6 +71,30 @@ def test_guidance_changes_tokens_and_scale_0_changes_nothing(small):
     assert small.stats.rows - before.rows == 3 * rows
     assert [o.outputs for o in plain] == [o.outputs for o in zero]
     assert sum(a.outputs != b.outputs for a, b in zip(plain, guided, strict=True)) >= 6
+
+
+def test_padding_changes_nothing(small, monkeypatch):
+    """Every step as it is padded for a CUDA graph: guided and not, infilled, with log-probabilities, and scored."""
+    ids = [5, MASK, MASK, 7, MASK]
+    prompts = [[1, 2, 3], [4, 5], {"prompt_token_ids": ids, "infill": True}]
+    options = dict(max_tokens=12, block_length=5, ignore_eos=True)
+    params = [SamplingParams(**options, cfg_scale=1.0, logprobs=2), SamplingParams(**options)]
+    params.append(SamplingParams(**options, cfg_scale=0.5, mode="vanilla"))
+
+    def outputs():
+        scoring = ScoringParams(mc_num=7, seed=1, cfg_scale=0.5)
+        return [
+            [o.outputs[0].token_ids for o in small.generate(prompts, params, use_tqdm=False)],
+            small.score([[1, 2, 3]] * 2, [[4, 5, 6], list(range(9))], scoring, use_tqdm=False),
+        ]
+
+    expected = outputs()
+    runner = small.engine.runner
+    for graphs, more in ((runner._layers, 5), (runner._reveal, 3)):
+        monkeypatch.setattr(graphs, "padded", lambda size, more=more: size + more)
+    tokens, scores = outputs()
+    assert tokens == expected[0]
+    assert [s.logprob for s in scores] == pytest.approx([s.logprob for s in expected[1]], abs=1e-9)
 
 
 @pytest.mark.parametrize("slots, pages", [(2, 99), (3, 99), (9, 9)])

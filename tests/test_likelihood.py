@@ -177,6 +177,39 @@ def test_a_call_draws_one_seed(small):
     assert first[0] == first[1] and first[0].seed != second[0].seed
 
 
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("bfloat16", 3.0)])
+def test_other_number_formats_are_near(folder, small, dtype, bound):
+    options = dict(mc_num=9, seed=0)
+    expected = score(small, [PROMPT] * 2, ANSWERS[-2:], **options)
+    with LLM(folder, device="cpu", dtype=dtype) as llm:
+        found = score(llm, [PROMPT] * 2, ANSWERS[-2:], **options)
+    assert [o.logprob for o in found] == pytest.approx([o.logprob for o in expected], abs=bound)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_leaves_an_empty_engine_that_goes_on(small, monkeypatch, error):
+    expected = score(small, PROMPT, ANSWERS[-1], seed=0)
+    run, steps = small.engine.runner.run, iter(range(100))
+
+    def fails(scheduled):
+        if next(steps) == 3:
+            raise error("planted")
+        return run(scheduled)
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="planted"):
+        patch.setattr(small.engine.runner, "run", fails)
+        score(small, PROMPT, ANSWERS[-1], seed=0)
+    assert not small.engine.has_unfinished() and small.engine.pool.num_free == small.engine.pool.num_pages
+    assert score(small, PROMPT, ANSWERS[-1], seed=0) == expected
+
+
+def test_requests_that_others_added_are_not_taken_along(small):
+    small.engine.add_request(PROMPT)
+    with pytest.raises(RuntimeError, match="the engine has unfinished requests"):
+        score(small, PROMPT, ANSWERS[0])
+    small.engine.abort_all()
+
+
 # --- what is drawn, and what is told of it ---
 
 
