@@ -210,10 +210,12 @@ class ModelRunner:
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
         for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
-        scores = self._scores.read(scheduled)
-        self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scores.rows) if scores else 0
         # the device is busy: the rest is not waited for
         sequences = [sequence for sequence, _ in denoised(scheduled)]
+        scores = None
+        if len(sequences) < len(scheduled):
+            scores = self._scores.read(scheduled)
+            self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scores.rows)
         return (self._denoise(scheduled, sequences) if sequences else []), scores
 
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:

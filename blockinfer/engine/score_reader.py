@@ -32,8 +32,8 @@ class ScoreReader:
         self._size = size
         self._device = device
 
-    def read(self, scheduled: list[ScheduledSequence]) -> Scores | None:
-        """Of the rows that were just run, where there are any; the values are not waited for."""
+    def read(self, scheduled: list[ScheduledSequence]) -> Scores:
+        """Of the rows to score among what was just run, of which there is one; the values are not waited for."""
         scored, rows, token_ids, shifts, scales = [], [], [], [], []
         for (sequence, plan), own in zip(scheduled, lane_rows(scheduled), strict=True):
             if isinstance(sequence, ScoringRow):
@@ -42,8 +42,6 @@ class ScoreReader:
                 token_ids += [token_id for _, token_id in sequence.reads]
                 shifts += [len(own) if sequence.guided else 0] * len(sequence.reads)
                 scales += [sequence.cfg_scale] * len(sequence.reads)
-        if not scored:
-            return None
         values = self.log_probabilities(rows, token_ids, (shifts, scales) if any(scales) else None)
         if self._device.type != "cuda":
             return Scores(scored, values.tolist)
