@@ -88,6 +88,8 @@ def pytest_addoption(parser):
     )
     add("--relative-error", type=_at_least(0, float), default=0.01, help="or until its mean is known so well (0.01)")
     add("--steps-and-kernels", action="store_true", help="on a CPU too, small, to see that they run (on a GPU always)")
+    mmlu = "likelihood: answer mmlu's rows by the likelihood of the letter too, beside generation (generation)"
+    add("--mmlu", choices=["generation", "likelihood"], default="generation", help=mmlu)
     add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
     resume = "a .jsonl file that keeps every generation; the same command again goes on from it (none)"
     add("--resume", type=text_argument, help=resume)

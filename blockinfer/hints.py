@@ -10,7 +10,6 @@ def _is(name: str, *foreign: str) -> dict[str, str]:
 
 _TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
 _PENALTY = "tokens are neither penalized nor favoured here"
-_ONE_EACH = "a request has one output: pass the prompt as often as you want answers, each with its seed"
 _CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
 _ONE_GPU = "the model runs on one GPU"
 
@@ -35,17 +34,30 @@ SAMPLING_HINTS = {
         ("bad_words", "min_tokens", "allowed_token_ids", "logits_processors", "guided_decoding", "structured_outputs"),
         "no token but EOS can be forbidden here (logits_eos_inf)",
     ),
-    **dict.fromkeys(("n", "best_of", "num_return_sequences"), _ONE_EACH),
+    **_is("n", "num_return_sequences", "num_samples"),
+    "best_of": "n answers are all given back; choose among them",
     **dict.fromkeys(("num_beams", "use_beam_search"), "there is no beam search here"),
-    **dict.fromkeys(("logprobs", "prompt_logprobs"), "probabilities are not reported here"),
-    **dict.fromkeys(("cfg_scale", "cfg", "guidance_scale"), "there is no classifier-free guidance here"),
+    **_is("logprobs", "top_logprobs"),
+    "prompt_logprobs": "a prompt's tokens have no probabilities of their own here",
+    **_is("cfg_scale", "cfg"),
+    "guidance_scale": "cfg_scale is LLaDA's: 0 is no guidance, and guidance_scale - 1 elsewhere",
     **dict.fromkeys(("use_cache", "dual_cache", "prefix_cache", "cache", "if_cache_position"), _CACHE),
-    **dict.fromkeys(("stop", "stop_strings", "stop_sequences"), "there are no stop strings here, only stop_token_ids"),
+    **_is("stop", "stop_strings", "stop_sequences", "until"),
     "truncate_prompt_tokens": "prompts are never cut",
     **_is("stop_token_ids", "eos_token_id", "eos_id", "stop_tokens"),
     **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),
     **_is("mask_token_id, an option of LLM,", "mask_id"),
     **dict.fromkeys(("skip_special_tokens", "detokenize"), "text is decoded without special tokens"),
+}
+
+SCORING_HINTS = {
+    **_is("mc_num", "mc", "num_mc", "n_mc", "num_samples", "monte_carlo_num"),
+    **_is("cfg_scale", "cfg"),
+    **_is("is_greedy", "is_check_greedy", "check_greedy"),
+    **dict.fromkeys(("batch_size", "mc_batch_size"), "max_num_seqs, an option of LLM, is what runs at once"),
+    **dict.fromkeys(
+        ("temperature", "max_tokens", "n", "stop"), "nothing is sampled; it is an option of SamplingParams"
+    ),
 }
 
 LLM_HINTS = {

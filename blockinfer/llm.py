@@ -14,19 +14,30 @@ from blockinfer.chat import ChatTemplate, check_conversations
 from blockinfer.checkpoint import load_tokenizer, read_config
 from blockinfer.checks import check_bool, reason, refuse_unknown, shown
 from blockinfer.config import EngineConfig, ModelConfig
-from blockinfer.engine.engine import Engine, Prompt
+from blockinfer.engine.engine import Engine
 from blockinfer.engine.model_runner import EngineStats
-from blockinfer.hints import GENERATE_HINTS, LLM_HINTS, SAMPLING_HINTS
+from blockinfer.engine.prompts import Prompt
+from blockinfer.hints import GENERATE_HINTS, LLM_HINTS, SAMPLING_HINTS, SCORING_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
+from blockinfer.likelihood import Continuation, choose, lists_of_choices, one_each, score
 from blockinfer.memory import check_fits
 from blockinfer.models.llada import LLaDA
 from blockinfer.models.registry import model_class
-from blockinfer.outputs import RequestOutput
+from blockinfer.outputs import ChoiceOutput, RequestOutput, ScoreOutput
 from blockinfer.sampling_params import SamplingParams
+from blockinfer.scoring_params import ScoringParams
 from blockinfer.weights import find_weights, load_weights, randomize
 
 _OF_SAMPLING = dict.fromkeys(SamplingParams.__dataclass_fields__, "it is an option of SamplingParams")
 _OF_SAMPLING |= {name: f"in SamplingParams {hint}" for name, hint in SAMPLING_HINTS.items()}
+
+_OF_SCORING = dict.fromkeys(ScoringParams.__dataclass_fields__, "it is an option of ScoringParams")
+_OF_SCORING |= {name: f"in ScoringParams {hint}" for name, hint in SCORING_HINTS.items()} | {
+    "params": "it is called scoring_params here",
+    "sampling_params": "it is called scoring_params here",
+}
+_SCORE_NAMES = ("prompts", "continuations", "scoring_params", "use_tqdm")
+_CHOOSE_NAMES = ("prompts", "choices", "scoring_params", "use_tqdm")
 
 
 class LLM:
@@ -124,7 +135,10 @@ class LLM:
         """Completes every prompt; the outputs come in the order of the prompts.
 
         A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; of a dict with both
-        the ids are used. sampling_params is one SamplingParams for all or one each: max_tokens and the like go in
+        the ids are used. In a dict a prompt may have masked spans, which are filled, at most max_tokens positions in
+        all, while the text around them stays: {"prompt": "1 + {fill:2} = 5"}, or {"prompt_token_ids": [...], "infill":
+        True}, where every mask token is one. Modes that see what follows a block can do so: vanilla, prefix_cache and
+        dual_cache. sampling_params is one SamplingParams for all or one each: max_tokens and the like go in
         there. use_tqdm shows a progress bar. on_finish is called with each output as it is finished. Whatever is raised
         meanwhile, Ctrl-C included, leaves an empty engine that can go on.
 
@@ -166,7 +180,7 @@ class LLM:
                 while engine.has_unfinished():
                     for output in engine.step():
                         outputs[output.request_id] = output
-                        tokens += len(output.outputs[0].token_ids)
+                        tokens += sum(len(completion.token_ids) for completion in output.outputs)
                         progress.set_postfix(tokens=tokens, refresh=False)
                         progress.update()
                         if on_finish is not None:
@@ -211,6 +225,46 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
 
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Continuation | Sequence[Continuation],
+        scoring_params: ScoringParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        **unknown: Any,
+    ) -> list[ScoreOutput]:
+        """The log-likelihood of a continuation for each prompt, by LLaDA's estimate (`decoding.likelihood`).
+
+        A continuation is a string, encoded without special tokens, or a list of token ids; it follows its prompt.
+        Prompts are those of `generate`, without masked spans. Each mask is a request whose one step is batched with the
+        others'. Raises what `generate` does for a bad prompt, and ValueError for a continuation that is empty.
+        """
+        refuse_unknown("LLM.score", unknown, _SCORE_NAMES, _OF_SCORING)
+        prompts = _as_list(prompts)
+        params = _scoring_params(scoring_params)
+        return score(self.engine, prompts, one_each(continuations, len(prompts), "continuations"), params, use_tqdm)
+
+    def choose(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        choices: Sequence[Continuation] | Sequence[Sequence[Continuation]],
+        scoring_params: ScoringParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        **unknown: Any,
+    ) -> list[ChoiceOutput]:
+        """The probabilities of given candidates, the same for all prompts or a list of them for each.
+
+        A candidate stands behind the prompt, or in its one masked span, of which it has the length. All candidates of
+        one token are read off one forward, exactly, of the softmax over the whole vocabulary; a longer one's
+        log-probability is its score. Raises what `score` does.
+        """
+        refuse_unknown("LLM.choose", unknown, _CHOOSE_NAMES, _OF_SCORING)
+        prompts = _as_list(prompts)
+        params = _scoring_params(scoring_params)
+        return choose(self.engine, prompts, lists_of_choices(choices, len(prompts)), params, use_tqdm)
+
     @property
     def stats(self) -> EngineStats:
         """The engine's counts so far, as a copy: take differences."""
@@ -254,6 +308,12 @@ class LLM:
             return self.engine.add_request(prompt, params)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
+
+
+def _scoring_params(params: object) -> ScoringParams:
+    if not isinstance(params, ScoringParams | None):
+        raise ValueError(f"scoring_params must be a ScoringParams, got {type(params).__name__}")
+    return params or ScoringParams()
 
 
 def _refuse_unknown(owner: str, given: dict[str, Any], first: str) -> None:

@@ -2,19 +2,42 @@
 
 from dataclasses import dataclass
 
-from blockinfer.checks import check_bool, check_choice, check_int, check_real, check_seed, refuse_unknown, shown
+from blockinfer.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+    check_seed,
+    check_text,
+    refuse_unknown,
+    shown,
+)
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.hints import SAMPLING_HINTS
 from blockinfer.kernels.unmasking import Rank
 
+_MOST_ANSWERS, _MOST_LOGPROBS = 1024, 1000
+
+
+def answer_seed(seed: int, index: int) -> int:
+    """The seed of answer `index` of a request with this one: itself for the first, else SplitMix64's output there
+    (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
+    if index == 0:
+        return seed
+    z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Options of one request. All lengths are in tokens.
 
-    max_tokens: generated positions; need not be a multiple of block_length.
+    max_tokens: generated positions; need not be a multiple of block_length. Of a prompt with masked spans the most that
+        these may have together.
     block_length: positions denoised together.
     denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
@@ -29,8 +52,21 @@ class SamplingParams:
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
         depends on besides the position in the output, the step and the token: requests of one seed share their noise,
         and the same prompt with the same params gives the same sample. For other samples give other seeds, or none.
-    stop_token_ids: these end a request besides the checkpoint's own, and do so under ignore_eos too.
-    ignore_eos: the checkpoint's own stop tokens do not end the request.
+    cfg_scale: classifier-free guidance (arXiv 2207.12598, as LLaDA has it): above 0 each forward also has the rows of a
+        shadow, which sees mask tokens in place of the prompt and of all else that is given, and the logits are
+        u + (cfg_scale + 1) (c - u), c those of the request and u of its shadow. It takes two of max_num_seqs, and a
+        forward counts twice in nfe. At most 1e6.
+    n: answers to the prompt, each with noise of its own: that of answer i is the noise of seed `answer_seed(seed, i)`,
+        which is `seed` itself for the first. In mode `block` they share the pages that the prompt fills, computed once.
+        Above 1 it needs a temperature or the rule `random`, without which all were the same.
+    stop_token_ids: these end an answer besides the checkpoint's own, and do so under ignore_eos too.
+    stop: a string or several that end an answer: the text ends before the one that is complete first, token by token,
+        and the token ids with the token that completes it. They are looked for at a block's end, in the text without
+        special tokens; where one token completes several, the first of this list counts.
+    include_stop_str_in_output: the text ends behind the stop string.
+    ignore_eos: the checkpoint's own stop tokens do not end an answer.
+    logprobs: of each token its log-probability, and the so many likeliest tokens' beside it, at the step that revealed
+        it, without temperature and noise; None for none, 0 for the token's alone, at most 1,000.
     logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md: the first forbids the EOS token; the second
         reveals a position that predicts EOS or end-of-turn after all others, and takes both out of the softmax that
         tells the confidence of the others, as LLaDA's generate.py does at temperature 0. Here it is so at every
@@ -49,7 +85,12 @@ class SamplingParams:
     entropy_bound: float | None = None
     temperature: float = 0.0
     seed: int | None = None
+    cfg_scale: float = 0.0
+    n: int = 1
     stop_token_ids: list[int] | tuple[int, ...] | None = None
+    stop: str | list[str] | tuple[str, ...] | None = None
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
     ignore_eos: bool = False
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
@@ -68,6 +109,7 @@ class SamplingParams:
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
         check_real("temperature", self.temperature, 0.0, 1e6)
+        check_real("cfg_scale", self.cfg_scale, 0.0, 1e6)
         check_seed(self.seed)
         if not isinstance(self.stop_token_ids, list | tuple | None):
             raise ValueError(f"stop_token_ids must be a list of token ids, got {shown(self.stop_token_ids)}")
@@ -76,8 +118,32 @@ class SamplingParams:
         if self.stop_token_ids is not None:
             # a copy that nobody can change, so that the checks hold and the params can be a key
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_stop_strings()
         for name in ("ignore_eos", "logits_eos_inf", "confidence_eos_eot_inf"):
             check_bool(name, getattr(self, name))
+        self._check_n()
+        if self.logprobs is not None:
+            check_int("logprobs", self.logprobs, 0, _MOST_LOGPROBS)
+
+    def _check_stop_strings(self) -> None:
+        check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
+        if self.stop is None:
+            if self.include_stop_str_in_output:
+                raise ValueError("include_stop_str_in_output needs stop strings, and stop is None")
+            return
+        if not isinstance(self.stop, str | list | tuple):
+            raise ValueError(f"stop must be a string or a list of strings, got {shown(self.stop)}")
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for string in stops:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"every one of stop must be a string of at least 1 character, got {shown(string)}")
+            check_text("every one of stop", string)
+        object.__setattr__(self, "stop", stops)
+
+    def _check_n(self) -> None:
+        check_int("n", self.n, 1, _MOST_ANSWERS)
+        if self.n > 1 and self.temperature == 0 and RULES[self.unmasking].rank != Rank.RANDOM:
+            raise ValueError(f"n={self.n} answers at temperature 0 would all be the same; raise it, or ask for one")
 
     def _check_rule_options(self) -> None:
         rule = RULES[self.unmasking]

@@ -15,6 +15,7 @@ COMMANDS = {
     "gate": ("evals.gate.command", "whether this checkout decodes more slowly than a commit"),
     "gate-experiment": ("evals.gate.experiment", "how often the gate alarms at a known slowdown"),
     "build-sample": ("evals.questions.build_sample", "draw rows of the public test sets"),
+    "lm-eval": ("evals.lm_eval.command", "lm-eval's tasks on this engine"),
     "stages": ("evals.timing.stages", "where the milliseconds of a step go on a GPU"),
     "study": ("evals.llada_tiny.study", "what modes and rules cost the small model in accuracy"),
     "train-tiny": ("evals.llada_tiny.train", "train the small model"),

@@ -20,10 +20,11 @@ from evals.questions.graders import require
 from evals.results.benchmark_compare import check_collected, check_compared, check_option, tell_compared
 from evals.results.compare import differences
 from evals.results.comparison import intervals, write_comparison
+from evals.results.likelihood import table as likelihood_table
 from evals.results.paired import against_vanilla, losses
 from evals.results.record import question
 from evals.results.table import first_pass_line, loading_line, table
-from evals.runs.configurations import KERNEL, STEP, has_figures, is_configuration
+from evals.runs.configurations import KERNEL, LIKELIHOOD, STEP, has_figures, is_configuration
 from evals.runs.machine import device_name, slug
 from evals.runs.resume import Generations
 from evals.runs.settings import Case, Settings, read_settings
@@ -101,9 +102,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.path.name in OF_A_GPU and item.path not in named]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    if config.getoption("--mmlu") != "likelihood":
+        # without it there is nothing to see, so nothing is said to be left out
+        items[:] = [item for item in items if item.path.name != "test_likelihood.py"]
     # the timed runs first, for what is wrong with model or rows shows there; the accuracy tests read their generations;
     # the steps have a model of their own, and the kernels none
-    order = {"test_accuracy.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
+    order = {"test_accuracy.py": 1, "test_likelihood.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
     # on a CPU those of one rule run side by side: all are through before the next rule's begin
     rules = list(dict.fromkeys(case.unmasking for case in settings_of(config).cases))
     first = {item: rules.index(item.callspec.params["unmasking"]) for item in items if _is_throughput(item)}
@@ -223,7 +227,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
-    for title, marker, lines in (("kernels", KERNEL, kernel_table), ("steps", STEP, step_table)):
+    tables = ("kernels", KERNEL, kernel_table), ("steps", STEP, step_table), ("mmlu", LIKELIHOOD, likelihood_table)
+    for title, marker, lines in tables:
         timed = [b.extra_info for b in benchmarks if marker in b.extra_info and has_figures(b.extra_info)]
         if timed:
             terminalreporter.section(title)

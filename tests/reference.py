@@ -191,11 +191,13 @@ class Settings:
     eot_ids: tuple[int, ...] = ()
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cfg_scale: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: the output positions revealed, and how far the step was from revealing anything else.
+    """One denoising step: the output positions revealed, the log-probabilities there, and how far the step was from
+    revealing anything else.
 
     `margin` is the least of the gap between the top two logits (with their noise), the gap in confidence or entropy at
     the cut, and the distance from a threshold or bound.
@@ -203,6 +205,7 @@ class Step:
 
     revealed: list[int]
     margin: float
+    logprobs: torch.Tensor | None = None  # [revealed, ids], -inf of those that do not compete
 
 
 @dataclass
@@ -222,32 +225,43 @@ class Result:
 
     @property
     def nfe(self) -> int:
-        """Forwards: the prompt's and the commits ride along with a block's first step and count nothing."""
-        return self.steps
+        """Forwards: the prompt's and the commits ride along with a block's first step and count nothing. With guidance
+        each is two."""
+        return self.steps * (2 if self.settings.cfg_scale else 1)
+
+
+class Guided:
+    """Two decoders side by side, one of which sees mask tokens where anything is given; their logits together."""
+
+    def __init__(self, model: Reference, mode: str, canvas: list[int], given: set[int], P: int, scale: float):
+        self.with_prompt, self.scale, self.given = MODES[mode](model, canvas[:P]), scale, given
+        self.mask = model.config["mask_token_id"]
+        self.without = MODES[mode](model, self.hidden(canvas)[:P]) if scale else None
+
+    def hidden(self, canvas: list[int]) -> list[int]:
+        return [self.mask if i in self.given else token for i, token in enumerate(canvas)]
+
+    def logits(self, canvas, start, end, step):
+        logits = self.with_prompt.logits(canvas, start, end, step)
+        if not self.scale:
+            return logits
+        other = self.without.logits(self.hidden(canvas), start, end, step)
+        return other + (self.scale + 1) * (logits - other)
+
+    def finish(self, canvas, start, end):
+        self.with_prompt.finish(canvas, start, end)
+        if self.scale:
+            self.without.finish(self.hidden(canvas), start, end)
 
 
 def generate(model: Reference, prompt_ids: list[int], settings: Settings) -> Result:
-    mode = MODES[settings.mode](model, prompt_ids)
     P = len(prompt_ids)
     canvas = list(prompt_ids) + [model.config["mask_token_id"]] * settings.max_tokens
+    mode = Guided(model, settings.mode, canvas, set(range(P)), P, settings.cfg_scale)
     result = Result(settings)
     for start in range(P, len(canvas), settings.block_length):
         end = min(start + settings.block_length, len(canvas))
-        limit = step_limit(end - start, settings)
-        masked = list(range(start, end))
-        steps: list[Step] = []
-        while masked:
-            step = len(steps)
-            logits = mode.logits(canvas, start, end, step)[[i - start for i in masked]]
-            last = limit is not None and step == limit - 1
-            quota = quota_at(step, end - start, limit) if settings.unmasking in STATIC else None
-            predicted = predict(logits, [i - P for i in masked], step, model.config, settings)
-            chosen, margin = reveal(predicted, quota, last, settings)
-            for i in chosen:
-                canvas[masked[i]] = predicted.tokens[i]
-            steps.append(Step([masked[i] - P for i in chosen], margin))
-            masked = [position for i, position in enumerate(masked) if i not in chosen]
-        result.blocks.append(steps)
+        result.blocks.append(denoise(model, mode, canvas, list(range(start, end)), start, end, P, settings))
         result.tokens = canvas[P:end]
         stops = [i for i, token in enumerate(result.tokens) if token in settings.stop_ids]
         if stops:
@@ -258,6 +272,59 @@ def generate(model: Reference, prompt_ids: list[int], settings: Settings) -> Res
             mode.finish(canvas, start, end)
     result.token_ids = list(result.tokens)
     return result
+
+
+def infill(model: Reference, tokens: list[int | None], settings: Settings) -> Result:
+    """The canvas with its masked positions (None) filled: `tokens` of the result is all of it."""
+    canvas = [model.config["mask_token_id"] if token is None else token for token in tokens]
+    left = [i for i, token in enumerate(tokens) if token is None]
+    P, last = left[0], left[-1]
+    mode = Guided(model, settings.mode, canvas, set(range(len(tokens))) - set(left), P, settings.cfg_scale)
+    result = Result(settings)
+    while left:
+        start, end = left[0], min(left[0] + settings.block_length, last + 1)
+        block, left = [i for i in left if i < end], [i for i in left if i >= end]
+        result.blocks.append(denoise(model, mode, canvas, block, start, end, P, settings))
+    result.tokens = canvas
+    return result
+
+
+def denoise(
+    model: Reference,
+    mode: Guided,
+    canvas: list[int],
+    masked: list[int],
+    start: int,
+    end: int,
+    P: int,
+    settings: Settings,
+) -> list[Step]:
+    """Reveals the masked positions of the block [start, end) in the canvas."""
+    number = len(masked)
+    limit = step_limit(number, settings)
+    steps: list[Step] = []
+    while masked:
+        step = len(steps)
+        logits = mode.logits(canvas, start, end, step)[[i - start for i in masked]]
+        last = limit is not None and step == limit - 1
+        quota = quota_at(step, number, limit) if settings.unmasking in STATIC else None
+        predicted = predict(logits, [i - P for i in masked], step, model.config, settings)
+        chosen, margin = reveal(predicted, quota, last, settings)
+        for i in chosen:
+            canvas[masked[i]] = predicted.tokens[i]
+        steps.append(Step([masked[i] - P for i in chosen], margin, log_distribution(logits[chosen], model, settings)))
+        masked = [position for i, position in enumerate(masked) if i not in chosen]
+    return steps
+
+
+def log_distribution(logits: torch.Tensor, model: Reference, settings: Settings) -> torch.Tensor:
+    """[n, vocab_size]: what the model says of positions, but for what can never be revealed."""
+    competing = torch.zeros(model.config["vocab_size"], dtype=torch.bool)
+    competing[[i for i in range(len(competing)) if i != model.config["mask_token_id"]]] = True
+    if settings.logits_eos_inf:
+        competing[list(settings.eos_ids)] = False
+    x = torch.where(competing, logits[:, : len(competing)].cpu(), -math.inf)
+    return x - x.logsumexp(-1, keepdim=True)
 
 
 def step_limit(n: int, settings: Settings) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockinfer import LLM, SamplingParams
+from blockinfer import LLM, SamplingParams, ScoringParams
 from tests.checkpoints import write_checkpoint
 
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
@@ -111,6 +111,61 @@ def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
         finally:
             sys.settrace(former)
         assert stop_at > 3000
+
+
+def test_ctrl_c_leaves_answers_shadows_and_scores_whole(tmp_path):
+    """Several answers that share their prompt's pages, one with a shadow, and forwards not yet read."""
+    sampled = dataclasses.replace(PARAMS, max_tokens=8, temperature=0.8, seed=3, n=3)
+    guided = dataclasses.replace(PARAMS, max_tokens=8, cfg_scale=1.0)
+    canvas, answer = [3, 1, 4, 1, 5, 9, 2, 6], range(5, 8)
+    files = {"engine.py", "scheduler.py", "page_pool.py", "sequence.py", "scoring.py"}
+    options = dict(dtype="float64", max_num_seqs=4, page_size=4)
+    with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
+        engine = llm.engine
+
+        def run(stop_at):
+            """-> the outputs, and whether there was an interrupt, at the stop_at-th line."""
+            lines = 0
+
+            def trace(frame, event, _):
+                nonlocal lines
+                path = Path(frame.f_code.co_filename)
+                if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
+                    return None
+                lines += event == "line"
+                if lines == stop_at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            ids = [engine.add_request(canvas, sampled), engine.add_request([5, 6], guided)]
+            reads = [[(i, canvas[i])] for i in answer]
+            ids.append(engine.add_scoring(canvas, answer, [(i,) for i in answer], reads, ScoringParams(mode="block")))
+            outputs, interrupted = {}, False
+            sys.settrace(trace)
+            for _ in range(100):
+                try:
+                    outputs |= {output.request_id: output for output in engine.step()}
+                except KeyboardInterrupt:
+                    interrupted = True
+                if not engine.has_unfinished():
+                    break
+            sys.settrace(None)
+            assert engine.pool.num_free == engine.pool.num_pages and engine.pool._holders == [0] * engine.pool.num_pages
+            *answers, scored = [outputs[i] for i in ids]
+            return [a.outputs for a in answers], pytest.approx([v for row in scored.values for v in row]), interrupted
+
+        former = sys.gettrace()
+        try:
+            *expected, _ = run(0)
+            stop_at, interrupted = 1, True
+            while interrupted:
+                *found, interrupted = run(stop_at)
+                assert found[0] == expected[0] and found[1].expected == expected[1]
+                stop_at += 97
+        finally:
+            sys.settrace(former)
+        assert stop_at > 1500
 
 
 def test_a_second_ctrl_c_within_the_clean_up_of_the_first(llm):

@@ -27,6 +27,7 @@ ROOMS = {
     "report": {"files", "runs", "results"},
     "gate": {"files", "questions", "runs", "results"},
     "slurm": {"files"},
+    "lm_eval": {"questions"},
     "llada_tiny": {"files", "questions", "runs", "results", "report"},
 }
 

@@ -19,11 +19,18 @@ from evals.results import compare
 from evals.timing import stages
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "blockinfer/README.md", "evals/README.md", "evals/timing/README.md", "evals/llada_tiny/README.md")
+PAGES = (
+    "README.md",
+    "blockinfer/README.md",
+    "evals/README.md",
+    "evals/timing/README.md",
+    "evals/llada_tiny/README.md",
+    "evals/lm_eval/README.md",
+)
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
-# what stands before the script's name is sbatch's
-OURS = re.sub(r"sbatch .*?\.slurm", "", "".join(TEXT.values()))
+# what stands before the script's name is sbatch's, and lm-eval has options of its own
+OURS = re.sub(r"sbatch .*?\.slurm", "", "".join(text for page, text in TEXT.items() if "lm_eval" not in page))
 
 # Commands that no test runs, each with what it needs.
 NEEDS = {
@@ -50,6 +57,9 @@ NEEDS = {
         "pytest evals/ --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16",
         "python -m evals build-sample --out rows.jsonl --per-source 50 --seed 0",
         "pytest evals/ --dataset rows.jsonl",
+        "pip install -c constraints.txt -e '.[lm-eval]'",
+        "python -m evals lm-eval --model blockinfer --batch_size auto --tasks gsm8k,mmlu --apply_chat_template "
+        "--model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,mode=block,threshold=.9,block_length=32",
     ),
     "a GPU": (
         "pytest evals/ --model llada-8b --load-format dummy",
@@ -64,6 +74,9 @@ NEEDS = {
         "sbatch --ntasks=8 --gpus-per-task=1 evals/slurm/run_benchmark.slurm --model GSAI-ML/LLaDA-8B-Instruct",
     ),
     "what another test runs": (
+        "python -m evals lm-eval --model blockinfer --model_args pretrained=evals/llada_tiny,mode=block,threshold=.9 "
+        "--include_path evals/lm_eval/tasks --tasks blockinfer_gsm8k,blockinfer_mmlu --apply_chat_template "
+        "--batch_size 8",  # lm_eval/test_lm_eval.py
         "python -m evals train-tiny --out /tmp/tiny --smoke",  # llada_tiny/test_training.py
         "pytest-benchmark --storage .benchmarks/DEVICE compare",  # test_history.py
         "python -m evals report out.json .benchmarks/*/*/*.json -o report.html",  # test_history.py has the pattern
@@ -80,13 +93,19 @@ RUN = {
 def shown():
     for text in TEXT.values():
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-            yield from (re.sub(r"\s+#.*", "", line) for line in block.strip().splitlines())
+            lines = re.sub(r" \\\n +", " ", block).strip().splitlines()
+            yield from (re.sub(r"\s+#.*", "", line) for line in lines)
 
 
-def test_the_first_script(monkeypatch, capsys):
-    (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_scripts(monkeypatch, capsys):
+    """The second goes on from the first."""
+    scripts, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
     monkeypatch.chdir(ROOT)
-    exec(compile(script, "README.md", "exec"), {})
+    for script in scripts:
+        exec(compile(script, "README.md", "exec"), names)
+    assert names["score"].logprob < 0 == names["score"].standard_error
+    assert len(names["choice"].probabilities) == 3 and names["filled"].outputs[0].infilled.text.startswith("2 + ")
+    assert names["guided"].metrics.nfe == 2 * names["guided"].metrics.denoising_steps
     lines = capsys.readouterr().out.strip().splitlines()
     tokens, forwards = map(int, re.fullmatch(r"(\d+) tokens in (\d+) forwards", lines[-1]).groups())
     # right, and by several tokens a forward

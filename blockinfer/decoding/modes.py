@@ -86,3 +86,9 @@ MODES: dict[str, Mode] = {
     "block": block,
     "block_refresh": block_refresh,
 }
+
+# In these the prompt's K and V depend on the prompt alone, so that several answers to it can share them.
+PROMPT_ALONE = frozenset({"block"})
+
+# These see all of the canvas, so that text may follow what is masked.
+SEE_SUFFIX = ("vanilla", "prefix_cache", "dual_cache")

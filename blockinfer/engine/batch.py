@@ -62,10 +62,30 @@ def step_columns(blocks: int) -> slice:
 def pack_steps(scheduled: Items[ScheduledSequence], blocks: int) -> np.ndarray:
     """Of Blocks the columns that change from step to step of a block, one after the other, int64."""
     columns = np.zeros((_STEP_FIELDS, blocks), dtype=np.int64)
-    steps = [(s.step, s.reveal_count(), s.is_last_step(), s.num_masked) for s, _ in scheduled]
-    columns[:4, : len(steps)] = np.array(steps, dtype=np.int64).T
+    steps = [(s.step, s.reveal_count(), s.is_last_step(), s.num_masked) for s, _ in denoised(scheduled)]
+    columns[:4, : len(steps)] = np.array(steps, dtype=np.int64).reshape(-1, 4).T
     columns[4] = columns[3].cumsum() - columns[3]
     return columns.ravel()
+
+
+def denoised(scheduled: Items[ScheduledSequence]) -> Items[ScheduledSequence]:
+    """Those that have a block; what is scored has none."""
+    return [entry for entry in scheduled if isinstance(entry.sequence, Sequence)]
+
+
+def lane_rows(scheduled: Items[ScheduledSequence]) -> list[range]:
+    """Of each sequence the rows of its own in the forward; as many of its shadow follow, where it has one."""
+    rows, number = [], 0
+    for sequence, plan in scheduled:
+        rows.append(range(number, number + plan.rows // sequence.lanes))
+        number += plan.rows
+    return rows
+
+
+def block_rows(scheduled: Items[ScheduledSequence]) -> list[int]:
+    """The row of each block's first position, of those that have one. A plan's last segment holds the block."""
+    pairs = zip(scheduled, lane_rows(scheduled), strict=True)
+    return [r.stop - (plan.segments[-1].stop - s.block_start) for (s, plan), r in pairs if isinstance(s, Sequence)]
 
 
 def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot: int, cutting: Cutting) -> np.ndarray:
@@ -73,15 +93,16 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
 
     `step_columns` are left 0.
     """
-    number, spans, fixed = 0, [], []
+    number, spans = 0, []
     for sequence, plan in scheduled:
-        for start, stop, kv_len in plan.segments:
-            spans.append((sequence.slot, stop - start, start - number, kv_len))
-            number += stop - start
-        start = sequence.block_start
-        # the last segment holds the block
-        first_row = number - (plan.segments[-1].stop - start)
-        fixed.append((sequence.slot, start, sequence.block_end - start, first_row, start - sequence.prompt_len))
+        for slot in (sequence.slot, sequence.shadow_slot)[: sequence.lanes]:
+            for start, stop, kv_len in plan.segments:
+                spans.append((slot, stop - start, start - number, kv_len))
+                number += stop - start
+    fixed = [
+        (sequence.slot, sequence.block_start, sequence.block_end - sequence.block_start, first_row, sequence.position)
+        for (sequence, _), first_row in zip(denoised(scheduled), block_rows(scheduled), strict=True)
+    ]
     slots, lengths, shifts, kv_lens = np.array(spans, dtype=np.int64).T
     tiles = cut(slots, lengths, kv_lens, cutting, rows)
     start = _header(blocks)
@@ -89,7 +110,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     packed[0] = len(tiles)
     columns = packed[step_columns(blocks).stop : start].reshape(-1, blocks)
     columns[0] = scrap_slot
-    columns[:5, : len(fixed)] = np.array(fixed, dtype=np.int64).T
+    columns[:5, : len(fixed)] = np.array(fixed, dtype=np.int64).reshape(-1, 5).T
     columns[5] = columns[2].cumsum() - columns[2]
     row_slots, positions = packed[start : start + 2 * rows].reshape(2, rows)
     row_slots[:number], row_slots[number:] = slots.repeat(lengths), scrap_slot
@@ -100,7 +121,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
 
 def layout(scheduled: Items[ScheduledSequence]) -> list:
     """What a packed tensor depends on besides its sizes."""
-    return [(s.request_id, s.slot, s.block_start, plan.segments) for s, plan in scheduled]
+    return [(s.request_id, s.slot, s.position, plan.segments) for s, plan in scheduled]
 
 
 def slot_options(sequence: Sequence) -> list[int]:

@@ -2,25 +2,31 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from blockinfer.checks import check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
+from blockinfer.decoding.likelihood import Mask
+from blockinfer.engine.answers import request_output, scoring_output, search_stop
+from blockinfer.engine.batch import denoised
 from blockinfer.engine.graphs import ROW_TILE
+from blockinfer.engine.infilling import InfillSequence, check_infilling
+from blockinfer.engine.limits import Limits
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
+from blockinfer.engine.prompts import Prompt, PromptReader
 from blockinfer.engine.scheduler import Scheduler
-from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.scoring import Scores, ScoringRow
+from blockinfer.engine.sequence import Resident, Sequence
 from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
-from blockinfer.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from blockinfer.sampling_params import SamplingParams
-
-Prompt = str | list[int] | dict[str, Any]
+from blockinfer.outputs import RequestOutput, ScoringOutput
+from blockinfer.sampling_params import SamplingParams, answer_seed
+from blockinfer.scoring_params import ScoringParams
 
 _EOT = "<|eot_id|>"
 # More than a token can stand for.
@@ -44,12 +50,17 @@ class Engine:
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
         self.abort_all()
+        tokenize = None if tokenizer is None else self.tokenize
+        self.prompts = PromptReader(tokenize, config.mask_token_id, model.config.embedding_size)
+        self._limits = Limits(
+            model.config, config, pages, len(self.runner.eos_ids), len(self.runner.last_ids), tokenizer is not None
+        )
         self._next_id = 0
         self._seeds = random.Random(config.seed)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
-        {"prompt_token_ids": [...]}.
+        {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`).
 
         Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
         a request that the page pool could never hold, and for an option that this checkpoint cannot follow.
@@ -57,20 +68,59 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        text, token_ids = self._encode(prompt)
-        self._check_fits(len(token_ids), params)
+        read = self.prompts.read(prompt)
+        if read.tokens is None:
+            self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
+        else:
+            check_infilling(read.tokens, params)
+            self._limits.check_fits(len(read.tokens), 0, params.cfg_scale > 0)
+        self._limits.check_options(params)
         stops = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops |= self.stop_token_ids
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        sequence = Sequence(self._next_id, text, token_ids, params, seed, frozenset(stops))
-        self._next_id += 1
-        with self._whole():
-            self.scheduler.add(sequence)
-            self._sequences[sequence.request_id] = sequence
-        return sequence.request_id
+        siblings: list[Sequence] = []
+        for i in range(params.n):
+            rest = params, answer_seed(seed, i), frozenset(stops), siblings
+            if read.tokens is None:
+                Sequence(self._next_id + i, read.text, read.token_ids, *rest)
+            else:
+                InfillSequence(self._next_id + i, read.text, read.tokens, *rest, read.token_ids)
+        return self._queue(siblings)
 
-    def step(self) -> list[RequestOutput]:
+    def add_scoring(
+        self,
+        token_ids: list[int],
+        answer: range,
+        masked: Items[Mask],
+        reads: Items[list[tuple[int, int]]],
+        params: ScoringParams,
+    ) -> int:
+        """Queues forwards of a canvas, each with other positions of the answer masked, and returns their request's id;
+        `step` gives a ScoringOutput. reads: of each forward (position, token id), whose log-probability is asked for.
+
+        Raises ValueError where the canvas does not fit.
+        """
+        self._limits.check_fits(len(token_ids), 0, params.cfg_scale > 0)
+        siblings: list[ScoringRow] = []
+        for i, (mask, wanted) in enumerate(zip(masked, reads, strict=True)):
+            options = params.mode, params.cfg_scale, siblings
+            ScoringRow(self._next_id + i, token_ids, answer, mask, wanted, *options)
+        return self._queue(siblings)
+
+    def draw_seed(self) -> int:
+        """The next of the seeds that requests without one get."""
+        return self._seeds.getrandbits(64)
+
+    def _queue(self, siblings: list[Resident]) -> int:
+        self._next_id += len(siblings)
+        with self._whole():
+            for sequence in siblings:
+                self.scheduler.add(sequence)
+            self._sequences |= {sequence.request_id: sequence for sequence in siblings}
+        return siblings[0].request_id
+
+    def step(self) -> list[RequestOutput | ScoringOutput]:
         """One forward for the requests that fit in it -> those that it finished, in the order they were added.
 
         Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
@@ -82,38 +132,77 @@ class Engine:
             self._finished = self._finished + self._step()
             for output in self._finished:
                 self._drop(output.request_id)
-        try:
-            return self._finished
-        finally:
-            self._finished = []
+        # in one statement, which Ctrl-C comes before or after
+        return (self._finished, vars(self).update(_finished=[]))[0]
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self) -> list[RequestOutput | ScoringOutput]:
         self._check_finite()
         scheduled = self.scheduler.schedule()
         if not scheduled:
-            return []
+            return self._collect(0)
         for sequence, _ in scheduled:
             if not sequence.on_device:
                 self.runner.start(sequence)
                 sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
-        results = self.runner.run(scheduled)
+        results, scores = self.runner.run(scheduled)
+        if scores is not None:
+            self._launched(scores)
         finished = []
-        for (sequence, _), result in zip(scheduled, results, strict=True):
+        for (sequence, _), result in zip(denoised(scheduled), results, strict=True):
             if result.broken:
                 sequence.broken = True
                 continue
             sequence.advance(result.masked_left)
             if result.masked_left:
                 continue
-            sequence.finish_block(result.token_ids)
-            if sequence.is_finished():
-                finished.append(self._output(sequence))
+            sequence.finish_block(result.token_ids, result.logprobs)
+            if not self._is_finished(sequence):
+                continue
+            if all(sibling.is_finished() for sibling in sequence.siblings):
+                finished.append(self._output(sequence.siblings))
+            else:
+                self.scheduler.release(sequence)
+        # what was launched before, while the device is busy
+        finished += self._collect(1 if scores is not None else 0)
+        return sorted(finished, key=lambda output: output.request_id)
+
+    def _launched(self, scores: Scores) -> None:
+        """Slots and pages are for others at once: what these do to them is done after it."""
+        self._scores = [*self._scores, scores]
+        for row in scores.rows:
+            row.launched()
+            self.scheduler.release(row)
+
+    def _collect(self, left: int) -> list[ScoringOutput]:
+        """The values of what was launched, but for the last so many launches -> the requests that this finishes."""
+        finished = []
+        while len(self._scores) > left:
+            scores = self._scores[0]
+            scores.collect()
+            for siblings in {row.request: row.siblings for row in scores.rows}.values():
+                if any(row.broken for row in siblings):
+                    self._broken.add(siblings[0].request_id)
+                elif all(row.is_finished() for row in siblings) and siblings[0].request_id in self._sequences:
+                    finished.append(self._output(siblings))
+            self._scores = self._scores[1:]
         return finished
+
+    def _output(self, siblings: list[Resident]) -> RequestOutput | ScoringOutput:
+        if isinstance(siblings[0], ScoringRow):
+            return scoring_output(siblings)
+        return request_output(siblings, self._decode(siblings[0]))
+
+    def _is_finished(self, sequence: Sequence) -> bool:
+        """Once its stop strings were looked for."""
+        if isinstance(sequence, Sequence) and sequence.params.stop:
+            search_stop(sequence, self._decode(sequence))
+        return sequence.is_finished()
 
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError where there is none of that id."""
-        if not isinstance(request_id, int) or request_id not in self._sequences:
+        sequence = self._sequences.get(request_id) if isinstance(request_id, int) else None
+        if sequence is None or sequence is not sequence.siblings[0]:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
         with self._whole():
             self._drop(request_id)
@@ -129,18 +218,20 @@ class Engine:
     def _drop(self, request_id: int) -> None:
         # one that ended in a call that was cut short is not there any more
         if request_id in self._sequences:
-            self.scheduler.release(self._sequences[request_id])
-            del self._sequences[request_id]
+            for sequence in self._sequences[request_id].siblings:
+                self.scheduler.release(sequence)
+                self._sequences.pop(sequence.request_id, None)
+            self._broken.discard(request_id)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
         if self._cut_short:
             finished = {output.request_id: output for output in self._finished}
-            for i, sequence in self._sequences.items():
-                if sequence.is_finished() and i not in finished:
-                    finished[i] = self._output(sequence)
-            unfinished = {i: sequence for i, sequence in self._sequences.items() if i not in finished}
+            for i, first in self._sequences.items():
+                if first is first.siblings[0] and i not in finished and all(map(self._is_finished, first.siblings)):
+                    finished[i] = self._output(first.siblings)
+            unfinished = {i: s for i, s in self._sequences.items() if s.request not in finished}
             self._begin_anew(unfinished, list(finished.values()))
         self._cut_short = True
         try:
@@ -150,7 +241,7 @@ class Engine:
             raise
         self._cut_short = False
 
-    def _begin_anew(self, sequences: dict[int, Sequence], finished: list[RequestOutput]) -> None:
+    def _begin_anew(self, sequences: dict[int, Resident], finished: list[RequestOutput | ScoringOutput]) -> None:
         """With these requests waiting; what the engine has is replaced at once, at the end."""
         pool = PagePool(self.runner.num_pages, self.config.page_size)
         row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
@@ -158,8 +249,10 @@ class Engine:
         scheduler = Scheduler(pool, *limits, row_tile)
         for sequence in sequences.values():
             sequence.requeue()
-            scheduler.add(sequence)
+            if not sequence.is_finished():
+                scheduler.add(sequence)
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
+        self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 
     def _check_finite(self) -> None:
@@ -168,39 +261,12 @@ class Engine:
 
         `token_confidence` defines a token even then; the engine rather says that the model is broken.
         """
-        broken = [str(sequence.request_id) for sequence in self.scheduler.running if sequence.broken]
+        broken = [str(i) for i in sorted(self._broken | {s.request for s in self.scheduler.running if s.broken})]
         if broken:
             raise FloatingPointError(
                 f"the model's logits are NaN or infinite for request {', '.join(broken)}: its activations overflow "
                 f"{self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
             )
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """prompt -> its text, where it has one, and its token ids, checked."""
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if not isinstance(prompt, dict):
-            prompt = {"prompt_token_ids": prompt}
-        if not prompt or prompt.keys() - {"prompt_token_ids", "prompt"}:
-            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {shown(list(prompt))}')
-        text = prompt.get("prompt")
-        if not isinstance(text, str | None):
-            raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
-        if "prompt_token_ids" in prompt:
-            token_ids = prompt["prompt_token_ids"]
-        elif self.tokenizer is None:
-            raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
-        else:
-            token_ids = self.tokenize(text) if text else []
-        if not isinstance(token_ids, list | tuple):
-            raise ValueError(f"a prompt must be a string or a list of token ids, got {type(token_ids).__name__}")
-        if not token_ids:
-            raise ValueError("the prompt is empty: it must have at least 1 token, got 0")
-        limit = self.model.config.embedding_size
-        for i, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
-                raise ValueError(f"prompt token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
-        return text, list(token_ids)
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""
@@ -213,64 +279,13 @@ class Engine:
         with foreign_errors("the tokenizer cannot encode the prompt"):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
-    def _check_fits(self, prompt_len: int, params: SamplingParams) -> None:
-        total = prompt_len + params.max_tokens
-        if total > self.config.max_model_len:
-            raise ValueError(
-                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} make {total}, more than "
-                f"max_model_len={self.config.max_model_len}; shorten the prompt or lower max_tokens"
-            )
-        if self.pool.pages_for(total) > self.pool.num_pages:
-            raise ValueError(
-                f"the prompt's {prompt_len} tokens and max_tokens={params.max_tokens} need "
-                f"{self.pool.pages_for(total)} pages of {self.pool.page_size} tokens, the KV cache has "
-                f"{self.pool.num_pages}; raise kv_cache_memory"
-            )
-        self._check_candidates(params)
-        for option, ids in (("logits_eos_inf", self.runner.eos_ids), ("confidence_eos_eot_inf", self.runner.last_ids)):
-            if getattr(params, option) and not len(ids):
-                raise ValueError(f"{option} acts on the EOS token, and this checkpoint names none; leave it False")
-        outside = [i for i in params.stop_token_ids or () if i >= self.model.config.embedding_size]
-        if outside:
-            raise ValueError(f"stop_token_ids {outside} are outside the {self.model.config.embedding_size} embeddings")
+    def _decode(self, sequence: Sequence) -> Callable[[list[int]], str] | None:
+        """From token ids to text, for this sequence; None where there is no tokenizer."""
+        if self.tokenizer is None:
+            return None
 
-    def _check_candidates(self, params: SamplingParams) -> None:
-        """A position must have a token that it can become."""
-        config, mask_id = self.model.config, self.config.mask_token_id
-        forbidden = {mask_id, *config.eos_token_ids} if params.logits_eos_inf else {mask_id}
-        if len([i for i in forbidden if i < config.vocab_size]) == config.vocab_size:
-            tokens = "the mask token and, by logits_eos_inf, EOS" if params.logits_eos_inf else "the mask token"
-            raise ValueError(f"vocab_size={config.vocab_size} leaves no token to predict besides {tokens}")
+        def decode(token_ids: list[int]) -> str:
+            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request}"):
+                return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        stop = sequence.stop_position()
-        token_ids = sequence.output_token_ids[:stop]
-        text = None
-        if self.tokenizer is not None:
-            with foreign_errors(f"the tokenizer cannot decode the tokens of request {sequence.request_id}"):
-                text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        now = time.perf_counter()
-        return RequestOutput(
-            request_id=sequence.request_id,
-            prompt=sequence.prompt,
-            prompt_token_ids=sequence.prompt_token_ids,
-            outputs=[
-                CompletionOutput(
-                    index=0,
-                    text=text,
-                    token_ids=token_ids,
-                    finish_reason="length" if stop is None else "stop",
-                    stop_reason=None if stop is None else sequence.output_token_ids[stop],
-                )
-            ],
-            finished=True,
-            metrics=RequestMetrics(
-                nfe=sequence.nfe,
-                denoising_steps=sequence.denoising_steps,
-                queued_seconds=sequence.first_run_at - sequence.added_at,
-                first_block_seconds=sequence.first_block_at - sequence.added_at,
-                total_seconds=now - sequence.added_at,
-                preemptions=sequence.preemptions,
-                seed=sequence.seed,
-            ),
-        )
+        return decode

@@ -2,21 +2,34 @@
 
 import math
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from blockinfer.config import EngineConfig
-from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, slot_options, step_columns
+from blockinfer.engine.batch import (
+    StepInputs,
+    denoised,
+    layout,
+    pack,
+    pack_steps,
+    packed_size,
+    slot_options,
+    step_columns,
+)
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
+from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.score_reader import ScoreReader
+from blockinfer.engine.scoring import Scores
+from blockinfer.engine.sequence import Resident, Sequence
+from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
+from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
+from blockinfer.kernels.guidance import Guidance, guide
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.unmasking import SlotOptions, SlotState, masked_rows, unmask
 from blockinfer.models.llada import LLaDA
@@ -48,12 +61,14 @@ class EngineStats:
 class BlockResult(NamedTuple):
     """A sequence's block after a step: how many positions are still masked, and, where the result was read, its tokens.
 
-    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read.
+    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read. logprobs: of each position,
+    by token id, where they were asked for and the block is at its end.
     """
 
     masked_left: int
     token_ids: list[int] | None = None
     broken: bool = False
+    logprobs: list[dict[int, tuple[float, int]]] | None = None
 
 
 class ModelRunner:
@@ -91,6 +106,8 @@ class ModelRunner:
             torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
         )
         self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
+        self._logprobs = RevealedLogprobs(self.state, self._vocabulary, lambda rows: self._reveal.padded(rows))
+        self._scores = ScoreReader(self._logits, lambda rows: self._reveal.padded(rows), size, self.device)
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
         self._blocks = config.max_num_seqs + config.max_num_seqs % 2
@@ -129,6 +146,7 @@ class ModelRunner:
         rows = len(self._attended)
         self._run_layers(rows)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
+        self._scores.log_probabilities([0], [0], None)
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
@@ -144,41 +162,77 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
-    def start(self, sequence: Sequence) -> None:
-        """Writes the tokens of a sequence that was given a slot; all from its current block on is masked."""
-        row = slice(sequence.block_start, sequence.canvas_end)
-        _write(self.state.tokens[sequence.slot, : row.start], sequence.prompt_token_ids + sequence.output_token_ids)
-        self.state.tokens[sequence.slot, row] = self.config.mask_token_id
-        self.state.masked[sequence.slot, row] = True
+    def start(self, sequence: Resident) -> None:
+        """Writes the tokens of a sequence that was given its slots; all from its current block on is masked, but for
+        what is given there."""
+        self._start_lane(sequence, sequence.slot, sequence.known_token_ids())
+        if sequence.guided:
+            self._start_lane(sequence, sequence.shadow_slot, sequence.shadow_token_ids())
+        if not isinstance(sequence, Sequence):
+            return
+        given = sequence.given_after()
+        if given:
+            self._write_tokens(sequence.slot, sequence.block_start, given)
+        self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end] = True
+        if given:
+            is_masked = [token is None for token in given]
+            write(self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end], is_masked)
         self.state.broken[sequence.slot].fill_(False)
-        self._num_pages_known[sequence.slot] = 0
-        _write(self.state.options[sequence.slot], slot_options(sequence))
+        write(self.state.options[sequence.slot], slot_options(sequence))
+        self._logprobs.start(sequence)
+
+    def _start_lane(self, sequence: Resident, slot: int, known: list[int | None]) -> None:
+        self._write_tokens(slot, 0, known)
+        self.state.tokens[slot, len(known) : sequence.canvas_end] = self.config.mask_token_id
+        self._num_pages_known[slot] = 0
+
+    def _write_tokens(self, slot: int, start: int, tokens: list[int | None]) -> None:
+        """The mask token for None."""
+        mask = self.config.mask_token_id
+        write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
 
     @torch.inference_mode()
-    def run(self, scheduled: list[ScheduledSequence]) -> list[BlockResult]:
-        """One denoising step of every scheduled sequence -> what became of each one's block.
+    def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
+        """One step of every scheduled sequence -> what became of each one's block, of those that have one, and what is
+        read of the others' logits, where there are any.
 
         Waits for the device only where a block ends, whose tokens may hold a stop token, and where a rule has no
         schedule. Otherwise the step is still under way or queued behind others, on one stream: what is done next to
         slots and pages, which may be another sequence's by then, is done after it.
         """
-        sequences = [sequence for sequence, _ in scheduled]
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)
-        self._write_page_tables(sequences)
+        self._write_page_tables(scheduled)
         self._write_inputs(scheduled, padded)
         self._layers(padded)
-        # the device is busy: the rest is not waited for
-        expected = [sequence.masked_after_step() for sequence in sequences]
-        masked = sum(sequence.num_masked for sequence in sequences)
-        _write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
-        self._reveal(self._reveal.padded(masked))
         self.stats.forwards += 1
         self.stats.rows += rows
-        self.stats.lm_head_rows += masked
-        self.stats.keys += sum(plan.kv_len for _, plan in scheduled)
-        for sequence in sequences:
+        self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
+        for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
+        # the device is busy: the rest is not waited for
+        sequences = [sequence for sequence, _ in denoised(scheduled)]
+        scores = None
+        if len(sequences) < len(scheduled):
+            scores = self._scores.read(scheduled)
+            self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scores.rows)
+        return (self._denoise(scheduled, sequences) if sequences else []), scores
+
+    def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
+        """What follows the layers in the sequences that have a block."""
+        expected = [sequence.masked_after_step() for sequence in sequences]
+        masked = sum(sequence.num_masked for sequence in sequences)
+        write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
+        observed = self._logprobs.before(scheduled)
+        size = self._reveal.padded(masked)
+        guided = [sequence for sequence in sequences if sequence.guided]
+        if guided:
+            self._run_reveal(size, guidance_of_blocks(scheduled, size, self.device))
+            show_shadows(self.state, guided)
+        else:
+            self._reveal(size)
+        self._logprobs.after(observed, self._logits)
+        self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
         if all(expected):
             return [BlockResult(left) for left in expected]
         return self._read(sequences)
@@ -189,9 +243,10 @@ class ModelRunner:
         start = 2 * self._blocks
         values = self._result[: start + sum(lengths)].tolist()
         results = []
-        for i, length in enumerate(lengths):
+        for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             broken, left = values[2 * i : 2 * i + 2]
-            results.append(BlockResult(left, values[start : start + length], bool(broken)))
+            logprobs = None if left else self._logprobs.read(sequence)
+            results.append(BlockResult(left, values[start : start + length], bool(broken), logprobs))
             start += length
         return results
 
@@ -202,16 +257,21 @@ class ModelRunner:
             return
         self._layout = None  # should Ctrl-C come before the last line
         packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
-        _write(self._packed[: len(packed)], packed)
+        write(self._packed[: len(packed)], packed)
         self._layout = wanted
 
-    def _write_page_tables(self, sequences: list[Sequence]) -> None:
+    def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
         """A running sequence's pages are only ever added to, until it is started anew."""
-        for sequence in sequences:
-            known = self._num_pages_known[sequence.slot]
-            if known < len(sequence.pages):
-                _write(self.page_tables[sequence.slot, known : len(sequence.pages)], sequence.pages[known:])
-                self._num_pages_known[sequence.slot] = len(sequence.pages)
+        for sequence, _ in scheduled:
+            self._write_page_table(sequence.slot, sequence.pages)
+            if sequence.guided:
+                self._write_page_table(sequence.shadow_slot, sequence.shadow_pages)
+
+    def _write_page_table(self, slot: int, pages: list[int]) -> None:
+        known = self._num_pages_known[slot]
+        if known < len(pages):
+            write(self.page_tables[slot, known : len(pages)], pages[known:])
+            self._num_pages_known[slot] = len(pages)
 
     def _run_layers(self, rows: int) -> None:
         """All layers on the step's rows, padded to so many, up to the last one's attention: K and V are written.
@@ -232,43 +292,39 @@ class ModelRunner:
         attended, residual = self._attended[:rows], self._residual[:rows]
         self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual)
 
-    def _run_reveal(self, size: int) -> None:
+    def _run_reveal(self, size: int, guidance: Guidance | None = None) -> None:
         """The masked rows' predictions, padded to so many, and what the rules make of them, down to the result.
 
-        As `_run_layers`, it can be captured.
+        As `_run_layers`, it can be captured; guidance, of so many rows, is not.
         """
         blocks = StepInputs.split(self._packed, self._blocks, 0).blocks
         rows, options = masked_rows(self.state, blocks, size)
-        predicted = self._predict(rows.row, options)
+        predicted = self._predict(rows.row, options, guidance)
         unmask(predicted, rows, self.state, blocks, self._result)
 
-    def _predict(self, rows: torch.Tensor, options: RowOptions) -> Confidence:
+    def _logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
+        """rows [N] of the last forward -> their logits [N, embedding_size], guided where that is asked for."""
+        logits = self.model.logits(self._attended, self._residual, rows)
+        if guidance is None:
+            return logits
+        shadow = self.model.logits(self._attended, self._residual, rows + guidance.shift)
+        return guide(logits, shadow, guidance.scale)
+
+    def _predict(self, rows: torch.Tensor, options: RowOptions, guidance: Guidance | None) -> Confidence:
         """rows [N]: of the forward, with what each asks for -> what each predicts."""
         # the PyTorch twin computes in float32 at least
         size = _COLUMN_BYTES // (self.config.dtype.itemsize if runs_triton(self._residual) else 4)
+        if guidance is not None:
+            size = _COLUMN_BYTES // 4
         chunks = []
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
-            logits = self.model.logits(self._attended, self._residual, rows[chunk])
+            logits = self._logits(rows[chunk], guidance and Guidance(*(tensor[chunk] for tensor in guidance)))
             chunk_options = RowOptions(*(tensor[chunk] for tensor in options))
             chunks.append(token_confidence(logits, self._vocabulary, chunk_options))
         if len(chunks) == 1:
             return chunks[0]
         return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-
-def _pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """values on the CPU, from where a copy to the device need not be waited for.
-
-    The memory is torch's own, which gives it out again only when the copies from it are done.
-    """
-    return values.pin_memory() if device.type == "cuda" else values
-
-
-def _write(target: torch.Tensor, values: Items[int] | np.ndarray) -> None:
-    """Copies int64 values of its shape into the target, behind what the device has yet to do, and waits for nothing."""
-    values = torch.as_tensor(values, dtype=torch.int64)
-    target.copy_(_pinned(values, target.device), non_blocking=True)
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:

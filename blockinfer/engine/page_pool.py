@@ -2,13 +2,13 @@
 
 
 class PagePool:
-    """num_pages pages of page_size tokens; each is free or owned by one holder of its number."""
+    """num_pages pages of page_size tokens; each is free or held, by one sequence or by several that share it."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages))[::-1]
-        self._is_free = [True] * num_pages
+        self._holders = [0] * num_pages
 
     @property
     def num_free(self) -> int:
@@ -23,12 +23,19 @@ class PagePool:
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
-            self._is_free[page] = False
+            self._holders[page] = 1
         return pages
 
-    def free(self, pages: list[int]) -> None:
-        """Gives pages back; each must be in use."""
+    def share(self, pages: list[int]) -> None:
+        """One more holder for each of the pages, all of which are in use."""
         for page in pages:
-            assert not self._is_free[page], f"page {page} freed twice"
-            self._is_free[page] = True
-        self._free.extend(reversed(pages))
+            assert self._holders[page], f"page {page} is free"
+            self._holders[page] += 1
+
+    def free(self, pages: list[int]) -> None:
+        """Gives a holder's pages back; each must be in use, and is free once its last holder gives it back."""
+        for page in reversed(pages):
+            assert self._holders[page], f"page {page} freed twice"
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)

@@ -5,19 +5,20 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from blockinfer.engine.page_pool import PagePool
-from blockinfer.engine.sequence import Plan, Sequence
+from blockinfer.engine.sequence import Plan, Resident
 
 # From so many tiles of rows on the time of a step is that of its matrix products (measured on an H200).
 _MANY_TILES = 8
 
 
 class ScheduledSequence(NamedTuple):
-    sequence: Sequence
+    sequence: Resident
     plan: Plan
 
 
 class Scheduler:
-    """First come, first served. A running sequence owns a slot and the pages that its next step needs.
+    """First come, first served. A running sequence owns a slot and the pages that its next step needs; the pages that
+    its prompt fills it may share with its siblings.
 
     Pages are taken as blocks need them. When they run out, the youngest running request gives up its pages, goes back
     to the head of the queue and starts its current block anew; so the oldest one always gets on.
@@ -29,17 +30,17 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
         # by id, so that an abort need not look for its request
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self.running: list[Sequence] = []  # oldest first
+        self._waiting: OrderedDict[int, Resident] = OrderedDict()
+        self.running: list[Resident] = []  # oldest first
         self._free_slots = list(range(max_num_seqs))[::-1]
         self._steps = 0
 
     @property
-    def waiting(self) -> Collection[Sequence]:
+    def waiting(self) -> Collection[Resident]:
         """The next to run first."""
         return self._waiting.values()
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Resident) -> None:
         self._waiting[sequence.request_id] = sequence
 
     def schedule(self) -> list[ScheduledSequence]:
@@ -57,7 +58,7 @@ class Scheduler:
             if rows_with_it <= self.max_num_batched_tokens:
                 scheduled.append(entry)
                 rows = rows_with_it
-        scheduled = self._in_whole_tiles(scheduled)
+        scheduled = _with_their_prompts(self._in_whole_tiles(scheduled))
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
         return scheduled
 
@@ -81,49 +82,83 @@ class Scheduler:
             sequence.last_out = self._steps
         return in_turn[number:]
 
-    def release(self, sequence: Sequence) -> None:
-        """Takes a sequence out, running or waiting; its pages and slot are free again."""
+    def release(self, sequence: Resident) -> None:
+        """Takes a sequence out, running or waiting, where it is still there; its pages and slot are free again."""
         if sequence.slot is None:
-            del self._waiting[sequence.request_id]
+            self._waiting.pop(sequence.request_id, None)
         else:
             self._stop_running(sequence)
 
     def _grow(self) -> None:
         """Pages for the running sequences' next steps, the oldest first, preempting from the youngest end."""
         for sequence in list(self.running):
-            shortage = self._shortage(sequence)
+            shortage = sequence.lanes * self._shortage(sequence)
             while sequence.slot is not None and shortage > self.pool.num_free:
                 self._preempt(self.running[-1])
             if sequence.slot is not None and shortage:
-                sequence.pages += self.pool.allocate(shortage)
+                self._extend(sequence)
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence = next(iter(self._waiting.values()))
-            shortage = self._shortage(sequence)
-            if shortage > self.pool.num_free:
+        """The next ones in the queue, as far as slots and pages go."""
+        admitted = []
+        for sequence in self._waiting.values():
+            holder = sequence.prompt_holder()
+            # the page that the prompt fills in part goes on with the answer, so each has its own
+            shared = sequence.prompt_len // self.pool.page_size if holder else 0
+            shortage = sequence.lanes * (self._shortage(sequence) - shared)
+            if len(self._free_slots) < sequence.lanes or shortage > self.pool.num_free:
                 break
-            del self._waiting[sequence.request_id]
+            if shared:
+                self._share(sequence, holder, shared)
+            self._extend(sequence)
             sequence.slot = self._free_slots.pop()
+            sequence.shadow_slot = self._free_slots.pop() if sequence.guided else None
             sequence.last_out = self._steps
-            sequence.pages = self.pool.allocate(shortage)
-            self.running.append(sequence)
-        self.running.sort(key=lambda s: s.request_id)
+            admitted.append(sequence)
+        for sequence in admitted:
+            del self._waiting[sequence.request_id]
+        self.running = sorted(self.running + admitted, key=lambda s: s.request_id)
 
-    def _shortage(self, sequence: Sequence) -> int:
-        """Pages that the sequence's next step needs beyond those it has."""
+    def _share(self, sequence: Resident, holder: Resident, count: int) -> None:
+        for name in ("pages", "shadow_pages"):
+            pages = getattr(holder, name)[:count]
+            self.pool.share(pages)
+            setattr(sequence, name, pages)
+        sequence.begin_with(count * self.pool.page_size, holder)
+
+    def _extend(self, sequence: Resident) -> None:
+        """By the pages that its next step needs; the caller has made sure that there are as many."""
+        shortage = self._shortage(sequence)
+        sequence.pages = sequence.pages + self.pool.allocate(shortage)
+        if sequence.guided:
+            sequence.shadow_pages = sequence.shadow_pages + self.pool.allocate(shortage)
+
+    def _shortage(self, sequence: Resident) -> int:
+        """Pages that the sequence's next step needs beyond those it has; its shadow lacks as many."""
         return max(0, self.pool.pages_for(sequence.plan().kv_len) - len(sequence.pages))
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Resident) -> None:
         self._stop_running(sequence)
         sequence.restart_block()
         self._waiting[sequence.request_id] = sequence
         self._waiting.move_to_end(sequence.request_id, last=False)
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Resident) -> None:
         self.running.remove(sequence)
-        self.pool.free(sequence.pages)
-        sequence.pages = []
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+        self.pool.free(sequence.pages + sequence.shadow_pages)
+        sequence.pages, sequence.shadow_pages = [], []
+        self._free_slots += [sequence.slot] if sequence.shadow_slot is None else [sequence.shadow_slot, sequence.slot]
+        sequence.slot = sequence.shadow_slot = None
         sequence.on_device = False
+
+
+def _with_their_prompts(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+    """Without those whose prompt's pages are a sibling's that has not computed them, nor does so in this step.
+
+    In the same step is early enough: in each layer K and V are written before any attention reads them. Who shares such
+    pages came after the sibling, so it is preempted before it.
+    """
+    if all(sequence.prompt_source is None for sequence, _ in scheduled):
+        return scheduled
+    computing = {sequence.request_id for sequence, _ in scheduled}
+    return [entry for entry in scheduled if entry.sequence.has_prompt(computing)]

@@ -150,12 +150,19 @@ def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", limit: int) -> tuple[
     return token_ids, was_cut
 
 
-def _apply_template(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Through the chat template; a checkpoint without one, as a base model, gets the bare text."""
+def _apply_template(row: Row, tokenizer: "PreTrainedTokenizerBase", begun: str = "") -> list[int]:
+    """Through the chat template; a checkpoint without one, as a base model, gets the bare text. begun: an answer."""
     conversation = messages(row)
     if not tokenizer.chat_template:
-        return tokenizer.encode("\n\n".join(message["content"] for message in conversation))
-    return tokenizer.encode(_chat_template(tokenizer).render(conversation), add_special_tokens=False)
+        return tokenizer.encode(
+            "\n\n".join([*(message["content"] for message in conversation), *[begun] * bool(begun)])
+        )
+    return tokenizer.encode(_chat_template(tokenizer).render(conversation) + begun, add_special_tokens=False)
+
+
+def encode_for_letter(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A four-choice row's prompt and the answer's beginning, behind which the letter stands: " A" to " D"."""
+    return _apply_template(row, tokenizer, "The answer is")
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,8 @@ RESUMED = " (resumed)"
 KERNEL = "kernel"
 # The same of evals/test_steps.py: the case whose steps were timed.
 STEP = "step"
+# The same of evals/test_likelihood.py: the source whose rows were answered by likelihood.
+LIKELIHOOD = "likelihood"
 
 
 class Schedule(Protocol):
@@ -44,13 +46,14 @@ def total_steps(params: Schedule) -> int | None:
 
 
 def is_configuration(info: Mapping[str, Any]) -> bool:
-    """Whether a benchmark's extra_info is of no kernel and of no step."""
-    return KERNEL not in info and STEP not in info
+    """Whether a benchmark's extra_info is of no kernel, of no step and of no likelihood."""
+    return not {KERNEL, STEP, LIKELIHOOD} & info.keys()
 
 
 def has_figures(info: Mapping[str, Any]) -> bool:
     """Whether a benchmark's extra_info is more than what was known before its run."""
-    figure = "fraction" if KERNEL in info else "ms_per_step" if STEP in info else None
+    figures = {KERNEL: "fraction", STEP: "ms_per_step", LIKELIHOOD: "right"}
+    figure = next((figure for marker, figure in figures.items() if marker in info), None)
     return figure in info if figure else bool(info)
 
 

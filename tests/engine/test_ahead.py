@@ -53,7 +53,7 @@ def test_ctrl_c_while_inputs_are_written_leaves_no_other_step_s(llm, monkeypatch
     first, _ = (engine._sequences[engine.add_request(prompt, options)] for prompt in prompts)
     for _ in range(2):
         engine.step()
-    write, calls = model_runner._write, iter(range(1000))
+    write, calls = model_runner.write, iter(range(1000))
 
     def interrupted(target, values):
         write(target, values)
@@ -61,7 +61,7 @@ def test_ctrl_c_while_inputs_are_written_leaves_no_other_step_s(llm, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_runner, "_write", interrupted)
+        patch.setattr(model_runner, "write", interrupted)
         engine.runner.run([ScheduledSequence(first, first.plan())])
     outputs = []
     while engine.has_unfinished():

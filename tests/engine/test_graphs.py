@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from blockinfer import LLM, SamplingParams
+from blockinfer import LLM, SamplingParams, ScoringParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.graphs import MAX_GRAPH_ROWS, StepGraphs, default_sizes
@@ -64,6 +64,14 @@ def test_after_loading_nothing_is_compiled_or_captured(tmp_path, dtype):
         llm.generate(list(prompts), list(params), use_tqdm=False)
         wide = SamplingParams(mode="vanilla", max_tokens=1100, block_length=1100, denoising_steps=2, ignore_eos=True)
         llm.generate([[1] * 1500] * 3, wide, use_tqdm=False)
+        for rows in (1, 5, 70):
+            short = dict(max_tokens=rows, block_length=rows, denoising_steps=2, ignore_eos=True)
+            llm.generate([1, 2, 3], SamplingParams(**short, logprobs=3, cfg_scale=1.0), use_tqdm=False)
+            llm.score([[1, 2]], [[3] * rows], ScoringParams(mc_num=40, cfg_scale=0.5), use_tqdm=False)
+            llm.score([[1] * 700], [[3] * rows], ScoringParams(mc_num=40, mode="block"), use_tqdm=False)
+        llm.choose([[1, 2, 3]], [[4], [5]], use_tqdm=False)
+        spans = {"prompt_token_ids": [1, 57, 57, 2, 57], "infill": True}
+        llm.generate(spans, SamplingParams(mode="vanilla", logprobs=1), use_tqdm=False)
         now = llm.stats
     assert (now.graphs, now.compiled) == (loaded.graphs, loaded.compiled)
 

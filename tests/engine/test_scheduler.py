@@ -16,9 +16,9 @@ from blockinfer.sampling_params import SamplingParams
 NUM_PAGES, PAGE_SIZE, MAX_SEQS, MAX_LEN = 12, 4, 4, 40
 
 
-def make(request_id, prompt_len=5, **options):
+def make(request_id, prompt_len=5, siblings=None, **options):
     params = SamplingParams(**{"max_tokens": 8, "block_length": 4, **options})
-    return Sequence(request_id, None, [0] * prompt_len, params, 0, frozenset())
+    return Sequence(request_id, None, [0] * prompt_len, params, 0, frozenset(), siblings)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -31,18 +31,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive = {}
         self.idle = {}  # steps for which a running request sat out
         self.forward = 0
+        self.written = {}  # slots of pages: by which request, and for which position
 
     @rule(
         prompt_len=st.integers(1, 20),
         max_tokens=st.integers(1, 20),
         block_length=st.integers(1, 9),
         mode=st.sampled_from(sorted(MODES)),
+        answers=st.integers(1, 3),
     )
-    def add(self, prompt_len, max_tokens, block_length, mode):
+    def add(self, prompt_len, max_tokens, block_length, mode, answers):
         request_id = max(self.alive, default=-1) + 1 + self.forward * 1000
-        sequence = make(request_id, prompt_len, max_tokens=max_tokens, block_length=block_length, mode=mode)
-        self.alive[request_id] = sequence
-        self.scheduler.add(sequence)
+        options = dict(siblings=[], max_tokens=max_tokens, block_length=block_length, mode=mode)
+        for number in range(request_id, request_id + answers):
+            self.alive[number] = make(number, prompt_len, **options)
+            self.scheduler.add(self.alive[number])
 
     @precondition(lambda self: self.alive)
     @rule(finish=st.lists(st.booleans(), min_size=MAX_SEQS, max_size=MAX_SEQS))
@@ -57,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.idle[sequence.request_id] = 0 if sequence.request_id in ran else self.idle[sequence.request_id] + 1
             # every other running one goes at most once before it
             assert self.idle[sequence.request_id] < MAX_SEQS
+        self.write_and_read(scheduled)
         for (sequence, plan), ends_block in zip(scheduled, finish, strict=False):
             assert plan.kv_len <= len(sequence.pages) * PAGE_SIZE
             sequence.on_device = True
@@ -66,6 +70,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sequence.finish_block([0] * (sequence.block_end - sequence.block_start))
                 if sequence.is_finished():
                     self.scheduler.release(self.alive.pop(sequence.request_id))
+
+    def write_and_read(self, scheduled):
+        """Whatever a step's queries see was written for their request, before or in this step."""
+        places = [
+            (sequence.pages[i // PAGE_SIZE], i % PAGE_SIZE, i, sequence.siblings[0].request_id, segment)
+            for sequence, plan in scheduled
+            for segment in plan.segments
+            for i in range(segment.kv_len)
+        ]
+        for page, offset, position, request, segment in places:
+            if segment.start <= position < segment.stop:
+                self.written[page, offset] = request, position
+        assert all(self.written.get((page, offset)) == (request, i) for page, offset, i, request, _ in places)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -85,8 +102,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_page_is_free_or_owned_once(self):
-        owned = [page for sequence in self.scheduler.running for page in sequence.pages]
-        assert sorted(owned + self.pool._free) == list(range(NUM_PAGES))
+        owners = {}
+        for sequence in self.scheduler.running:
+            for i, page in enumerate(sequence.pages):
+                owners.setdefault(page, []).append((sequence.siblings[0].request_id, i))
+                shareable = sequence.params.mode == "block" and i < sequence.prompt_len // PAGE_SIZE
+                assert len(owners[page]) == 1 or shareable
+        # several only of one request, and at the same place
+        assert all(len(set(held)) == 1 for held in owners.values())
+        assert [len(owners.get(page, [])) for page in range(NUM_PAGES)] == self.pool._holders
+        assert sorted([*owners, *self.pool._free]) == list(range(NUM_PAGES))
 
     @invariant()
     def every_request_waits_or_runs(self):
@@ -141,6 +166,9 @@ def test_a_long_queue_is_aborted_from_its_back():
 def test_a_page_cannot_be_freed_twice():
     pool = PagePool(2, 4)
     pages = pool.allocate(2)
+    pool.share(pages[:1])
+    pool.free(pages[:1])
+    assert pool.num_free == 0
     pool.free(pages[:1])
     with pytest.raises(AssertionError, match="freed twice"):
         pool.free(pages)
@@ -182,3 +210,19 @@ def test_each_is_left_out_in_turn():
         for sequence, _ in scheduled:
             sequence.ran(forward)
     assert all(len(out) == 1 for out in left_out) and len(set.union(*left_out)) == 17
+
+
+def test_an_answer_waits_for_the_step_that_computes_its_prompt():
+    """The first sibling's rows do not fit beside the other request's; the second's alone would."""
+    scheduler = Scheduler(PagePool(100, 4), max_num_seqs=4, max_num_batched_tokens=40)
+    other = make(0, 20, max_tokens=4, mode="vanilla")
+    first = make(1, 20, siblings=[], mode="block")
+    second = make(2, 20, siblings=first.siblings, mode="block")
+    for sequence in (other, first, second):
+        scheduler.add(sequence)
+    for forward, expected in enumerate([[0], [1, 2], [0, 1, 2]], 1):
+        scheduled = scheduler.schedule()
+        assert [entry.sequence.request_id for entry in scheduled] == expected
+        for entry in scheduled:
+            entry.sequence.ran(forward)
+            entry.sequence.advance(3)

@@ -1,0 +1,79 @@
+"""Prompts with masked spans: a sequence that fills them, between text that stays."""
+
+from itertools import takewhile
+
+from blockinfer.decoding.modes import SEE_SUFFIX
+from blockinfer.engine.sequence import Sequence
+from blockinfer.sampling_params import SamplingParams
+
+
+def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
+    """Raises ValueError where the params do not allow to fill these spans."""
+    if params.mode not in SEE_SUFFIX:
+        raise ValueError(
+            f"mode {params.mode!r} drops what is after a block, which infilling must see; use {', '.join(SEE_SUFFIX)}"
+        )
+    if tokens.count(None) > params.max_tokens:
+        raise ValueError(
+            f"the masked spans have {tokens.count(None)} positions, more than max_tokens={params.max_tokens}; raise it"
+        )
+
+
+class InfillSequence(Sequence):
+    """Blocks go from one masked position on, block_length positions or up to the last masked one. What a block has of
+    given text stays; an output token is any position's from the first masked one on, which is where the prompt ends.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: str | None,
+        tokens: list[int | None],
+        params: SamplingParams,
+        seed: int,
+        stop_token_ids: frozenset[int],
+        siblings: list[Sequence],
+        prompt_token_ids: list[int],
+    ) -> None:
+        """tokens: those of the whole canvas, None where a position is masked."""
+        first = tokens.index(None)
+        self.tail = tokens[first:]
+        self._masked_end = len(tokens) - tokens[::-1].index(None)
+        super().__init__(request_id, prompt, tokens[:first], params, seed, stop_token_ids, siblings)
+        self.asked_token_ids = prompt_token_ids
+        self.canvas_end = len(tokens)
+        self._begin_block()
+
+    def _block_end(self) -> int:
+        return min(self.block_start + self.params.block_length, self._masked_end)
+
+    def _count_masked(self) -> int:
+        return self.given_after()[: max(0, self.block_end - self.block_start)].count(None)
+
+    def given_after(self) -> list[int | None]:
+        return self.tail[len(self.output_token_ids) :]
+
+    def shadow_token_ids(self) -> list[int | None]:
+        output = [t if fixed is None else None for t, fixed in zip(self.output_token_ids, self.tail, strict=False)]
+        return [None] * self.prompt_len + output
+
+    def finish_block(self, token_ids: list[int], logprobs: list[dict[int, tuple[float, int]]] | None = None) -> None:
+        """The next block begins at the next masked position."""
+        given = list(takewhile(lambda token: token is not None, self.given_after()[len(token_ids) :]))
+        super().finish_block(token_ids + given, logprobs and logprobs + [{}] * len(given))
+
+    def stop_position(self) -> int | None:
+        """None: stop tokens end a span, and not the others."""
+        return None
+
+    def is_finished(self) -> bool:
+        return self.block_start >= self.canvas_end
+
+    def spans(self) -> list[slice]:
+        """The masked spans, as parts of the output."""
+        edges = [
+            i
+            for i, (a, b) in enumerate(zip([0, *self.tail], [*self.tail, 0], strict=True))
+            if (a is None) != (b is None)
+        ]
+        return [slice(*pair) for pair in zip(edges[::2], edges[1::2], strict=True)]

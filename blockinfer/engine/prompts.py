@@ -1,0 +1,94 @@
+"""From what the user gives as a prompt to token ids, checked."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from blockinfer.checks import check_bool, shown
+
+Prompt = str | list[int] | dict[str, Any]
+
+_SPAN = re.compile(r"\{fill:([0-9]{1,9})\}")
+_KEYS = ("prompt", "prompt_token_ids", "infill")
+
+
+class ReadPrompt(NamedTuple):
+    """text: None where there was none. token_ids: with the mask token in masked spans. tokens: where there are such
+    spans, token_ids with None in them."""
+
+    text: str | None
+    token_ids: list[int]
+    tokens: list[int | None] | None
+
+
+class PromptReader:
+    """tokenize: of a text, with or without special tokens; None where there is no tokenizer."""
+
+    def __init__(self, tokenize: Callable[..., list[int]] | None, mask_token_id: int, embedding_size: int) -> None:
+        self._tokenize = tokenize
+        self._mask_token_id = mask_token_id
+        self._embedding_size = embedding_size
+
+    def read(self, prompt: Prompt) -> ReadPrompt:
+        """Raises ValueError for one that is empty, malformed or, as text, without a tokenizer."""
+        if isinstance(prompt, str):
+            return ReadPrompt(prompt, self._checked(self._encode(prompt)), None)
+        if not isinstance(prompt, dict):
+            prompt = {"prompt_token_ids": prompt}
+        if not prompt.keys() & {"prompt_token_ids", "prompt"} or prompt.keys() - set(_KEYS):
+            raise ValueError(f'a dict prompt has "prompt" or "prompt_token_ids", got the keys {shown(list(prompt))}')
+        text, infill = prompt.get("prompt"), prompt.get("infill", False)
+        if not isinstance(text, str | None):
+            raise ValueError(f'"prompt" must be a string, got {type(text).__name__}')
+        check_bool('"infill"', infill)
+        if "prompt_token_ids" in prompt:
+            token_ids = self._checked(prompt["prompt_token_ids"])
+            return self._infilled(text, token_ids) if infill else ReadPrompt(text, token_ids, None)
+        if text is None or not _SPAN.search(text):
+            if infill:
+                raise ValueError('"infill" needs a masked span, and the text has none: write it as {fill:32}')
+            return ReadPrompt(text, self._checked(self._encode(text or "")), None)
+        return self._with_spans(text)
+
+    def encode(self, text: str | list[int], name: str) -> list[int]:
+        """The token ids of a text that goes on from another, or those that are given, checked."""
+        if isinstance(text, str):
+            if not text:
+                raise ValueError(f"{name} is empty")
+            text = self._encode(text, add_special_tokens=False)
+        return self._checked(text, name)
+
+    def _infilled(self, text: str | None, token_ids: list[int]) -> ReadPrompt:
+        tokens = [None if token == self._mask_token_id else token for token in token_ids]
+        if None not in tokens:
+            raise ValueError(f'"infill" needs the mask token {self._mask_token_id} among the ids, and there is none')
+        return ReadPrompt(text, token_ids, tokens)
+
+    def _with_spans(self, text: str) -> ReadPrompt:
+        """Each stretch of text is encoded by itself, the first with the special tokens that begin a prompt."""
+        tokens: list[int | None] = []
+        for i, part in enumerate(_SPAN.split(text)):
+            if i % 2 == 0:
+                if part or i == 0:
+                    tokens += self._encode(part, add_special_tokens=i == 0)
+            elif int(part) == 0:
+                raise ValueError("a masked span has at least 1 position, got {fill:0}")
+            else:
+                tokens += [None] * int(part)
+        return ReadPrompt(text, [self._mask_token_id if token is None else token for token in tokens], tokens)
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        if self._tokenize is None:
+            raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
+        return self._tokenize(text, **options) if text else []
+
+    def _checked(self, token_ids: object, name: str = "prompt") -> list[int]:
+        if not isinstance(token_ids, list | tuple):
+            raise ValueError(f"a {name} must be a string or a list of token ids, got {type(token_ids).__name__}")
+        if not token_ids:
+            raise ValueError(f"the {name} is empty: it must have at least 1 token, got 0")
+        limit = self._embedding_size
+        for i, token_id in enumerate(token_ids):
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
+                raise ValueError(f"{name} token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
+        return list(token_ids)

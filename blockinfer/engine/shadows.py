@@ -1,0 +1,36 @@
+"""Guided sequences: each has a shadow, which sees no prompt, with a slot and pages of its own, in the same forwards."""
+
+import numpy as np
+import torch
+
+from blockinfer.engine.batch import lane_rows
+from blockinfer.engine.scheduler import ScheduledSequence
+from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.transfer import on_device
+from blockinfer.kernels.guidance import Guidance
+from blockinfer.kernels.unmasking import SlotState
+
+
+def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: torch.device) -> Guidance:
+    """Of the masked rows of a step, in their order, padded to `size`."""
+    shifts, scales = np.zeros(size, dtype=np.int64), np.zeros(size)
+    number = 0
+    for (sequence, _), rows in zip(scheduled, lane_rows(scheduled), strict=True):
+        if isinstance(sequence, Sequence):
+            part = slice(number, number + sequence.num_masked)
+            if sequence.guided:
+                shifts[part], scales[part] = len(rows), sequence.params.cfg_scale
+            number += sequence.num_masked
+    return Guidance(on_device(shifts, device), on_device(scales, device))
+
+
+def show_shadows(state: SlotState, guided: list[Sequence]) -> None:
+    """What was revealed in a block, its shadow sees too; what is given it does not."""
+    for sequence in guided:
+        length = sequence.block_end - sequence.block_start
+        given = sequence.given_after()[:length] or [None] * length
+        masked = [False, *(token is None for token in given), False]
+        edges = [i for i in range(length + 1) if masked[i] != masked[i + 1]]
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            part = slice(sequence.block_start + start, sequence.block_start + stop)
+            state.tokens[sequence.shadow_slot, part] = state.tokens[sequence.slot, part]

@@ -1,0 +1,101 @@
+"""What `--model_args` and a task's generation_kwargs mean for the engine. No lm-eval here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from blockinfer import SamplingParams, ScoringParams
+from blockinfer.checks import refuse_unknown
+from blockinfer.config import EngineConfig
+from blockinfer.decoding.unmasking import RULES
+from blockinfer.hints import LLM_HINTS, SAMPLING_HINTS
+
+# How many answers run at once where --batch_size says "auto" or nothing.
+_AUTO_BATCH = 32
+# What lm-eval calls otherwise, or adds by itself.
+_RENAMED = {"pretrained": "model", "max_length": "max_model_len"}
+_OF_SCORING = {"mc_num": "mc_num", "scoring_mode": "mode", "is_greedy": "is_greedy", "cfg_scale": "cfg_scale"}
+_OF_SAMPLING = set(SamplingParams.__dataclass_fields__) - {
+    "seed",
+    "n",
+    "stop",
+    "include_stop_str_in_output",
+    "logprobs",
+}
+# They shape sampling, and there is none at temperature 0.
+_FILTERS = ("top_p", "top_k", "min_p", "typical_p")
+
+
+class BadArguments(ValueError):
+    """Arguments that the user has to mend; its text says how."""
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """llm: keywords of LLM. sampling: those of every answer's SamplingParams, but for what a task says. scoring: of
+    likelihoods. max_gen_toks: new tokens where a task names no number."""
+
+    llm: dict[str, Any]
+    sampling: dict[str, Any]
+    scoring: ScoringParams
+    max_gen_toks: int
+
+
+def read_model_arguments(given: dict[str, Any], batch_size: int | str | None, device: str | None) -> ModelArguments:
+    """Raises BadArguments for what is unknown or out of range."""
+    given = {_RENAMED.get(name, name): value for name, value in given.items()}
+    if not given.get("model"):
+        raise BadArguments("--model_args needs pretrained=FOLDER, or a name on the Hub")
+    seed = given.pop("seed", 0)
+    max_gen_toks = given.pop("max_tokens", given.pop("max_gen_toks", 256))
+    engine = {name: given.pop(name) for name in list(given) if name in EngineConfig.__dataclass_fields__}
+    scoring = {field: given[name] for name, field in _OF_SCORING.items() if name in given}
+    for name in ("mc_num", "scoring_mode", "is_greedy"):
+        given.pop(name, None)
+    known = [*EngineConfig.__dataclass_fields__, *_OF_SAMPLING, *_OF_SCORING, "max_gen_toks"]
+    try:
+        refuse_unknown("--model_args", [n for n in given if n not in _OF_SAMPLING], known, LLM_HINTS | SAMPLING_HINTS)
+        # whoever names a rule's option means the rule
+        for rule, spec in RULES.items():
+            if spec.option in given:
+                given.setdefault("unmasking", rule)
+        SamplingParams(**given, max_tokens=max_gen_toks)
+        params = ScoringParams(**scoring, seed=seed)
+    except (TypeError, ValueError) as error:
+        raise BadArguments(f"--model_args: {error}") from error
+    at_once = _at_once(batch_size)
+    # a guided request takes two
+    engine.setdefault("max_num_seqs", at_once * (2 if params.cfg_scale else 1))
+    if device is not None:
+        engine["device"] = str(device).partition(":")[0]
+    return ModelArguments(engine | {"seed": seed}, given, params, max_gen_toks)
+
+
+def _at_once(batch_size: int | str | None) -> int:
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return _AUTO_BATCH
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise BadArguments(f"--batch_size must be a number of answers at once, or auto, got {batch_size!r}")
+    return int(batch_size)
+
+
+def answer_params(arguments: ModelArguments, kwargs: dict[str, Any], special_tokens: dict[str, int]) -> SamplingParams:
+    """kwargs: a task's, as lm-eval's normalize_gen_kwargs leaves them. A special token among what ends an answer is
+    looked for by its id: a text has none. Raises BadArguments for what cannot be honoured."""
+    kwargs = dict(kwargs)
+    stops = [stop for stop in kwargs.pop("until") if stop]
+    options = arguments.sampling | {
+        "max_tokens": kwargs.pop("max_gen_toks"),
+        "temperature": kwargs.pop("temperature", 0.0),
+    }
+    kwargs.pop("do_sample", None)
+    if options["temperature"] == 0:
+        kwargs = {name: value for name, value in kwargs.items() if name not in _FILTERS}
+    stop_ids = [special_tokens[stop] for stop in stops if stop in special_tokens]
+    if stop_ids:
+        options["stop_token_ids"] = [*(options.get("stop_token_ids") or ()), *stop_ids]
+    try:
+        refuse_unknown("generation_kwargs", [n for n in kwargs if n not in _OF_SAMPLING], _OF_SAMPLING, SAMPLING_HINTS)
+        text = [stop for stop in stops if stop not in special_tokens]
+        return SamplingParams(**options | kwargs, stop=text or None)
+    except (TypeError, ValueError) as error:
+        raise BadArguments(f"a task's generation_kwargs: {error}") from error
