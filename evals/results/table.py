@@ -1,0 +1,53 @@
+"""The lines that a person reads when a run is through."""
+
+from typing import Any
+
+from evals.results.comparison import baselines, speed_up
+from evals.results.wilson import wilson_interval
+from evals.runs.rounds import standard_error
+from evals.runs.run import Run
+
+
+def table(runs: list[Run]) -> list[str]:
+    """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
+    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>7}{'ms/fwd':>7}"
+    lines = [head + f"{'accuracy':>15}{'x standard':>18}{'x vanilla':>18}"]
+    for run in runs:
+        case = run.case
+        error = standard_error(run.seconds)
+        speed, step = (f"{run.tokens_per_second:.1f}", f"{run.ms_per_forward:.1f}") if run.seconds else ("resumed", "-")
+        line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{speed:>9}"
+        line += f"{'-' if error is None else f'{100 * error:.1f}':>5}"
+        line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>7}{step:>7}{_accuracy(run):>15}"
+        lines.append(line + "".join(f"{_times(run, baseline):>18}" for baseline in baselines(case, runs)))
+    lines += [f"{run.case.mode} {run.case.block_length} is not steady: {run.unsteady}" for run in runs if run.unsteady]
+    return lines
+
+
+def first_pass_line(runs: list[Run]) -> str | None:
+    """None where nothing was warmed up."""
+    known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]
+    return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
+
+
+def _accuracy(run: Run) -> str:
+    if not run.grades:
+        return "random weights"
+    low, high = wilson_interval(sum(g.correct for g in run.grades), len(run.grades))
+    return f"{100 * run.accuracy:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _times(run: Run, baseline: Run | None) -> str:
+    if run is baseline and run.seconds:
+        return "1"
+    ratio = speed_up(run, baseline)
+    return str(ratio) if ratio else "-"
+
+
+def loading_line(info: dict[str, Any]) -> str:
+    if not info["graphs"]:
+        return f"loaded in {info['load_seconds']:.1f} s"
+    return (
+        f"loaded in {info['load_seconds']:.1f} s, of which {info['capture_seconds']:.1f} for capturing "
+        f"{info['graphs']} CUDA graphs, which take {info['graph_bytes'] / 1e9:.2f} GB"
+    )
