@@ -16,7 +16,7 @@ from blockinfer.config import EngineConfig
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.hints import SAMPLING_HINTS
-from blockinfer.kernels.unmasking import Rank
+from blockinfer.kernels.slots import Rank
 
 _MOST_ANSWERS, _MOST_LOGPROBS = 1024, 1000
 

@@ -1,12 +1,12 @@
 """Unmasking rules: which masked positions of a block a step reveals.
 
-A rule is a way to rank the masked positions and a way to choose of them, both of which are in `kernels.unmasking`. It
+A rule is a way to rank the masked positions and a way to choose of them, both of which are in `kernels.slots`. It
 reveals at least one masked position of every block that has one, and nothing else.
 """
 
 from typing import NamedTuple
 
-from blockinfer.kernels.unmasking import Choice, Rank
+from blockinfer.kernels.slots import Choice, Rank
 
 
 class Rule(NamedTuple):

@@ -11,7 +11,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.paged_attention import TILE_COLUMNS, Cutting, cut
-from blockinfer.kernels.unmasking import Blocks, SlotOptions
+from blockinfer.kernels.slots import Blocks, SlotOptions
 
 _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
 

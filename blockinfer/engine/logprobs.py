@@ -14,7 +14,7 @@ from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.confidence import Vocabulary
 from blockinfer.kernels.guidance import Guidance
-from blockinfer.kernels.unmasking import SlotState
+from blockinfer.kernels.slots import SlotState
 
 
 class Observed(NamedTuple):

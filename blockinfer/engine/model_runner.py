@@ -30,8 +30,10 @@ from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
 from blockinfer.kernels.guidance import Guidance, guide
+from blockinfer.kernels.masked_rows import masked_rows
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
-from blockinfer.kernels.unmasking import SlotOptions, SlotState, masked_rows, unmask
+from blockinfer.kernels.slots import SlotOptions, SlotState
+from blockinfer.kernels.unmasking import unmask
 from blockinfer.models.llada import LLaDA
 
 # Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for

@@ -8,7 +8,7 @@ from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.transfer import on_device
 from blockinfer.kernels.guidance import Guidance
-from blockinfer.kernels.unmasking import SlotState
+from blockinfer.kernels.slots import SlotState
 
 
 def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: torch.device) -> Guidance:

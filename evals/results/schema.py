@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from evals.runs.configurations import is_configuration
 from evals.results.wilson import wilson_interval
+from evals.runs.configurations import is_configuration
 
 # Neither a text nor a truth value is a number, whatever it says.
 _MOST = 10**15

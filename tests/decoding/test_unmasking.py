@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockinfer.decoding.unmasking import RULES, scheduled_count
-from blockinfer.kernels.unmasking import CHOICES, Choice
+from blockinfer.kernels.slots import Choice
+from blockinfer.kernels.unmasking import CHOICES
 
 # probabilities of all other tokens, or entropies: the scores are what is negative of them
 VALUES = [0.0, 1e-30, 1e-12, 0.1, 0.25, 0.5, 0.4999999, 0.75, 0.9, 1.0]

@@ -10,20 +10,9 @@ from hypothesis import strategies as st
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.kernels import philox
 from blockinfer.kernels.confidence import Confidence
-from blockinfer.kernels.unmasking import (
-    CHOICES,
-    Blocks,
-    MaskedRows,
-    Rank,
-    SlotOptions,
-    SlotState,
-    masked_rows,
-    masked_rows_torch,
-    masked_rows_triton,
-    unmask,
-    unmask_torch,
-    unmask_triton,
-)
+from blockinfer.kernels.masked_rows import masked_rows, masked_rows_torch, masked_rows_triton
+from blockinfer.kernels.slots import Blocks, MaskedRows, Rank, SlotOptions, SlotState
+from blockinfer.kernels.unmasking import CHOICES, unmask, unmask_torch, unmask_triton
 
 SLOTS, LENGTH = 6, 40
 # of all other tokens; infinite where a token has no share
@@ -254,7 +243,7 @@ def test_a_state_of_other_strides_is_refused():
 
 def test_on_a_cpu_the_twins_run(monkeypatch):
     called = []
-    monkeypatch.setattr("blockinfer.kernels.unmasking.masked_rows_torch", lambda *args: called.append("rows"))
+    monkeypatch.setattr("blockinfer.kernels.masked_rows.masked_rows_torch", lambda *args: called.append("rows"))
     monkeypatch.setattr("blockinfer.kernels.unmasking.unmask_torch", lambda *args: called.append("unmask"))
     state = SlotState(*torch.zeros(4, 1, 1, dtype=torch.int64))
     masked_rows(state, None, 1)
