@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pytest_benchmark.session import BenchmarkSession
 
-from evals.runs.configurations import is_configuration
 from evals.files.outputs import add_failure
 from evals.results.reader import BadFile, check_content, read_file
+from evals.runs.configurations import is_configuration
 
 # Of the other run's statistics what pytest-benchmark's tables need.
 _STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evals.runs.configurations import RESUMED, is_configuration
 from evals.files import show, text_argument
 from evals.results.forwards import nfe_fault
 from evals.results.paired import Paired
 from evals.results.reader import BadFile, check_whole, read_file
 from evals.results.wilson import wilson_interval
+from evals.runs.configurations import RESUMED, is_configuration
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 

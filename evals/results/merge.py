@@ -13,11 +13,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from evals.runs.configurations import RESUMED
 from evals.files import check_output, path_argument, show, write_output
 from evals.results.paired import Paired, stored
 from evals.results.reader import check_content, check_whole, read_file
 from evals.results.wilson import wilson_interval
+from evals.runs.configurations import RESUMED
 
 Json = dict[str, Any]
 

@@ -7,8 +7,8 @@ import math
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evals.runs.configurations import is_baseline
 from evals.questions.graders import Grade
+from evals.runs.configurations import is_baseline
 
 if TYPE_CHECKING:
     from evals.runs.run import Run
