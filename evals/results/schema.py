@@ -39,7 +39,7 @@ PositiveNumber = Annotated[float, Field(strict=True, ge=1 / _MOST, le=_MOST)]
 
 
 class Loss(BaseModel):
-    """Answers beside those of `vanilla` to the same rows (see evals/results/paired.py); the losses are shares of the rows."""
+    """Answers beside those of `vanilla` to the same rows (see evals/results/paired.py); losses are shares of rows."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,8 +64,8 @@ class Shard(BaseModel):
 
 
 class Configuration(BaseModel):
-    """What one configuration was and did: its `extra_info` (see evals/results/record.py). What a file lacks or left unknown is
-    None; `model_fields_set` tells the two apart.
+    """What one configuration was and did: its `extra_info` (see evals/results/record.py). What a file lacks or left
+    unknown is None; `model_fields_set` tells the two apart.
 
     asked_block_length is the test id's; block_length, in vanilla_llada, is all of max_tokens.
     """

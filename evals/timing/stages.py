@@ -35,7 +35,7 @@ _STAGES = [
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
     ("_silu_mul_kernel", "SiLU x up"),
-    ("_(tile|noise)_kernel", CONFIDENCE),
+    ("_(tile|noise|log_probability)_kernel", CONFIDENCE),
     (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
 ]
 STAGES = [PRODUCTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", CONFIDENCE, OTHERS]
