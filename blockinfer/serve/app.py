@@ -13,10 +13,11 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from blockinfer.engine.sequence import BLOCKS, DENOISE
 from blockinfer.serve.answers import DONE, Answer, event
 from blockinfer.serve.errors import ApiError, json_response, of_exception, on_api_error, on_http_error
 from blockinfer.serve.protocol import ChatRequest, CompletionRequest, parse
-from blockinfer.serve.service import Job, Service, stream_of, unless_gone
+from blockinfer.serve.service import Job, Service, unless_gone
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
@@ -150,20 +151,21 @@ async def _answer(request: Request, job: Job, asked: Any, prompts: list, params:
     options = asked.stream_options
     chat, usage = isinstance(asked, ChatRequest), bool(options and options.include_usage)
     answer = Answer(chat, service.options.model, service.token_text, usage)
-    streaming = False
-    try:
-        await job.start(prompts, params, stream_of(asked.stream, asked.stream_mode))
-        if asked.stream:
-            streaming = True
-            return _Events(job, service, request.url.path, answer, len(prompts))
+    if asked.stream:
         try:
-            outputs = await unless_gone(request.receive, job.finished())
-        except Exception as error:
-            raise of_exception(error) from error
-        return Response(status_code=499) if outputs is None else json_response(answer.whole(outputs))
-    finally:
-        if not streaming:
+            await job.start(prompts, params, DENOISE if asked.stream_mode == DENOISE else BLOCKS)
+        except BaseException:
             job.close()
+            raise
+        return _Events(job, service, request.url.path, answer, len(prompts))
+    try:
+        outputs = await unless_gone(request.receive, job.finished(prompts, params))
+    except Exception as error:
+        raise of_exception(error) from error
+    finally:
+        job.close()
+    # 499 is nginx's; nobody reads it
+    return Response(status_code=499) if outputs is None else json_response(answer.whole(outputs))
 
 
 class _Events(StreamingResponse):

@@ -202,7 +202,7 @@ def parse(kind: type[_Model], body: bytes) -> _Model:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"])) or "a field's name"
         if first["type"] == "missing":
             raise ApiError(400, f"{field} is missing", param=field) from error
         got = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from blockinfer.async_llm import AsyncLLM, Generation
 from blockinfer.engine.engine import Prompt
-from blockinfer.engine.sequence import BLOCKS, DENOISE
 from blockinfer.outputs import RequestOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.serve.errors import ApiError
@@ -116,8 +115,9 @@ class Job:
             for task in waited:
                 task.cancel()
 
-    async def finished(self) -> list[RequestOutput]:
-        """All of them, in their order."""
+    async def finished(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestOutput]:
+        """`start`, and all of them once they are done, in their order."""
+        await self.start(prompts, params, None)
         outputs = {i: output async for i, output in self.outputs() if output.finished}
         return [outputs[i] for i in sorted(outputs)]
 
@@ -126,13 +126,6 @@ class Job:
             generation.abort()
         self._service.in_flight -= self._count
         self._count = 0
-
-
-def stream_of(wanted: bool | None, mode: str | None) -> str | None:
-    """What the engine is asked to tell: nothing before the end, blocks, or canvases too."""
-    if not wanted:
-        return None
-    return DENOISE if mode == "denoise" else BLOCKS
 
 
 async def unless_gone(receive: Callable[[], Awaitable[dict]], work: Awaitable[list[RequestOutput]]) -> list | None:
