@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from blockinfer.checks import is_finite
 from blockinfer.config import EngineConfig
@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """-> the exit code: 2 for options, a model or an address that cannot be used, named in one sentence."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
+    for name in ("api_key", "served_model_name"):
+        if options[name] == "":
+            parser.error(f"--{name.replace('_', '-')} must not be empty")
     try:
         from blockinfer.serve.server import Server
         from blockinfer.serve.service import ServeOptions, Service
@@ -40,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine = AsyncLLM(llm)
             try:
                 service = Service(engine, ServeOptions(model=name, api_key=key, **limits))
-                _tell(listener)
                 Server(service).run([listener])
             finally:
                 engine.close()
@@ -49,12 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _tell(listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    print(f"blockinfer: http://{host}:{port}", file=sys.stderr, flush=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -88,17 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine", "As of LLM: help(blockinfer.LLM) says more.")
     for name, field in EngineConfig.__dataclass_fields__.items():
         if name != "model":
-            engine.add_argument("--" + name.replace("_", "-"), **_argument(str(field.type)))
+            engine.add_argument("--" + name.replace("_", "-"), **_argument(field.type))
     return parser
 
 
-def _argument(kind: str) -> dict[str, Any]:
+def _argument(kind: Any) -> dict[str, Any]:
     """How an option of the engine is written, by its annotation."""
-    if kind == "bool":
+    kinds = get_args(kind) or (kind,)
+    if bool in kinds:
         return {"action": "store_true", "default": None}
-    if "list[int]" in kind:
-        return {"type": lambda text: [int(part) for part in text.split(",")], "metavar": "N,N,..."}
-    return {"type": int, "metavar": "N"} if kind.startswith("int") else {}
+    if list[int] in kinds:
+        return {"type": _integers, "metavar": "N,N,..."}
+    return {"type": int, "metavar": "N"} if int in kinds else {}
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers, as 8,16,32, got {text!r}") from None
 
 
 def _number(kind: type, least: float, most: float = float("inf")) -> Callable[[str], Any]:

@@ -26,6 +26,8 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# nginx's status for it, which nobody reads
+_GONE = 499
 # As many request limits are read and thrown away before a body is refused: who is still sending reads no answer.
 _READ_ON = 16
 
@@ -110,13 +112,13 @@ async def _counted(request: Request, answer: Callable) -> Response:
     try:
         response = await answer(request)
     except ApiError as error:
-        counted(request.url.path, error.status)
+        counted(request.url.path, "aborted" if error.status == _GONE else error.status)
         raise
     except Exception:
         counted(request.url.path, 500)
         raise
     if not isinstance(response, _Events):
-        counted(request.url.path, response.status_code if response.body else "aborted")
+        counted(request.url.path, response.status_code)
     return response
 
 
@@ -164,8 +166,9 @@ async def _answer(request: Request, job: Job, asked: Any, prompts: list, params:
         raise of_exception(error) from error
     finally:
         job.close()
-    # 499 is nginx's; nobody reads it
-    return Response(status_code=499) if outputs is None else json_response(answer.whole(outputs))
+    if outputs is None:
+        raise ApiError(_GONE, "the client went away before its answer was there")
+    return json_response(answer.whole(outputs))
 
 
 class _Events(StreamingResponse):
@@ -223,7 +226,7 @@ async def _body(request: Request) -> bytes:
         message = f"the body did not arrive within {options.receive_timeout:g} s"
         raise ApiError(408, message, headers=close) from None
     except ClientDisconnect:
-        raise ApiError(400, "the client went away before its body was there") from None
+        raise ApiError(_GONE, "the client went away before its body was there") from None
     if size > options.max_request_bytes:
         raise ApiError(413, f"the body has more than {options.max_request_bytes} bytes", headers=close)
     return bytes(body)

@@ -1,6 +1,7 @@
 """uvicorn, with what it leaves open: time for headers, clients that do not read, and what runs at the end."""
 
 import asyncio
+import logging
 import socket
 from types import FrameType
 
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from blockinfer.serve.app import create_app
 from blockinfer.serve.service import Service
 
+_log = logging.getLogger("uvicorn.error")
 # Longer than a slow answer's pauses, on which it does not depend: only of data that a client does not take.
 _UNREAD_SECONDS = 60
 
@@ -34,6 +36,12 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(options.shutdown_timeout) + 5,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            _log.info("blockinfer: http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
