@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import threading
 
@@ -227,3 +228,26 @@ def test_two_hundred_of_which_a_third_leaves(llm, run):
 
     outputs = run(lambda engine: asyncio.gather(*(ask(engine, i) for i in range(200))))
     assert all(o.outputs == expected[i].outputs for i, o in enumerate(outputs) if i not in leaving)
+
+
+def test_guidance_and_several_answers_when_an_error_names_no_request(llm, run, monkeypatch):
+    """One runs at a time then, with its shadow and with its siblings."""
+    guided = dataclasses.replace(PARAMS, cfg_scale=0.5)
+    several = dataclasses.replace(PARAMS, n=3, temperature=1.0, seed=3)
+    asked = [(PROMPTS[0], guided), (PROMPTS[1], several), (PROMPTS[2], PARAMS)]
+    expected = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in asked]
+    step = llm.engine.runner.run
+    together = []
+
+    def fail(scheduled):
+        together.append({s.request for s, _ in scheduled})
+        if any(s.prompt_token_ids == PROMPTS[2] for s, _ in scheduled):
+            raise RuntimeError("kernel launch failed")
+        return step(scheduled)
+
+    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    outputs = run(lambda e: asyncio.gather(*(whole(e, *one) for one in asked), return_exceptions=True))
+    assert [o.outputs for o in outputs[:2]] == [o.outputs for o in expected[:2]]
+    assert "kernel launch failed" in str(outputs[2])
+    first = next((i for i, requests in enumerate(together) if len(requests) > 1), 0)
+    assert all(len(requests) == 1 for requests in together[first + 2 :])

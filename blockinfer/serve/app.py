@@ -127,7 +127,7 @@ async def _chat(request: Request) -> Response:
     asked = parse(ChatRequest, await _body(request))
     service.check_model(asked.model)
     params = asked.sampling_params()
-    job = service.admit(1)
+    job = service.admit(params.n)
     try:
         prompts = await service.engine.help(service.engine.llm.chat_prompts, asked.messages)
     except ValueError as error:
@@ -144,7 +144,7 @@ async def _complete(request: Request) -> Response:
     asked = parse(CompletionRequest, await _body(request))
     service.check_model(asked.model)
     params = asked.sampling_params()
-    return await _answer(request, service.admit(len(asked.prompt)), asked, asked.prompt, params)
+    return await _answer(request, service.admit(len(asked.prompt) * params.n), asked, asked.prompt, params)
 
 
 async def _answer(request: Request, job: Job, asked: Any, prompts: list, params: Any) -> Response:
@@ -159,7 +159,7 @@ async def _answer(request: Request, job: Job, asked: Any, prompts: list, params:
         except BaseException:
             job.close()
             raise
-        return _Events(job, service, request.url.path, answer, len(prompts))
+        return _Events(job, service, request.url.path, answer, len(prompts) * params.n)
     try:
         outputs = await unless_gone(request.receive, job.finished(prompts, params))
     except Exception as error:

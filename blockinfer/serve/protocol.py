@@ -58,13 +58,10 @@ REFUSED = {
     "echo": Refused("answers come without their prompts here", (False,)),
     "suffix": Refused("text is not filled in before other text here", ("",)),
     "best_of": Refused("every answer that is made is given: use n", (1,)),
-    "n": Refused("a request has one answer here: send it again with another seed", (1,)),
-    "stop": Refused("there are no stop strings here, only stop_token_ids", ([],)),
-    "logprobs": Refused("probabilities are not reported here", (False,)),
-    "top_logprobs": Refused("probabilities are not reported here", (0,)),
+    "top_logprobs": Refused("of a completion logprobs is their number"),
 }
-# What OpenAI spells as the engine does is a field of its own below; the engine's other options are extra fields.
-_OPENAI = ("max_tokens", "temperature", "seed")
+# What has OpenAI's limits is a field of its own below; the engine's other options are extra fields.
+_OPENAI = ("max_tokens", "temperature", "seed", "logprobs")
 DECODING = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in _OPENAI)
 
 
@@ -89,6 +86,10 @@ class _Request(BaseModel):
     seed: int | None = None
     user: str | None = None
 
+    def number_of_logprobs(self) -> int | None:
+        """As SamplingParams has it."""
+        raise NotImplementedError
+
     def sampling_params(self) -> SamplingParams:
         """Raises ApiError for an option that is out of range, that the engine does not have, or that disagrees with
         another."""
@@ -97,6 +98,7 @@ class _Request(BaseModel):
             _check_extra(name, value, type(self).model_fields)
         options = {name: value for name, value in options.items() if name in DECODING}
         options |= {name: getattr(self, name) for name in ("temperature", "seed") if getattr(self, name) is not None}
+        options["logprobs"] = self.number_of_logprobs()
         limits = {getattr(self, name) for name in self.limit_names} - {None}
         if len(limits) > 1:
             raise ApiError(400, f"{' and '.join(self.limit_names)} are one limit: give one of them", param="max_tokens")
@@ -118,6 +120,15 @@ class ChatRequest(_Request):
 
     messages: list[dict[str, str]]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def number_of_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs is not None:
+            raise ApiError(400, "top_logprobs is for logprobs: set logprobs to true", param="top_logprobs")
+        return None
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -129,6 +140,10 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     prompt: list[str | list[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def number_of_logprobs(self) -> int | None:
+        return self.logprobs
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -62,13 +62,13 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def admit(self, count: int) -> "Job":
-        """A place for so many requests, which its `close` gives back."""
+        """A place for so many answers, which its `close` gives back."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", headers={"Connection": "close"})
         if count > self.capacity:
-            raise ApiError(400, f"{count} prompts at once are more than the {self.capacity} that may run and wait here")
+            raise ApiError(400, f"{count} answers at once are more than the {self.capacity} that may run and wait here")
         if self.in_flight + count > self.capacity:
-            message = f"the queue is full: {self.in_flight} requests run and wait, at most {self.capacity} may"
+            message = f"the queue is full: {self.in_flight} answers run and wait, at most {self.capacity} may"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
         return Job(self, count)
 
@@ -105,7 +105,7 @@ class Job:
                         metrics.finished(output)
                     else:
                         waited[asyncio.ensure_future(anext(self._generations[i]))] = i
-                    if output.outputs[0].canvas is None:
+                    if all(one.canvas is None for one in output.outputs):
                         now = time.perf_counter()
                         if last[i]:
                             metrics.between_blocks(now - last[i])

@@ -192,3 +192,48 @@ def test_an_output_that_cannot_be_decoded_takes_no_other_with_it(llm, monkeypatc
     assert caught.value.request_ids == ids[:1]
     llm.engine.abort(ids[0])
     assert not llm.engine.has_unfinished()
+
+
+def test_a_stop_string_s_beginning_is_not_told(llm, monkeypatch):
+    """Block by block "a", "b", "c": of the stop "bc" nothing is told, and of "bx" all once it cannot come any more."""
+    a, b, c = (llm.tokenizer.encode(text, add_special_tokens=False)[0] for text in "abc")
+    read = llm.engine.runner._read
+
+    def texts(**options):
+        blocks = iter([[a], [b], [c], [a]])
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine.runner, "_read", lambda s: [r._replace(token_ids=next(blocks)) for r in read(s)])
+            stream = llm.stream(PROMPT, SamplingParams(max_tokens=4, block_length=1, ignore_eos=True, **options))
+            return [(o.outputs[0].text, o.outputs[0].finish_reason) for o in stream]
+
+    assert texts(stop="bc") == [("a", None), ("a", None), ("a", "stop")]
+    assert texts(stop=["bc"], include_stop_str_in_output=True)[-2:] == [("a", None), ("abc", "stop")]
+    assert texts(stop="bx") == [("a", None), ("a", None), ("abc", None), ("abca", "length")]
+
+
+def test_several_answers_are_streamed_together(llm):
+    options = params("random", n=3, seed=7, stop_token_ids=list(range(0, 300, 6)), max_tokens=12)
+    (expected,) = llm.generate([PROMPT], options, use_tqdm=False)
+    *partial, last = llm.stream(PROMPT, options)
+    assert last.outputs == expected.outputs and len(partial) >= 2
+    for output in partial:
+        assert [one.index for one in output.outputs] == [0, 1, 2]
+        for one, whole in zip(output.outputs, expected.outputs, strict=True):
+            assert whole.token_ids[: len(one.token_ids)] == one.token_ids and whole.text.startswith(one.text)
+            assert one.finish_reason in (None, whole.finish_reason)
+            assert one == whole or one.finish_reason is None
+
+
+def test_log_probabilities_are_streamed(llm):
+    options = params("low_confidence", logprobs=1)
+    (expected,) = llm.generate([PROMPT], options, use_tqdm=False)
+    *partial, last = llm.stream(PROMPT, options)
+    assert last.outputs == expected.outputs
+    for output in partial:
+        (one,) = output.outputs
+        assert one.logprobs == expected.outputs[0].logprobs[: len(one.token_ids)]
+
+
+def test_masked_spans_are_not_streamed(llm):
+    with pytest.raises(ValueError, match="masked spans are filled between text that stays, and cannot be streamed"):
+        list(llm.stream({"prompt": "1 + {fill:2} = 5"}, SamplingParams(mode="vanilla")))

@@ -15,6 +15,12 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 OPTIONS = {"max_tokens": 14, "block_length": 4, "ignore_eos": True}
 
 
+SAMPLED = {"temperature": 1.5, "seed": 2, "max_tokens": 20}
+# of the text of these
+STOPS = [{"stop": "<"}, {"stop": ["nowhere", "_\x04"]}, {"stop": ["\x04\x04"], "include_stop_str_in_output": True}]
+STOPS += [{"stop": "\x04x"}]
+
+
 @pytest.fixture(scope="module")
 def expected(served_llm):
     """expected(prompt or messages, **options): the engine's own output, made before a server has it."""
@@ -36,6 +42,13 @@ def expected(served_llm):
     for rule in RULES:
         make("Hello", unmasking=rule, seed=3)
     make([5, 6, 7])
+    for asked in ("Hello", MESSAGES):
+        make(asked, **SAMPLED, n=3)
+        make(asked, **SAMPLED, logprobs=2)
+    for prompt in ("Hello", [5, 6, 7]):
+        make(prompt, **SAMPLED, n=2)
+    for stop in STOPS:
+        make("Hello", **SAMPLED, **stop)
     make("Hello", ignore_eos=False, stop_token_ids=list(range(0, 300, 4)))
     return make
 
@@ -205,3 +218,108 @@ def test_models_health_metrics_and_page(server):
     assert values["blockinfer_kv_pages"] == str(float(server.llm.engine.pool.num_pages))
     assert values["blockinfer_kv_pages_used"] == values["blockinfer_requests_waiting"] == "0.0"
     assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+
+
+def streamed(client, path, body):
+    """-> by choice the text, the log-probabilities' parts, and how it ended."""
+    texts, logprobs, reasons = {}, {}, {}
+    with client.stream("POST", path, json=body | {"stream": True}) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                index, part = choice["index"], choice["logprobs"]
+                texts[index] = texts.get(index, "") + (choice.get("text") or choice.get("delta", {}).get("content", ""))
+                if part:
+                    logprobs.setdefault(index, []).append(part)
+                if choice["finish_reason"]:
+                    assert index not in reasons
+                    reasons[index] = choice["finish_reason"]
+    return texts, logprobs, reasons
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_stop_strings(expected, server, stop):
+    (one,) = expected("Hello", **SAMPLED, **stop).outputs
+    body = {"model": MODEL, "prompt": "Hello"} | OPTIONS | SAMPLED | stop
+    with server.client() as client:
+        (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+        texts, _, reasons = streamed(client, "/v1/completions", body)
+    assert (choice["text"], choice["finish_reason"]) == (one.text, one.finish_reason)
+    assert (texts, reasons) == ({0: one.text}, {0: one.finish_reason})
+
+
+def test_stop_strings_were_met(expected):
+    reasons = [expected("Hello", **SAMPLED, **stop).outputs[0].finish_reason for stop in STOPS]
+    assert reasons == ["stop", "stop", "stop", "length"]
+
+
+def test_several_answers(expected, server):
+    wanted = [one.text for one in expected(MESSAGES, **SAMPLED, n=3).outputs]
+    assert len(set(wanted)) == 3
+    with server.openai() as client:
+        answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=3, **extra(OPTIONS | SAMPLED))
+        assert [(c.index, c.message.content) for c in answer.choices] == list(enumerate(wanted))
+        output = expected(MESSAGES, **SAMPLED, n=3)
+        assert answer.usage.completion_tokens == 60 and answer.usage.forwards == output.metrics.nfe
+        assert answer.usage.prompt_tokens == len(output.prompt_token_ids)
+        again = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, **extra(OPTIONS | SAMPLED | {"seed": answer.choices[2].seed})
+        )
+        assert again.choices[0].message.content == wanted[2], "every answer's seed makes it again"
+    with server.client() as client:
+        body = {"model": MODEL, "messages": MESSAGES, "n": 3} | OPTIONS | SAMPLED
+        texts, _, reasons = streamed(client, "/v1/chat/completions", body)
+    assert texts == dict(enumerate(wanted)) and reasons == dict.fromkeys(range(3), "length")
+
+
+def test_several_answers_to_several_prompts(expected, server):
+    prompts = ["Hello", [5, 6, 7]]
+    wanted = [one.text for prompt in prompts for one in expected(prompt, **SAMPLED, n=2).outputs]
+    body = {"model": MODEL, "prompt": prompts, "n": 2} | OPTIONS | SAMPLED
+    with server.client() as client:
+        choices = client.post("/v1/completions", json=body).json()["choices"]
+        texts, _, _ = streamed(client, "/v1/completions", body)
+    assert [(c["index"], c["text"]) for c in choices] == list(enumerate(wanted))
+    assert texts == dict(enumerate(wanted))
+
+
+def test_logprobs_of_a_chat(expected, server):
+    (one,) = expected(MESSAGES, **SAMPLED, logprobs=2).outputs
+    options = extra(OPTIONS | SAMPLED)
+    with server.openai() as client:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=2, **options
+        )
+        alone = client.chat.completions.create(model=MODEL, messages=MESSAGES, logprobs=True, **options)
+    content = answer.choices[0].logprobs.content
+    own = [tokens[token] for token, tokens in zip(one.token_ids, one.logprobs, strict=True)]
+    assert [(c.token, c.logprob) for c in content] == [(t.decoded_token, t.logprob) for t in own]
+    for position, tokens in zip(content, one.logprobs, strict=True):
+        top = sorted(tokens.values(), key=lambda t: t.rank)
+        assert [(t.token, t.logprob) for t in position.top_logprobs] == [(t.decoded_token, t.logprob) for t in top]
+        assert bytes(position.bytes).decode() == position.token
+    assert [c.logprob for c in alone.choices[0].logprobs.content] == [t.logprob for t in own]
+    with server.client() as client:
+        body = {"model": MODEL, "messages": MESSAGES, "logprobs": True, "top_logprobs": 2} | OPTIONS | SAMPLED
+        _, parts, _ = streamed(client, "/v1/chat/completions", body)
+    assert [c for part in parts[0] for c in part["content"]] == [c.model_dump() for c in content]
+    assert len(parts[0]) == 5, "a part for each block"
+
+
+def test_logprobs_of_a_completion(expected, server):
+    (one,) = expected("Hello", **SAMPLED, logprobs=2).outputs
+    with server.openai() as client:
+        answer = client.completions.create(model=MODEL, prompt="Hello", logprobs=2, **extra(OPTIONS | SAMPLED))
+    found = answer.choices[0].logprobs
+    own = [tokens[token] for token, tokens in zip(one.token_ids, one.logprobs, strict=True)]
+    assert found.token_logprobs == [t.logprob for t in own] and found.tokens == [t.decoded_token for t in own]
+    assert found.text_offset[:2] == [0, len(found.tokens[0])]
+    # halves of characters are written alike: the likeliest of them is named
+    assert all(top[t.decoded_token] >= t.logprob for top, t in zip(found.top_logprobs, own, strict=True))
+    assert any(top[t.decoded_token] == t.logprob for top, t in zip(found.top_logprobs, own, strict=True))
+    with server.client() as client:
+        body = {"model": MODEL, "prompt": "Hello", "logprobs": 2} | OPTIONS | SAMPLED
+        _, parts, _ = streamed(client, "/v1/completions", body)
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [x for part in parts[0] for x in part[name]] == getattr(found, name)

@@ -114,7 +114,7 @@ def test_a_full_queue_says_so(serve, gate):
 
     refused, bad, done, later = asyncio.run(main())
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-    assert refused.json()["error"]["message"] == "the queue is full: 6 requests run and wait, at most 6 may"
+    assert refused.json()["error"]["message"] == "the queue is full: 6 answers run and wait, at most 6 may"
     assert bad.status_code == 400, "a bad request is told that it is, however full the queue"
     assert [a.status_code for a in done] == [200] * 6 and later.status_code == 200
 

@@ -43,8 +43,10 @@ OF_CHATS = [
     ({"functions": [{}]}, "functions is not supported"),
     ({"parallel_tool_calls": True}, "parallel_tool_calls is not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported: answers cannot be bound"),
-    ({"logprobs": True}, "logprobs is not supported"),
-    ({"top_logprobs": 3}, "top_logprobs is not supported"),
+    ({"logprobs": 5}, "logprobs: input should be a valid boolean, got 5"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: input should be less than or equal to 20"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs: input should be greater than or equal to 0"),
+    ({"top_logprobs": 3}, "top_logprobs is for logprobs: set logprobs to true"),
     ({"modalities": ["text", "audio"]}, "modalities is not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
     ({"store": True}, "store is not supported"),
@@ -67,11 +69,14 @@ OF_COMPLETIONS = [
     ({"prompt": {"text": "hi"}}, "it must be a string"),
     ({"prompt": "a\udfff"}, "lone surrogate"),
     ({"prompt": [1] * 250}, "more than max_model_len=256; shorten the prompt or lower max_tokens"),
-    ({"prompt": ["hi"] * 1000}, "1000 prompts at once are more than the 260 that may run and wait here"),
+    ({"prompt": ["hi"] * 1000}, "1000 answers at once are more than the 260 that may run and wait here"),
     ({"echo": True}, "echo is not supported"),
     ({"suffix": "end"}, "suffix is not supported"),
     ({"best_of": 3}, "best_of is not supported"),
-    ({"logprobs": 5}, "logprobs is not supported"),
+    ({"logprobs": True}, "logprobs: input should be a valid integer, got True"),
+    ({"logprobs": -1}, "logprobs: input should be greater than or equal to 0"),
+    ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
+    ({"top_logprobs": 3}, "top_logprobs is not supported: of a completion logprobs is their number"),
     ({"messages": HI}, "there is no field messages"),
 ]
 # of both
@@ -101,10 +106,17 @@ OF_BOTH = [
     ({"stream": True, "stream_options": {"include_all": True}}, "stream_options.include_all"),
     ({"stream_mode": "denoise"}, "stream_mode is for a stream"),
     ({"stream": True, "stream_mode": "canvas"}, "stream_mode: input should be 'blocks' or 'denoise', got 'canvas'"),
-    ({"n": 2}, "n is not supported"),
-    ({"n": 0}, "n"),
-    ({"n": True}, "n"),
-    ({"stop": "\n"}, "stop"),
+    ({"n": 2}, "n=2 answers at temperature 0 would all be the same"),
+    ({"n": 0}, "n must be at least 1, got 0"),
+    ({"n": True}, "n must be an integer, got True"),
+    ({"n": "2"}, "n must be an integer, got '2'"),
+    ({"n": 500, "temperature": 1}, "500 answers at once are more than the 260 that may run and wait here"),
+    ({"stop": ""}, "every one of stop must be a string of at least 1 character, got ''"),
+    ({"stop": 5}, "stop must be a string or a list of strings, got 5"),
+    ({"stop": ["a", None]}, "every one of stop must be a string"),
+    ({"stop": "\ud800"}, "lone surrogate"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output needs stop strings"),
+    ({"cfg_scale": -1}, "cfg_scale must be between 0.0 and"),
     ({"top_p": 0.9}, "top_p is not supported: temperature alone shapes the sampling here; got 0.9"),
     ({"top_k": 40}, "top_k is not supported"),
     ({"min_p": 0.1}, "min_p is not supported"),
@@ -201,7 +213,7 @@ def test_bad_bodies(server, path):
 
 
 def test_the_field_is_named(server):
-    for change, param in [({"seed": -1}, "seed"), ({"n": 2}, "n"), ({"temperature": 3}, "temperature")]:
+    for change, param in [({"seed": -1}, "seed"), ({"tools": [{}]}, "tools"), ({"temperature": 3}, "temperature")]:
         answer = post(server, "/v1/completions", json.dumps(COMPLETION | change))
         assert answer.json()["error"]["param"] == param
 
@@ -255,8 +267,8 @@ def test_a_chat_template_that_refuses(server, monkeypatch):
 
 def test_what_the_openai_package_raises(server):
     with server.openai() as client:
-        with pytest.raises(openai.BadRequestError, match="n is not supported") as caught:
-            client.completions.create(model=MODEL, prompt="hi", n=3)
-        assert caught.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="top_p is not supported") as caught:
+            client.completions.create(model=MODEL, prompt="hi", top_p=0.5)
+        assert caught.value.param == "top_p"
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here"):
             client.completions.create(model="gpt-4", prompt="hi")
