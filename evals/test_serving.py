@@ -1,9 +1,9 @@
 """A live server: `python -m blockinfer.serve` as a process of its own, and requests through httpx.
 
 `at-once` sends as many requests as run at once, and again without HTTP to an engine of this process, in turn: the
-server's tokens/s are to be BAR of the engine's at least. The other cases are Poisson arrivals at shares of the rate
-that `at-once` reached: tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests.
-All are random token ids, answers of one length in 8 steps a block, streamed.
+server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken. The other cases are Poisson
+arrivals at shares of the rate that `at-once` reached: tokens/s, and p50 and p99 of the time to the first block, between
+blocks and of whole requests. All are random token ids, answers of one length in 8 steps a block, streamed.
 
 It runs on a GPU, or where the file is named. The model is that of evals/test_steps.py.
 """
@@ -26,7 +26,7 @@ for package in ("fastapi", "httpx", "prometheus_client", "uvicorn"):
 AT_ONCE = 32
 BAR = {"cuda": 0.95, "cpu": 0.85}
 # prompts and answers in tokens, requests of a Poisson case, rounds of at-once
-SIZES = {"cuda": (128, 256, 200, 5), "cpu": (32, 64, 48, 3)}
+SIZES = {"cuda": (128, 256, 200, 5), "cpu": (32, 64, 48, 5)}
 SHARES = (0.25, 0.5, 0.75, 1.0)
 # for two engines on one GPU, of requests of these sizes
 KV_CACHE = 8 << 30
@@ -117,8 +117,7 @@ def test_at_once(benchmark, about, settings, llm, server, requests, capacity):
         return [load.seconds for load in loads]
 
     record(benchmark, rounds)
-    fastest = sorted(loads, key=lambda load: load.seconds)
-    info = figures(fastest[len(fastest) // 2]) | beside_engine(loads, alone)
+    info = figures(min(loads, key=lambda load: load.seconds)) | beside_engine(loads, alone)
     benchmark.extra_info.update(info)
     assert info["of_engine"] >= BAR[settings.device]
 

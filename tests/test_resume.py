@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evals.results.table import table
 from hypothesis import given
 from hypothesis import strategies as st
 
 import blockinfer
 from blockinfer import LLM, SamplingParams
+from evals.results.table import table
 from evals.runs import resume
 from evals.runs.resume import Generations, fingerprint, settings_hash
 from tests.checkpoints import write_checkpoint

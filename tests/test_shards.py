@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from evals.results.comparison import intervals
 
 from evals.questions.graders import Grade
 from evals.questions.rows import load_rows, shard_positions
 from evals.results import merge
+from evals.results.comparison import intervals
 from evals.results.paired import against_vanilla
 from evals.runs.configurations import KERNEL, RESUMED, STEP
 from evals.runs.settings import SAMPLE

@@ -14,7 +14,7 @@ from blockinfer.llm import LLM
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> the exit code: 2 for options, a model or an address that cannot be used, named in one sentence."""
-    parser = _parser()
+    parser = make_parser()
     options = vars(parser.parse_args(arguments))
     for name in ("api_key", "served_model_name"):
         if options[name] == "":
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with listener, LLM(**{name: value for name, value in options.items() if value is not None}) as llm:
             if llm.tokenizer is None:
                 raise ValueError(f"{options['model']} has no tokenizer, and answers are text; pass --tokenizer")
+            # by default the thread of the engine, back from the device, waits 5 ms for one that writes answers
+            sys.setswitchinterval(0.0005)
             engine = AsyncLLM(llm)
             try:
                 service = Service(engine, ServeOptions(model=name, api_key=key, **limits))
@@ -66,7 +68,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m blockinfer.serve", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", help="checkpoint folder, Hub name, or shape, as of LLM")
     add = parser.add_argument_group("server").add_argument

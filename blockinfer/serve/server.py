@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blockinfer.serve.app import create_app
+from blockinfer.serve.errors import ApiError
 from blockinfer.serve.service import Service
 
 _log = logging.getLogger("uvicorn.error")
@@ -50,7 +51,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining = True
         engine, seconds = self._service.engine, self._service.options.shutdown_timeout
-        error = RuntimeError(f"the server is shutting down, and {seconds:g} s were not enough to finish this answer")
+        error = ApiError(503, f"the server is shutting down, and {seconds:g} s were not enough to finish this answer")
         timer = asyncio.get_running_loop().call_later(seconds, engine.abort_all, error)
         try:
             await super().shutdown(sockets)

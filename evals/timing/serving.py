@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -158,12 +157,13 @@ def _percentile(seconds: list[float], percent: int) -> float | None:
 
 
 def beside_engine(loads: Sequence[Load], alone: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """The server's tokens/s beside those of the engine without HTTP, round by round in turn."""
+    """The server's tokens/s beside those of the engine without HTTP, in rounds that took turns: of each the fastest,
+    for what others do on the machine only slows one down."""
     engine = [tokens / seconds for seconds, tokens in alone]
-    ratios = [load.tokens_per_second / speed for load, speed in zip(loads, engine, strict=True)]
-    return {"engine_tokens_per_second": statistics.median(engine), "of_engine": statistics.median(ratios)} | {
-        "of_engine_rounds": ratios
-    }
+    server = [load.tokens_per_second for load in loads]
+    rounds = [one / other for one, other in zip(server, engine, strict=True)]
+    best = {"engine_tokens_per_second": max(engine), "of_engine": max(server) / max(engine)}
+    return best | {"of_engine_rounds": rounds}
 
 
 def table(infos: list[dict[str, Any]]) -> list[str]:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from evals.results.forwards import nfe_fault
 
 from evals.gate.exits import CANNOT_TELL, FAILED, PASSES, REGRESSION
 from evals.gate.judge import Margins, Ratio, exit_code, judge, judge_case, memory_fault, typical_ratio
 from evals.gate.measure import Measurement
+from evals.results.forwards import nfe_fault
 from tests.gate.figures import LIMIT, MARGINS, PEAKS, STATIC, STEADY, rounds_of
 
 

@@ -364,7 +364,7 @@ def test_what_does_not_finish_in_time_is_told(served_llm, gate):
             gate.set()
             message = b"the server is shutting down, and 0.2 s were not enough to finish this answer"
             answer = rest(whole)
-            assert answer.startswith(b"HTTP/1.1 500 ") and message in answer
+            assert answer.startswith(b"HTTP/1.1 503 ") and message in answer
             assert message in rest(streamed)
 
 

@@ -27,9 +27,10 @@ NUM_PAGES = 60
 class Process:
     """A server of its own process; `url` is there once it answers."""
 
-    def __init__(self, *arguments, **environment):
+    def __init__(self, *arguments, cwd=None, **environment):
         command = [sys.executable, "-m", "blockinfer.serve", *map(str, arguments), "--port", "0", "--device", "cpu"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+        options = dict(stderr=subprocess.PIPE, text=True, cwd=cwd, env=os.environ | environment)
+        self.process = subprocess.Popen(command, **options)
         self.log, self.url = [], None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -5,9 +5,9 @@ import random
 from types import SimpleNamespace
 
 import pytest
+
 from evals.results.comparison import SpeedUp
 from evals.results.table import table
-
 from evals.runs.rounds import Round, is_enough, ratio_factor, standard_error, steadiness
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from evals.results.comparison import SpeedUp
 
 from evals.report.command import main as report
+from evals.results.comparison import SpeedUp
 from evals.results.schema import Configuration
 from evals.runs.configurations import KERNEL, STEP
 from evals.runs.machine import device_name
