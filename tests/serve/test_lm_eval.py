@@ -12,6 +12,7 @@ for package in ("lm_eval", "aiohttp", "tenacity"):
 
 import lm_eval  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 # of other libraries, which lm-eval imports or leaves open
 pytestmark = pytest.mark.filterwarnings("default")
@@ -30,6 +31,8 @@ UNTIL = ["\x04", "nowhere"]
 def test_lm_eval(serve, served_llm, tmp_path, monkeypatch, client, path, chat):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    # it asks pip, nvidia-smi and others
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     params = SamplingParams(max_tokens=24, stop=UNTIL, seed=1234)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     ask = served_llm.chat if chat else served_llm.generate
@@ -61,6 +64,8 @@ def test_lm_eval(serve, served_llm, tmp_path, monkeypatch, client, path, chat):
             "tokenized_requests": False,
         },
         tasks=[task],
+        # of its own tasks it would read thousands of files
+        task_manager=TaskManager(include_defaults=False),
         apply_chat_template=chat,
         bootstrap_iters=0,
     )
