@@ -161,7 +161,10 @@ def test_an_error_that_names_no_request_ends_the_one_it_comes_from(llm, run, mon
     expected = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     step = llm.engine.runner.run
 
+    sizes = []
+
     def fail(scheduled):
+        sizes.append(len(scheduled))
         results = step(scheduled)
         if any(s.prompt_token_ids == PROMPTS[3] and s.step == 2 for s, _ in scheduled):
             raise RuntimeError("kernel launch failed")
@@ -172,6 +175,19 @@ def test_an_error_that_names_no_request_ends_the_one_it_comes_from(llm, run, mon
     outputs = run(lambda engine: asyncio.gather(*(task(engine) for task in tasks), return_exceptions=True))
     assert str(outputs[3]) == "the engine failed: RuntimeError: kernel launch failed"
     assert all(o.outputs == expected[i].outputs for i, o in enumerate(outputs) if i != 3)
+    assert 1 in sizes and sizes[-1] > 1, "alone, and then side by side again"
+
+
+def test_an_error_before_anything_ran_ends_all_of_them_and_no_later_one(llm, run, monkeypatch):
+    async def all_of_them(engine):
+        with monkeypatch.context() as patch:
+            patch.setattr("blockinfer.engine.scheduler.Scheduler.schedule", lambda _: 1 / 0)
+            failed = await asyncio.gather(*(whole(engine, p) for p in PROMPTS[:4]), return_exceptions=True)
+            assert all("ZeroDivisionError" in str(error) for error in failed)
+        assert not llm.engine.scheduler.alone
+        return await asyncio.gather(*(whole(engine, p) for p in PROMPTS[:4]))
+
+    assert all(output.finished for output in run(all_of_them))
 
 
 def test_an_engine_that_always_fails_is_not_healthy_until_a_step_succeeds(llm, run, monkeypatch):

@@ -221,8 +221,10 @@ def test_a_body_that_does_not_come(serve):
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
         )
+        start = time.monotonic()
         one.sendall(head.encode())
         answer = rest(one)
+        assert 0.1 < time.monotonic() - start < 2
     assert answer.startswith(b"HTTP/1.1 408 ") and b"the body did not arrive within 0.2 s" in answer
 
 
