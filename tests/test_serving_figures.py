@@ -45,19 +45,23 @@ def test_the_server_beside_the_engine():
     assert info["of_engine"] == pytest.approx(0.9) and info["engine_tokens_per_second"] == 100
     assert info["of_engine_rounds"] == pytest.approx([0.9, 0.75, 0.9])
     load = figures(loads[0]) | {"serving": "at-once"} | info
-    assert table([load])[-1] == "at-once: 90.0 % of the 100.0 tokens/s without HTTP"
+    assert info["of_engine_cpu"] is None and table([load])[-1] == "at-once: 90.0 % of the 100.0 tokens/s without HTTP"
+    load |= beside_engine(loads, [(1.0, 100), (1.5, 90), (1.0, 100)], (5.0, 4.9))
+    assert table([load])[-1].endswith("without HTTP, 98.0 % by CPU time")
 
 
 def test_a_live_server_s_answers_are_the_engine_s(checkpoint):
     with LLM(checkpoint, device="cpu") as llm:
         seconds, tokens = without_http(llm, [REQUEST] * 3)
     assert tokens == 36 and seconds > 0
-    with live_server(str(checkpoint), ["--device=cpu"]) as url:
-        load = send(url, str(checkpoint), [REQUEST] * 3, [0.0, 0.1, 0.2])
+    with live_server(str(checkpoint), ["--device=cpu"]) as server:
+        before = server.cpu_seconds
+        load = send(server.url, str(checkpoint), [REQUEST] * 3, [0.0, 0.1, 0.2])
         assert load.tokens == 36 and load.seconds > 0.2
         assert all(answer.seconds < load.seconds for answer in load.answers)
+        assert 0 < before < server.cpu_seconds < 60
         with pytest.raises(RuntimeError, match="the server answered 400: .*max_tokens must be at least 1"):
-            send(url, str(checkpoint), [REQUEST | {"max_tokens": 0}], [0.0])
+            send(server.url, str(checkpoint), [REQUEST | {"max_tokens": 0}], [0.0])
 
 
 def test_a_server_that_does_not_start_says_why():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -48,10 +49,24 @@ class Load(NamedTuple):
         return self.tokens / self.seconds
 
 
+class Server(NamedTuple):
+    """A process that serves at `url`."""
+
+    url: str
+    pid: int
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time that it has used so far."""
+        with open(f"/proc/{self.pid}/stat") as stat:
+            user, system = stat.read().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def live_server(model: str, arguments: Sequence[str]) -> Iterator[str]:
-    """`python -m blockinfer.serve` as a process of its own -> its address. Raises RuntimeError where it does not
-    start, with what it said."""
+def live_server(model: str, arguments: Sequence[str]) -> Iterator[Server]:
+    """`python -m blockinfer.serve` as a process of its own. Raises RuntimeError where it does not start, with what it
+    said."""
     command = [sys.executable, "-m", "blockinfer.serve", model, "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
@@ -72,7 +87,7 @@ def live_server(model: str, arguments: Sequence[str]) -> Iterator[str]:
         told.wait(_STARTED_SECONDS)
         if not address:
             raise RuntimeError(f"the server did not start: {''.join(log[-1:]).strip()}")
-        yield address[0]
+        yield Server(address[0], process.pid)
     finally:
         process.terminate()
         try:
@@ -156,14 +171,17 @@ def _percentile(seconds: list[float], percent: int) -> float | None:
     return 1000 * sorted(seconds)[math.ceil(percent / 100 * len(seconds)) - 1] if seconds else None
 
 
-def beside_engine(loads: Sequence[Load], alone: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def beside_engine(
+    loads: Sequence[Load], alone: Sequence[tuple[float, int]], cpu: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """The server's tokens/s beside those of the engine without HTTP, in rounds that took turns: of each the fastest,
-    for what others do on the machine only slows one down."""
+    for what others do on the machine only slows one down. cpu: the CPU seconds of the server and of the engine in all
+    rounds, whose share others hardly change."""
     engine = [tokens / seconds for seconds, tokens in alone]
     server = [load.tokens_per_second for load in loads]
     rounds = [one / other for one, other in zip(server, engine, strict=True)]
     best = {"engine_tokens_per_second": max(engine), "of_engine": max(server) / max(engine)}
-    return best | {"of_engine_rounds": rounds}
+    return best | {"of_engine_rounds": rounds, "of_engine_cpu": cpu[1] / cpu[0] if cpu else None}
 
 
 def table(infos: list[dict[str, Any]]) -> list[str]:
@@ -178,5 +196,6 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
     for info in infos:
         if "of_engine" in info:
             share, speed = 100 * info["of_engine"], info["engine_tokens_per_second"]
-            lines.append(f"{info[SERVING]}: {share:.1f} % of the {speed:.1f} tokens/s without HTTP")
+            by_cpu = f", {100 * info['of_engine_cpu']:.1f} % by CPU time" if info["of_engine_cpu"] else ""
+            lines.append(f"{info[SERVING]}: {share:.1f} % of the {speed:.1f} tokens/s without HTTP{by_cpu}")
     return lines
