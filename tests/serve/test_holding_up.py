@@ -124,11 +124,11 @@ def test_the_openai_client_comes_again(serve, gate):
     gate.clear()
     with server.openai() as client, contextlib.ExitStack() as stack:
         for _ in range(4):
-            send(stack.enter_context(connection(server)), LONG)
+            send(stack.enter_context(connection(server)), SHORT)
         until(lambda: server.service.in_flight == 4)
         threading.Timer(0.2, gate.set).start()
         options = {name: SHORT[name] for name in ("block_length", "ignore_eos")}
-        answer = client.with_options(max_retries=3).completions.create(
+        answer = client.with_options(max_retries=20).completions.create(
             model=MODEL, prompt="Hello", max_tokens=8, extra_body=options
         )
         assert answer.usage.completion_tokens == 8
