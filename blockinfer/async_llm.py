@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 from blockinfer.engine.prompts import Prompt, ReadPrompt
 from blockinfer.engine.sequence import BLOCKS
 from blockinfer.llm import LLM
@@ -73,6 +75,8 @@ class AsyncLLM:
         self._unfinished = 0
         # texts are tokenized, and chat templates run, one after another and beside the engine's steps
         self.helper: Executor = ThreadPoolExecutor(1, "blockinfer-text")
+        # a thread begins with the first GPU as its current one
+        self._gpu = torch.cuda.current_device() if llm.config.device.type == "cuda" else None
         # what follows belongs to the thread
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._generations: dict[int, Generation] = {}
@@ -153,6 +157,8 @@ class AsyncLLM:
     # from here on in the thread
 
     def _run(self) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
         try:
             while not self._closing or self._generations:
                 self._obey(wait=not self._engine.has_unfinished())

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from blockinfer import SamplingParams
+from blockinfer import LLM, SamplingParams
 from blockinfer.async_llm import AsyncLLM
+from tests.checkpoints import write_checkpoint
 
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
 PROMPTS = [[p, p + 1, 7] for p in range(1, 21)]
@@ -267,3 +268,26 @@ def test_guidance_and_several_answers_when_an_error_names_no_request(llm, run, m
     assert "kernel launch failed" in str(outputs[2])
     first = next((i for i, requests in enumerate(together) if len(requests) > 1), 0)
     assert all(len(requests) == 1 for requests in together[first + 2 :])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_from_another_thread(tmp_path):
+    """With CUDA graphs, which the thread that loaded the model captured."""
+    torch.cuda.set_device(torch.cuda.device_count() - 1)
+    folder = write_checkpoint(tmp_path)
+    with LLM(folder, device="cuda", dtype="float32") as llm:
+        expected = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+
+        async def main():
+            engine = AsyncLLM(llm)
+            try:
+                return await asyncio.gather(*(whole(engine, prompt) for prompt in PROMPTS))
+            finally:
+                engine.close()
+
+        try:
+            outputs = asyncio.run(main())
+        finally:
+            torch.cuda.set_device(0)
+    assert [o.outputs for o in outputs] == [o.outputs for o in expected]
