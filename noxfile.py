@@ -1,5 +1,5 @@
-"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, lint, slurm, gpu. What follows `--` is
-passed."""
+"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, page, lint, slurm, gpu. What follows
+`--` is passed."""
 
 import os
 import shutil
@@ -51,7 +51,16 @@ def screenshots(session: nox.Session) -> None:
     chromium = shutil.which("chromium") or _install_chromium(session)
     # without the project and torch: the report does not need them, and tests/conftest.py, which does, is left out
     session.install("-c", "constraints.txt", "jinja2", "pillow", "playwright", "pydantic", "pytest")
-    session.run("pytest", "--noconftest", "tests/browser", *session.posargs, env={"CHROMIUM": chromium})
+    report = "tests/browser/test_report.py"
+    session.run("pytest", "--noconftest", report, *session.posargs, env={"CHROMIUM": chromium})
+
+
+@nox.session(default=False)
+def page(session: nox.Session) -> None:
+    """The server's page in headless Chromium, on the small model; its pictures are in build/screenshots."""
+    chromium = shutil.which("chromium") or _install_chromium(session)
+    session.install("-c", "constraints.txt", "-e", ".[test]", "pillow", "playwright")
+    session.run("pytest", "tests/browser/test_serve_page.py", *session.posargs, env={"CHROMIUM": chromium})
 
 
 def _install_chromium(session: nox.Session) -> str:

@@ -84,7 +84,7 @@ GENERATE_HINTS = {
     "prompt_token_ids": 'prompts may be lists of ids, or {"prompt_token_ids": [...]}',
     **_is("use_tqdm", "progress", "verbose", "show_progress"),
     "lora_request": "there are no adapters here",
-    "stream": "outputs come when they are finished; on_finish gets each one",
+    "stream": "outputs come when they are finished, and on_finish gets each one; LLM.stream gives one prompt's blocks",
     **dict.fromkeys(("chat_template", "tools", "tokenizer"), "the checkpoint's template and tokenizer are used"),
     **dict.fromkeys(
         ("add_generation_prompt", "continue_final_message"), "a conversation is always continued by the assistant"

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.engine.engine import Engine
 from blockinfer.engine.model_runner import EngineStats
 from blockinfer.engine.prompts import Prompt
+from blockinfer.engine.sequence import BLOCKS, DENOISE
 from blockinfer.hints import GENERATE_HINTS, LLM_HINTS, SAMPLING_HINTS, SCORING_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
 from blockinfer.likelihood import Continuation, choose, lists_of_choices, one_each, score
@@ -147,9 +148,7 @@ class LLM:
         while requests added to `engine` by hand are unfinished, and where on_finish aborted one of these.
         """
         _refuse_unknown("LLM.generate", unknown, "prompts")
-        engine = self.engine
-        if engine.has_unfinished():
-            raise RuntimeError("the engine has unfinished requests; step() until they are done, or abort_all()")
+        engine = self._idle_engine()
         check_bool("use_tqdm", use_tqdm)
         if on_finish is not None and not callable(on_finish):
             raise ValueError(f"on_finish must be a function of one output, got {shown(on_finish)}")
@@ -194,6 +193,26 @@ class LLM:
             )
         return [outputs[request_id] for request_id in ids]
 
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, denoise: bool = False
+    ) -> Iterator[RequestOutput]:
+        """Completes one prompt -> an output for each block as it is finished, each with all text and tokens so far, the
+        last one as `generate` gives it.
+
+        Text that a later block could change is held back: half a character. denoise gives besides an output after every
+        step, whose `canvas` is the open block. An iterator that is closed, or breaks off, leaves an empty engine.
+
+        Raises what `generate` does, once the first output is asked for.
+        """
+        engine = self._idle_engine()
+        check_bool("denoise", denoise)
+        try:
+            engine.add_request(prompt, sampling_params, stream=DENOISE if denoise else BLOCKS)
+            while engine.has_unfinished():
+                yield from engine.step()
+        finally:
+            engine.abort_all()
+
     def chat(
         self,
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
@@ -211,11 +230,16 @@ class LLM:
         template, and, naming the conversation, where the template fails.
         """
         _refuse_unknown("LLM.chat", unknown, "messages")
+        prompts = self.chat_prompts(messages)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
+
+    def chat_prompts(self, messages: list[dict[str, str]] | list[list[dict[str, str]]]) -> list[Prompt]:
+        """The prompts that `chat` makes of a conversation, or of a list of them; raises what it does for them."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
         engine = self.engine
-        prompts = []
+        prompts: list[Prompt] = []
         for i, conversation in enumerate(check_conversations(messages)):
             try:
                 text = self._chat_template.render(conversation)
@@ -223,7 +247,7 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from error
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
+        return prompts
 
     def score(
         self,
@@ -276,6 +300,11 @@ class LLM:
         if self._engine is None:
             raise RuntimeError("this LLM is closed")
         return self._engine
+
+    def _idle_engine(self) -> Engine:
+        if self.engine.has_unfinished():
+            raise RuntimeError("the engine has unfinished requests; step() until they are done, or abort_all()")
+        return self.engine
 
     def close(self) -> None:
         """Drops the model, the KV cache and the chat template's process.

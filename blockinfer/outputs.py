@@ -9,14 +9,14 @@ class RequestMetrics:
 
     nfe: forwards in which the request had rows, repeated ones included. denoising_steps: steps of the blocks it went
     through, each counted once. The seconds are wall time since the request was added: until its first forward was
-    launched, until its first block's tokens were there, and in all. preemptions: how often its pages were taken. seed:
-    of its noise; that of its further answers is `sampling_params.answer_seed` of it.
+    launched, until its first block's tokens were there (None before), and in all. preemptions: how often its pages were
+    taken. seed: of its noise; that of its further answers is `sampling_params.answer_seed` of it.
     """
 
     nfe: int
     denoising_steps: int
     queued_seconds: float
-    first_block_seconds: float
+    first_block_seconds: float | None
     total_seconds: float
     preemptions: int
     seed: int
@@ -55,7 +55,10 @@ class CompletionOutput:
     """One answer. token_ids end before the first stop token, or with the token that completes a stop string; text is
     None where there is no tokenizer.
 
-    finish_reason: "stop" (stop_reason is then the stop token's id, or the stop string) or "length". logprobs: for each
+    finish_reason: "stop" (stop_reason is then the stop token's id, or the stop string) or "length"; None of an
+    unfinished one, whose text and token_ids are those of finished blocks: later outputs of the request begin with them,
+    or, where a stop string ends it, with the text. canvas: the open block after a step, where that was asked for, None
+    where a position is still masked. It is provisional: a preemption starts the block anew. logprobs: for each
     of token_ids, where SamplingParams.logprobs asked for it, its own and the likeliest tokens' by id. infilled: of a
     prompt with masked spans; token_ids and text are then those of all spans, and how it ended is how the last one did.
     """
@@ -63,15 +66,17 @@ class CompletionOutput:
     index: int
     text: str | None
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str | None
     stop_reason: int | str | None
     logprobs: list[dict[int, Logprob]] | None = None
     infilled: Infilled | None = None
+    canvas: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request, with its n outputs. prompt is None where the prompt came as token ids alone."""
+    """A request that is finished, or, where its stream was asked for, one that has come so far; with its n outputs.
+    prompt is None where the prompt came as token ids alone."""
 
     request_id: int
     prompt: str | None
@@ -85,6 +90,8 @@ class RequestOutput:
 class ScoringOutput:
     """Forwards of one canvas: of each the log-probabilities that were asked for; how many there were, a shadow's
     counted too."""
+
+    finished = True
 
     request_id: int
     values: list[list[float]]

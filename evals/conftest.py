@@ -24,12 +24,13 @@ from evals.results.likelihood import table as likelihood_table
 from evals.results.paired import against_vanilla, losses
 from evals.results.record import question
 from evals.results.table import first_pass_line, loading_line, table
-from evals.runs.configurations import KERNEL, LIKELIHOOD, STEP, has_figures, is_configuration
+from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration
 from evals.runs.machine import device_name, slug
 from evals.runs.resume import Generations
 from evals.runs.settings import Case, Settings, read_settings
 from evals.suite import Suite
 from evals.timing.kernels import table as kernel_table
+from evals.timing.serving import table as serving_table
 from evals.timing.steps import table as step_table
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -40,6 +41,7 @@ BENCHMARKS = "pytest-benchmark"  # the plugin's session
 ENDING = pytest.StashKey[bool]()  # whether by SIGTERM; not there before the end
 # On a CPU they show only that all of this runs.
 OF_A_GPU = ("test_steps.py", "test_kernels.py")
+SERVER = "test_serving.py"
 
 
 class Terminated(KeyboardInterrupt):
@@ -97,17 +99,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not _wants_steps_and_kernels(config):
-        named = {Path(arg.partition("::")[0]).absolute() for arg in config.args}
-        left_out = [item for item in items if item.path.name in OF_A_GPU and item.path not in named]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    files = () if _wants_steps_and_kernels(config) else OF_A_GPU
+    # it takes its time, of which the other figures need nothing
+    files += () if settings_of(config).device == "cuda" or config.getoption("keyword") else (SERVER,)
+    named = {Path(arg.partition("::")[0]).absolute() for arg in config.args}
+    left_out = [item for item in items if item.path.name in files and item.path not in named]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     if config.getoption("--mmlu") != "likelihood":
         # without it there is nothing to see, so nothing is said to be left out
         items[:] = [item for item in items if item.path.name != "test_likelihood.py"]
     # the timed runs first, for what is wrong with model or rows shows there; the accuracy tests read their generations;
     # the steps have a model of their own, and the kernels none
-    order = {"test_accuracy.py": 1, "test_likelihood.py": 1, "test_steps.py": 2, "test_kernels.py": 3}
+    order = {"test_accuracy.py": 1, "test_likelihood.py": 1, "test_steps.py": 2, "test_kernels.py": 3, SERVER: 4}
     # on a CPU those of one rule run side by side: all are through before the next rule's begin
     rules = list(dict.fromkeys(case.unmasking for case in settings_of(config).cases))
     first = {item: rules.index(item.callspec.params["unmasking"]) for item in items if _is_throughput(item)}
@@ -203,6 +207,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"blockinfer: {weights}{small} on {where}, {number}"]
     if not _wants_steps_and_kernels(config):
         lines.append("steps and kernels are for a GPU and left out here: name their files, or pass --steps-and-kernels")
+        lines.append("a live server is timed where evals/test_serving.py is named")
     return lines
 
 
@@ -228,6 +233,7 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     # a test that failed while it was timed has no figures
     tables = ("kernels", KERNEL, kernel_table), ("steps", STEP, step_table), ("mmlu", LIKELIHOOD, likelihood_table)
+    tables += (("serving", SERVING, serving_table),)
     for title, marker, lines in tables:
         timed = [b.extra_info for b in benchmarks if marker in b.extra_info and has_figures(b.extra_info)]
         if timed:

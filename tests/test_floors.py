@@ -19,7 +19,9 @@ def padded(version):
 
 def test_floors_are_the_lowest_versions_that_are_allowed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["test"]
+    assert set(extras["serve"]) < set(wanted), "what users install is what is tried"
     lowest = dict(re.fullmatch(r"([\w-]+)(?:\[[\w-]+\])?>=([\d.]+)", one).groups() for one in wanted)
     floors, constraints = pinned(ROOT / ".ci" / "floors.txt"), pinned(ROOT / "constraints.txt")
     assert floors.keys() == lowest.keys()

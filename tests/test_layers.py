@@ -15,7 +15,7 @@ FORBIDDEN = {
     "kernels": {"decoding", "models", "engine", "llm", "sampling_params"},
     "decoding": {"models", "engine", "llm", "sampling_params"},
     "models": {"decoding", "engine", "llm", "sampling_params"},
-    "engine": {"llm"},
+    "engine": {"llm", "async_llm", "serve"},
 }
 # of the suite's rooms, what each may import besides itself
 ROOMS = {
@@ -30,6 +30,8 @@ ROOMS = {
     "lm_eval": {"questions"},
     "llada_tiny": {"files", "questions", "runs", "results", "report"},
 }
+# what the engine runs without
+OF_THE_SERVER = {"fastapi", "prometheus_client", "pydantic", "serve", "starlette", "uvicorn"}
 
 
 def imported(path, package="blockinfer"):
@@ -70,3 +72,9 @@ def test_a_room_of_the_suite_imports_those_below_it_alone(room):
 def test_every_room_of_the_suite_is_in_its_place():
     rooms = {path.name for path in SUITE.iterdir() if path.is_dir() and list(path.glob("*.py"))}
     assert rooms == set(ROOMS)
+
+
+def test_the_server_is_an_extra():
+    files = [path for path in PACKAGE.rglob("*.py") if "serve" not in path.relative_to(PACKAGE).parts]
+    assert len(files) > 30
+    assert not {f"{path.name}: {name}" for path in files for name in imported(path) if name in OF_THE_SERVER}

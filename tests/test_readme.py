@@ -1,27 +1,33 @@
 """What the pages show runs as it is shown."""
 
+import asyncio
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 from pytest_benchmark import cli
 
 import evals.__main__ as front
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.serve import __main__ as serve
 from evals.gate import command as gate
 from evals.gate import experiment
 from evals.llada_tiny import study, train
 from evals.questions import build_sample
 from evals.results import compare
 from evals.timing import stages
+from tests.serve.test_process import Process
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "blockinfer/README.md",
+    "blockinfer/serve/README.md",
     "evals/README.md",
     "evals/timing/README.md",
     "evals/llada_tiny/README.md",
@@ -31,6 +37,9 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 # what stands before the script's name is sbatch's, and lm-eval has options of its own
 OURS = re.sub(r"sbatch .*?\.slurm", "", "".join(text for page, text in TEXT.items() if "lm_eval" not in page))
+# to install, to serve and to ask
+(SERVE,) = re.findall(r"<!-- serve -->\n```bash\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+SERVE = SERVE.strip().splitlines()
 
 # Commands that no test runs, each with what it needs.
 NEEDS = {
@@ -41,6 +50,7 @@ NEEDS = {
         "pytest evals/ --mode block --benchmark-autosave",
         "pytest evals/ --mode block --benchmark-compare --benchmark-compare-fail=median:50%",
         "pytest evals/ --num-samples 200 --mode block,block_refresh --unmasking low_confidence,threshold",
+        "pytest evals/test_serving.py --benchmark-json=serving.json",
         "nox -s gate -- --base origin/main",
         "nox -s gate -- --base origin/main --profile quick",
         "python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1,0.05:vanilla,0.05:threshold,0.05:memory "
@@ -58,6 +68,8 @@ NEEDS = {
         "python -m evals build-sample --out rows.jsonl --per-source 50 --seed 0",
         "pytest evals/ --dataset rows.jsonl",
         "pip install -c constraints.txt -e '.[lm-eval]'",
+        "pip install -c constraints.txt -e '.[serve]'",
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[serve]'",
         "python -m evals lm-eval --model blockinfer --batch_size auto --tasks gsm8k,mmlu --apply_chat_template "
         "--model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,mode=block,threshold=.9,block_length=32",
     ),
@@ -74,6 +86,8 @@ NEEDS = {
         "sbatch --ntasks=8 --gpus-per-task=1 evals/slurm/run_benchmark.slurm --model GSAI-ML/LLaDA-8B-Instruct",
     ),
     "what another test runs": (
+        *SERVE[1:],  # test_the_server_s_commands
+        "python -m blockinfer.serve MODEL",  # serve/test_process.py
         "python -m evals lm-eval --model blockinfer --model_args pretrained=evals/llada_tiny,mode=block,threshold=.9 "
         "--include_path evals/lm_eval/tasks --tasks blockinfer_gsm8k,blockinfer_mmlu --apply_chat_template "
         "--batch_size 8",  # lm_eval/test_lm_eval.py
@@ -110,6 +124,42 @@ def test_the_scripts(monkeypatch, capsys):
     tokens, forwards = map(int, re.fullmatch(r"(\d+) tokens in (\d+) forwards", lines[-1]).groups())
     # right, and by several tokens a forward
     assert lines[-2].endswith("14 + 23 = 37 apples. The answer is 37.") and tokens > 2 * forwards > 0
+
+
+def test_the_server_s_commands():
+    """The last two as they are shown, but for the port."""
+    serve, curl = map(shlex.split, SERVE[1:])
+    assert serve[:3] == [".venv/bin/python", "-m", "blockinfer.serve"] and curl[:2] == ["curl", "-N"]
+    url, header, body = curl[2], curl[curl.index("-H") + 1], curl[curl.index("-d") + 1]
+    with Process(*serve[3:], cwd=ROOT) as server:
+        url = url.replace("http://127.0.0.1:8000", server.url)
+        with httpx.stream("POST", url, headers=dict([header.split(": ")]), content=body, timeout=30) as answer:
+            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        script_of_a_client(server.url)
+    assert events.pop() == "[DONE]"
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    texts = [delta["content"] for delta in deltas if delta.get("content")]
+    assert len(texts) == 2 and "".join(texts).endswith("The answer is 37.")
+
+
+def script_of_a_client(url):
+    script = re.findall(r"```python\n(.*?)```", TEXT["blockinfer/serve/README.md"], re.DOTALL)[0]
+    names = {}
+    exec(compile(script.replace("http://127.0.0.1:8000", url), "blockinfer/serve/README.md", "exec"), names)
+    assert names["chunk"].choices[0].finish_reason == "stop"
+    names["client"].close()
+
+
+def test_the_server_s_scripts_without_http(monkeypatch, capsys):
+    script = re.findall(r"```python\n(.*?)```", TEXT["blockinfer/serve/README.md"], re.DOTALL)[1]
+    names = {}
+    monkeypatch.chdir(ROOT)
+    exec(compile(script, "blockinfer/serve/README.md", "exec"), names)
+    assert names["output"].finished
+    capsys.readouterr()
+    asyncio.run(names["main"]())
+    assert capsys.readouterr().out.strip()
+    names["llm"].close()
 
 
 def test_every_command_is_run_or_says_what_it_needs():
@@ -155,6 +205,6 @@ def test_every_link_leads_somewhere(page):
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
     parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
-    parsers += [cli.make_parser(), stages.make_parser(), study.make_parser(), train.make_parser()]
+    parsers += [serve.make_parser(), cli.make_parser(), stages.make_parser(), study.make_parser(), train.make_parser()]
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known

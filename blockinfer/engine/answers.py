@@ -8,6 +8,7 @@ from blockinfer.engine.infilling import InfillSequence
 from blockinfer.engine.scoring import ScoringRow
 from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.stops import find_stop
+from blockinfer.engine.text import settled
 from blockinfer.outputs import (
     CompletionOutput,
     Infilled,
@@ -19,6 +20,8 @@ from blockinfer.outputs import (
 )
 
 Decode = Callable[[list[int]], str]
+# Of sequences, by their ids, the open block: None where a position is masked.
+Canvases = dict[int, tuple[int | None, ...]]
 
 
 def search_stop(sequence: Sequence, decode: Decode) -> None:
@@ -39,23 +42,27 @@ def scoring_output(siblings: list[ScoringRow]) -> ScoringOutput:
     return ScoringOutput(siblings[0].request_id, [row.values for row in siblings], sum(row.nfe for row in siblings))
 
 
-def request_output(siblings: list[Sequence], decode: Decode | None) -> RequestOutput:
-    """Of a request whose sequences are all finished. decode: None where there is no tokenizer."""
+def request_output(siblings: list[Sequence], decode: Decode | None, canvases: Canvases | None = None) -> RequestOutput:
+    """Of a request whose sequences are all finished, or that is streamed. decode: None where there is no tokenizer.
+    canvases: of sequences whose open block came on."""
     first, now = siblings[0], time.perf_counter()
+    first_blocks = [sequence.first_block_at for sequence in siblings if sequence.first_block_at is not None]
     return RequestOutput(
         request_id=first.request_id,
         prompt=first.prompt,
         prompt_token_ids=first.asked_token_ids,
         outputs=[
-            (_infilled if isinstance(sequence, InfillSequence) else _completion)(i, sequence, decode)
+            _infilled(i, sequence, decode)
+            if isinstance(sequence, InfillSequence)
+            else _completion(i, sequence, decode, (canvases or {}).get(sequence.request_id))
             for i, sequence in enumerate(siblings)
         ],
-        finished=True,
+        finished=all(sequence.is_finished() for sequence in siblings),
         metrics=RequestMetrics(
             nfe=sum(sequence.nfe for sequence in siblings),
             denoising_steps=sum(sequence.denoising_steps for sequence in siblings),
-            queued_seconds=min(sequence.first_run_at for sequence in siblings) - first.added_at,
-            first_block_seconds=min(sequence.first_block_at for sequence in siblings) - first.added_at,
+            queued_seconds=min(s.first_run_at for s in siblings if s.first_run_at is not None) - first.added_at,
+            first_block_seconds=min(first_blocks) - first.added_at if first_blocks else None,
             total_seconds=now - first.added_at,
             preemptions=sum(sequence.preemptions for sequence in siblings),
             seed=first.seed,
@@ -63,7 +70,9 @@ def request_output(siblings: list[Sequence], decode: Decode | None) -> RequestOu
     )
 
 
-def _completion(index: int, sequence: Sequence, decode: Decode | None) -> CompletionOutput:
+def _completion(
+    index: int, sequence: Sequence, decode: Decode | None, canvas: tuple[int | None, ...] | None
+) -> CompletionOutput:
     found, stop = sequence.stopped_by, sequence.stop_position()
     token_ids = sequence.output_token_ids[: found.num_tokens if found else stop]
     if found:
@@ -71,12 +80,16 @@ def _completion(index: int, sequence: Sequence, decode: Decode | None) -> Comple
     else:
         text = None if decode is None else decode(token_ids)
         reason = None if stop is None else sequence.output_token_ids[stop]
+    finished = sequence.is_finished()
+    if text is not None and not finished:
+        text = sequence.streamed_text = settled(text, sequence.streamed_text, sequence.params.stop or ())
     return CompletionOutput(
         index=index,
         text=text,
         token_ids=token_ids,
-        finish_reason="length" if reason is None else "stop",
+        finish_reason=None if not finished else "length" if reason is None else "stop",
         stop_reason=reason,
+        canvas=canvas,
         logprobs=None if sequence.params.logprobs is None else _named(sequence.logprobs[: len(token_ids)], decode),
     )
 

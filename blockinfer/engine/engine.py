@@ -8,20 +8,20 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
-from blockinfer.checks import check_text, foreign_errors, shown
+from blockinfer.checks import check_choice, check_text, foreign_errors, shown
 from blockinfer.config import EngineConfig
 from blockinfer.decoding.likelihood import Mask
-from blockinfer.engine.answers import request_output, scoring_output, search_stop
+from blockinfer.engine.answers import Canvases, request_output, scoring_output, search_stop
 from blockinfer.engine.batch import denoised
 from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.infilling import InfillSequence, check_infilling
 from blockinfer.engine.limits import Limits
 from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.engine.page_pool import PagePool
-from blockinfer.engine.prompts import Prompt, PromptReader
+from blockinfer.engine.prompts import Prompt, PromptReader, ReadPrompt
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.scoring import Scores, ScoringRow
-from blockinfer.engine.sequence import Resident, Sequence
+from blockinfer.engine.sequence import BLOCKS, DENOISE, Resident, Sequence
 from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.llada import LLaDA
 from blockinfer.outputs import RequestOutput, ScoringOutput
@@ -49,6 +49,8 @@ class Engine:
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
+        self._alone = False
+        self._failures: dict[int, ValueError] = {}  # of requests whose tokens could not be decoded
         self.abort_all()
         tokenize = None if tokenizer is None else self.tokenize
         self.prompts = PromptReader(tokenize, config.mask_token_id, model.config.embedding_size)
@@ -58,9 +60,13 @@ class Engine:
         self._next_id = 0
         self._seeds = random.Random(config.seed)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def add_request(
+        self, prompt: Prompt | ReadPrompt, params: SamplingParams | None = None, *, stream: str | None = None
+    ) -> int:
         """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
-        {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`).
+        {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`); or what `prompts.read`
+        made of it. stream: "blocks" has `step` give out each of its blocks as it is finished, "denoise" besides that
+        the open block after each step, for which every step waits for the device.
 
         Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
         a request that the page pool could never hold, and for an option that this checkpoint cannot follow.
@@ -68,7 +74,11 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        read = self.prompts.read(prompt)
+        if stream is not None:
+            check_choice("stream", stream, (BLOCKS, DENOISE))
+        read = prompt if isinstance(prompt, ReadPrompt) else self.prompts.read(prompt)
+        if read.tokens is not None and stream is not None:
+            raise ValueError("masked spans are filled between text that stays, and cannot be streamed")
         if read.tokens is None:
             self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
         else:
@@ -86,6 +96,7 @@ class Engine:
                 Sequence(self._next_id + i, read.text, read.token_ids, *rest)
             else:
                 InfillSequence(self._next_id + i, read.text, read.tokens, *rest, read.token_ids)
+            siblings[i].stream = stream
         return self._queue(siblings)
 
     def add_scoring(
@@ -121,22 +132,25 @@ class Engine:
         return siblings[0].request_id
 
     def step(self) -> list[RequestOutput | ScoringOutput]:
-        """One forward for the requests that fit in it -> those that it finished, in the order they were added.
+        """One forward for the requests that fit in it -> those that it finished, and those whose stream it brought on,
+        in the order they were added.
 
         Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
-        is at the latest the step that ends such a request's block. Nothing runs then; abort those, and the others,
-        which have lost nothing, go on.
+        is at the latest the step that ends such a request's block; ValueError where the tokens of one cannot be
+        decoded. Nothing runs then; abort those, the error's `request_ids`, and the others, which have lost nothing, go
+        on.
         """
         with self._whole():
             # kept until they are given out, which is the last thing that is done
             self._finished = self._finished + self._step()
             for output in self._finished:
-                self._drop(output.request_id)
+                if output.finished:
+                    self._drop(output.request_id)
         # in one statement, which Ctrl-C comes before or after
         return (self._finished, vars(self).update(_finished=[]))[0]
 
     def _step(self) -> list[RequestOutput | ScoringOutput]:
-        self._check_finite()
+        self._check_failed()
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return self._collect(0)
@@ -148,24 +162,53 @@ class Engine:
         results, scores = self.runner.run(scheduled)
         if scores is not None:
             self._launched(scores)
-        finished = []
+        came_on: list[Sequence] = []
+        canvases: Canvases = {}
         for (sequence, _), result in zip(denoised(scheduled), results, strict=True):
             if result.broken:
                 sequence.broken = True
                 continue
             sequence.advance(result.masked_left)
-            if result.masked_left:
-                continue
-            sequence.finish_block(result.token_ids, result.logprobs)
-            if not self._is_finished(sequence):
-                continue
-            if all(sibling.is_finished() for sibling in sequence.siblings):
-                finished.append(self._output(sequence.siblings))
-            else:
-                self.scheduler.release(sequence)
+            if not result.masked_left:
+                sequence.finish_block(result.token_ids, result.logprobs)
+                came_on.append(sequence)
+            elif sequence.stream == DENOISE:
+                canvases[sequence.request_id] = self._canvas(result.token_ids)
+                came_on.append(sequence)
+        outputs = self._tell(came_on, canvases)
         # what was launched before, while the device is busy
-        finished += self._collect(1 if scores is not None else 0)
-        return sorted(finished, key=lambda output: output.request_id)
+        outputs += self._collect(1 if scores is not None else 0)
+        return sorted(outputs, key=lambda output: output.request_id)
+
+    def _canvas(self, token_ids: list[int]) -> tuple[int | None, ...]:
+        # a mask is never predicted
+        return tuple(None if token_id == self.config.mask_token_id else token_id for token_id in token_ids)
+
+    def _tell(self, came_on: list[Sequence], canvases: Canvases) -> list[RequestOutput | ScoringOutput]:
+        """Of the requests that came on, those that are finished or streamed; finished sequences leave the batch."""
+        outputs = []
+        for siblings in {sequence.request: sequence.siblings for sequence in came_on}.values():
+            output = self._try_output(siblings, canvases)
+            if output is not None:
+                outputs.append(output)
+            for sequence in siblings:
+                if sequence.slot is not None and sequence.is_finished():
+                    self.scheduler.release(sequence)
+        return outputs
+
+    def _try_output(
+        self, siblings: list[Resident], canvases: Canvases | None = None
+    ) -> RequestOutput | ScoringOutput | None:
+        """Nothing of a request that is neither finished nor, with canvases, streamed; nor where its tokens cannot be
+        decoded: the next step says so, and the other requests lose nothing."""
+        try:
+            # of each the stop strings are looked for
+            finished = all([self._is_finished(sequence) for sequence in siblings])
+            if finished or (canvases is not None and siblings[0].stream is not None):
+                return self._output(siblings, canvases)
+        except ValueError as error:
+            self._failures[siblings[0].request_id] = error
+        return None
 
     def _launched(self, scores: Scores) -> None:
         """Slots and pages are for others at once: what these do to them is done after it."""
@@ -188,10 +231,10 @@ class Engine:
             self._scores = self._scores[1:]
         return finished
 
-    def _output(self, siblings: list[Resident]) -> RequestOutput | ScoringOutput:
+    def _output(self, siblings: list[Resident], canvases: Canvases | None = None) -> RequestOutput | ScoringOutput:
         if isinstance(siblings[0], ScoringRow):
             return scoring_output(siblings)
-        return request_output(siblings, self._decode(siblings[0]))
+        return request_output(siblings, self._decode(siblings[0]), canvases)
 
     def _is_finished(self, sequence: Sequence) -> bool:
         """Once its stop strings were looked for."""
@@ -211,6 +254,15 @@ class Engine:
         """Drops every unfinished request, and mends what Ctrl-C has cut in half."""
         self._begin_anew({}, [])
 
+    def restart(self, alone: bool = False) -> list[int]:
+        """After an error of `step` that names no request: puts every request back to the start of its block, as a
+        preemption does -> those that ran. alone: from now on one runs at a time."""
+        ran = sorted({sequence.request for sequence in self.scheduler.running})
+        self._alone = alone
+        self._cut_short = True
+        with self._whole():
+            return ran
+
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do, or something to give out that Ctrl-C kept it from giving out."""
         return bool(self._sequences or self._finished)
@@ -222,15 +274,16 @@ class Engine:
                 self.scheduler.release(sequence)
                 self._sequences.pop(sequence.request_id, None)
             self._broken.discard(request_id)
+            self._failures.pop(request_id, None)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
         if self._cut_short:
-            finished = {output.request_id: output for output in self._finished}
+            finished = {output.request_id: output for output in self._finished if output.finished}
             for i, first in self._sequences.items():
-                if first is first.siblings[0] and i not in finished and all(map(self._is_finished, first.siblings)):
-                    finished[i] = self._output(first.siblings)
+                if first is first.siblings[0] and i not in finished and (output := self._try_output(first.siblings)):
+                    finished[i] = output
             unfinished = {i: s for i, s in self._sequences.items() if s.request not in finished}
             self._begin_anew(unfinished, list(finished.values()))
         self._cut_short = True
@@ -246,27 +299,33 @@ class Engine:
         pool = PagePool(self.runner.num_pages, self.config.page_size)
         row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
         limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        scheduler = Scheduler(pool, *limits, row_tile)
+        scheduler = Scheduler(pool, *limits, row_tile, self._alone)
         for sequence in sequences.values():
             sequence.requeue()
             if not sequence.is_finished():
                 scheduler.add(sequence)
+        self._failures = {i: failure for i, failure in self._failures.items() if i in sequences}
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
         self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 
-    def _check_finite(self) -> None:
+    def _check_failed(self) -> None:
         """Raises FloatingPointError that names the running requests whose logits were not finite: their tokens would
-        mean nothing.
+        mean nothing; and what went wrong with the output of one.
 
         `token_confidence` defines a token even then; the engine rather says that the model is broken.
         """
-        broken = [str(i) for i in sorted(self._broken | {s.request for s in self.scheduler.running if s.broken})]
+        broken = sorted(self._broken | {s.request for s in self.scheduler.running if s.broken})
         if broken:
-            raise FloatingPointError(
-                f"the model's logits are NaN or infinite for request {', '.join(broken)}: its activations overflow "
-                f"{self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
+            error = FloatingPointError(
+                f"the model's logits are NaN or infinite for request {', '.join(map(str, broken))}: its activations "
+                f"overflow {self.config.dtype} or its weights are damaged; abort it, or load with a wider dtype"
             )
+            error.request_ids = broken
+            raise error
+        for request_id, failure in self._failures.items():
+            failure.request_ids = [request_id]
+            raise failure
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""

@@ -24,7 +24,7 @@ from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.score_reader import ScoreReader
 from blockinfer.engine.scoring import Scores
-from blockinfer.engine.sequence import Resident, Sequence
+from blockinfer.engine.sequence import DENOISE, Resident, Sequence
 from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
 from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
@@ -198,9 +198,9 @@ class ModelRunner:
         """One step of every scheduled sequence -> what became of each one's block, of those that have one, and what is
         read of the others' logits, where there are any.
 
-        Waits for the device only where a block ends, whose tokens may hold a stop token, and where a rule has no
-        schedule. Otherwise the step is still under way or queued behind others, on one stream: what is done next to
-        slots and pages, which may be another sequence's by then, is done after it.
+        Waits for the device only where a block ends, whose tokens may hold a stop token, where a rule has no schedule,
+        and where someone watches a canvas. Otherwise the step is still under way or queued behind others, on one
+        stream: what is done next to slots and pages, which may be another sequence's by then, is done after it.
         """
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)
@@ -235,7 +235,7 @@ class ModelRunner:
             self._reveal(size)
         self._logprobs.after(observed, self._logits)
         self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
-        if all(expected):
+        if all(expected) and not any(sequence.stream == DENOISE for sequence in sequences):
             return [BlockResult(left) for left in expected]
         return self._read(sequences)
 

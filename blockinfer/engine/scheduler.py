@@ -24,9 +24,13 @@ class Scheduler:
     to the head of the queue and starts its current block anew; so the oldest one always gets on.
     """
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, row_tile: int = 1) -> None:
-        """row_tile: so many rows cost as much as one more; 1 where each row costs its share."""
+    def __init__(
+        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, row_tile: int = 1, alone: bool = False
+    ) -> None:
+        """row_tile: so many rows cost as much as one more; 1 where each row costs its share. alone: one request runs at
+        a time, whatever the limits allow."""
         self.pool = pool
+        self.alone = alone
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
         # by id, so that an abort need not look for its request
@@ -102,6 +106,8 @@ class Scheduler:
         """The next ones in the queue, as far as slots and pages go."""
         admitted = []
         for sequence in self._waiting.values():
+            if self.alone and any(other.request != sequence.request for other in self.running + admitted):
+                break
             holder = sequence.prompt_holder()
             # the page that the prompt fills in part goes on with the answer, so each has its own
             shared = sequence.prompt_len // self.pool.page_size if holder else 0

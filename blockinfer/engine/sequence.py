@@ -9,6 +9,9 @@ from blockinfer.decoding.unmasking import RULES, scheduled_count
 from blockinfer.engine.stops import StopMatch
 from blockinfer.sampling_params import SamplingParams
 
+# What a request may be asked to tell of before it is finished: each block that is; besides, the canvas after each step.
+BLOCKS, DENOISE = "blocks", "denoise"
+
 
 class Plan(NamedTuple):
     """What a step computes of a sequence: its segments, of which the last holds the block being denoised, how many rows
@@ -140,6 +143,8 @@ class Sequence(Resident):
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
         self.logprobs: list[dict[int, tuple[float, int]]] = []  # of these tokens, where the request asks for them
+        self.stream: str | None = None
+        self.streamed_text = ""
         self.stopped_by: StopMatch | None = None
         self.num_searched = 0  # tokens that hold no stop string
         self._masked_left = 0

@@ -17,6 +17,8 @@ KERNEL = "kernel"
 STEP = "step"
 # The same of evals/test_likelihood.py: the source whose rows were answered by likelihood.
 LIKELIHOOD = "likelihood"
+# The same of evals/test_serving.py: the load that a server was under.
+SERVING = "serving"
 
 
 class Schedule(Protocol):
@@ -46,13 +48,13 @@ def total_steps(params: Schedule) -> int | None:
 
 
 def is_configuration(info: Mapping[str, Any]) -> bool:
-    """Whether a benchmark's extra_info is of no kernel, of no step and of no likelihood."""
-    return not {KERNEL, STEP, LIKELIHOOD} & info.keys()
+    """Whether a benchmark's extra_info is of no kernel, no step, no likelihood and no server."""
+    return not {KERNEL, STEP, LIKELIHOOD, SERVING} & info.keys()
 
 
 def has_figures(info: Mapping[str, Any]) -> bool:
     """Whether a benchmark's extra_info is more than what was known before its run."""
-    figures = {KERNEL: "fraction", STEP: "ms_per_step", LIKELIHOOD: "right"}
+    figures = {KERNEL: "fraction", STEP: "ms_per_step", LIKELIHOOD: "right", SERVING: "tokens_per_second"}
     figure = next((figure for marker, figure in figures.items() if marker in info), None)
     return figure in info if figure else bool(info)
 

@@ -1,0 +1,271 @@
+"""AsyncLLM: the engine on a thread of its own, for asyncio."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from blockinfer.engine.prompts import Prompt, ReadPrompt
+from blockinfer.engine.sequence import BLOCKS
+from blockinfer.llm import LLM
+from blockinfer.outputs import RequestOutput
+from blockinfer.sampling_params import SamplingParams
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Generation:
+    """A request on its way: an asynchronous iterator over its outputs. Leaving it early takes `abort`.
+
+    The outputs are those of `LLM.stream`; what the request died of is raised in their place.
+    """
+
+    def __init__(self, owner: "AsyncLLM") -> None:
+        self.request_id: int | None = None
+        self.done = False
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self.done and self._outputs.empty():
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    def abort(self) -> None:
+        """Frees what the request holds before the engine's next step; nothing where it is done."""
+        if not self.done:
+            self.done = True
+            self._owner._forget(self)
+
+    def _put(self, output: RequestOutput | Exception) -> None:
+        """In the loop's thread."""
+        if self.done:
+            return
+        self._outputs.put_nowait(output)
+        if isinstance(output, Exception) or output.finished:
+            self.done = True
+            self._owner._unfinished -= 1
+
+
+class AsyncLLM:
+    """Takes over an LLM: nothing else may use its engine until `close`. Its methods belong to one event loop.
+
+    Requests of all coroutines share the engine's batches. One that fails does so alone: after an error that names no
+    request, those that ran are begun anew one at a time, until the one that it comes from is found.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        if llm.engine.has_unfinished():
+            raise RuntimeError("the LLM's engine has unfinished requests; step() until they are done, or abort_all()")
+        self.llm = llm
+        self._engine = llm.engine
+        self._unfinished = 0
+        # texts are tokenized, and chat templates run, one after another and beside the engine's steps
+        self.helper: Executor = ThreadPoolExecutor(1, "blockinfer-text")
+        # a thread begins with the first GPU as its current one
+        self._gpu = torch.cuda.current_device() if llm.config.device.type == "cuda" else None
+        # what follows belongs to the thread
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._generations: dict[int, Generation] = {}
+        self._suspects: set[int] = set()
+        self._errors_in_a_row = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="blockinfer-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were added and are neither finished nor aborted."""
+        return self._unfinished
+
+    @property
+    def healthy(self) -> bool:
+        """Whether steps succeed: not once the thread is gone or the last three steps failed."""
+        return self._thread.is_alive() and not self._closing and self._errors_in_a_row < 3
+
+    async def add(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, stream: str | None = BLOCKS
+    ) -> Generation:
+        """Queues a request, once the engine has taken it. Raises what `Engine.add_request` does, and RuntimeError where
+        this is closed. stream: as there; None gives the finished output alone."""
+        if not self._thread.is_alive() or self._closing:
+            raise RuntimeError("this AsyncLLM is closed")
+        generation = Generation(self)
+        self._unfinished += 1
+        try:
+            read = await self.help(self._engine.prompts.read, prompt)
+            added: asyncio.Future[None] = generation._loop.create_future()
+            self._commands.put(lambda: self._add(generation, added, read, params, stream))
+            await added
+        except BaseException:
+            generation.abort()
+            raise
+        return generation
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, stream: str | None = BLOCKS
+    ) -> AsyncIterator[RequestOutput]:
+        """`add`, and its outputs. A generator that is closed, or whose task is cancelled, aborts its request."""
+        generation = await self.add(prompt, params, stream=stream)
+        try:
+            async for output in generation:
+                yield output
+        finally:
+            generation.abort()
+
+    async def help(self, function: Callable[..., _T], *args: object) -> _T:
+        """The result of a function that may take its time, from the thread for texts."""
+        return await asyncio.get_running_loop().run_in_executor(self.helper, function, *args)
+
+    async def abort(self, request_id: int) -> None:
+        """Drops an unfinished request, whose generator raises RuntimeError; ValueError where it is none."""
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        error = RuntimeError(f"request {request_id} was aborted")
+        self._commands.put(lambda: _resolve(done, self._fail([request_id], error)))
+        if not await done:
+            raise ValueError(f"there is no unfinished request {request_id}")
+
+    def abort_all(self, error: Exception) -> None:
+        """Drops every unfinished request; `error` is what their generators raise."""
+        self._commands.put(lambda: self._fail(list(self._generations), error))
+
+    def close(self) -> None:
+        """Ends what runs, and the thread; the LLM is free again. Closing twice is fine."""
+        if not self._closing:
+            self._closing = True
+            self.abort_all(RuntimeError("this AsyncLLM was closed"))
+        self._thread.join()
+        self.helper.shutdown(cancel_futures=True)
+
+    def _forget(self, generation: Generation) -> None:
+        self._unfinished -= 1
+        self._commands.put(lambda: self._drop(generation))
+
+    # from here on in the thread
+
+    def _run(self) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+        try:
+            while not self._closing or self._generations:
+                self._obey(wait=not self._engine.has_unfinished())
+                if self._engine.has_unfinished():
+                    self._step()
+        finally:
+            self._closing = True
+            self._fail(list(self._generations), RuntimeError("the engine's thread has ended"))
+            self._obey(wait=False)
+
+    def _obey(self, wait: bool) -> None:
+        """What was asked for since; waits for something where nothing is to be done."""
+        try:
+            if wait:
+                self._commands.get()()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _add(
+        self,
+        generation: Generation,
+        added: "asyncio.Future[None]",
+        prompt: ReadPrompt,
+        params: SamplingParams | None,
+        stream: str | None,
+    ) -> None:
+        if generation.done or self._closing:
+            _resolve(added, RuntimeError("this AsyncLLM is closed"))
+            return
+        try:
+            generation.request_id = self._engine.add_request(prompt, params, stream=stream)
+        except Exception as error:
+            _resolve(added, error)
+            return
+        self._generations[generation.request_id] = generation
+        _resolve(added, None)
+
+    def _step(self) -> None:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._errors_in_a_row += 1
+            self._blame(error)
+        else:
+            self._errors_in_a_row = 0
+            self._give([(self._generations[output.request_id], output) for output in outputs])
+            self._settle({output.request_id for output in outputs if output.finished})
+
+    def _blame(self, error: Exception) -> None:
+        """Fails the requests that an error names; for one that names none, looks for the one that it comes from."""
+        named = getattr(error, "request_ids", None)
+        if named is None:
+            _log.error("a step failed", exc_info=error)
+            ran = self._engine.restart(alone=True)
+            named = ran if len(ran) == 1 else []
+            self._suspects |= set(ran)
+            if not ran:  # no request's doing
+                self._engine.restart()
+                named = list(self._generations)
+            error = RuntimeError(f"the engine failed: {type(error).__name__}: {error}")
+        self._fail(named, error)
+
+    def _fail(self, request_ids: list[int], error: Exception) -> bool:
+        """Ends these with an error -> whether one of them was there."""
+        there = [(i, self._generations[i]) for i in request_ids if i in self._generations]
+        for i, _ in there:
+            self._engine.abort(i)
+        self._give([(generation, error) for _, generation in there])
+        self._settle({i for i, _ in there})
+        return bool(there)
+
+    def _drop(self, generation: Generation) -> None:
+        if self._generations.get(generation.request_id) is generation:
+            self._engine.abort(generation.request_id)
+            self._settle({generation.request_id})
+
+    def _settle(self, request_ids: set[int]) -> None:
+        """These are out of the engine; with the last suspect gone, requests run side by side again."""
+        for i in request_ids:
+            del self._generations[i]
+        if self._suspects:
+            self._suspects -= request_ids
+            if not self._suspects:
+                self._engine.restart()
+
+    def _give(self, outputs: list[tuple[Generation, RequestOutput | Exception]]) -> None:
+        """Wakes the loop once for all of them."""
+        if outputs:
+            _call(outputs[0][0]._loop, lambda: [generation._put(output) for generation, output in outputs])
+
+
+def _resolve(future: asyncio.Future, result: object) -> None:
+    def set_it() -> None:
+        if future.done():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    _call(future.get_loop(), set_it)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:  # the loop was closed: nobody waits
+        pass
