@@ -93,6 +93,8 @@ def pytest_addoption(parser):
     add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
     resume = "a .jsonl file that keeps every generation; the same command again goes on from it (none)"
     add("--resume", type=text_argument, help=resume)
+    samples = "every answer with its prompt, gold and grade, /dev/null for nowhere (samples.jsonl beside the results)"
+    add("--samples", type=text_argument, help=samples)
     output = "where the comparison is written, /dev/null for nowhere (benchmark_results.json)"
     add("--output", type=text_argument, default="benchmark_results.json", help=output)
 

@@ -23,7 +23,8 @@ from evals.results.comparison import intervals, write_comparison
 from evals.results.likelihood import table as likelihood_table
 from evals.results.paired import against_vanilla, losses
 from evals.results.record import question
-from evals.results.table import first_pass_line, loading_line, table
+from evals.results.samples import Samples
+from evals.results.table import first_pass_line, loading_line, table, unextracted_lines
 from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration
 from evals.runs.machine import device_name, slug
 from evals.runs.resume import Generations
@@ -155,13 +156,14 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     with ExitStack() as stack:
         try:
             kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
+            samples = Samples(settings.samples) if settings.samples else None
             if not settings.is_dummy:
                 require(dict.fromkeys(row["source"] for row in settings.rows))
             llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
             stack.enter_context(llm)
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
-            suite = Suite(llm, settings, kept, _timed(request.session))
+            suite = Suite(llm, settings, kept, _timed(request.session), samples)
         except (ValueError, ImportError, OSError) as error:
             # every test would fail alike
             pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
@@ -225,6 +227,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     suite = config.stash.get(SUITE, None)
     if suite is not None and suite.kept is not None and suite.kept.lost:
         add_failure(config, suite.kept.told_lost())
+    if suite is not None and suite.samples is not None and suite.samples.lost:
+        add_failure(config, suite.samples.told_lost())
     tell_compared(config, terminalreporter, config.pluginmanager.getplugin(BENCHMARKS))
     tell_failures(config, terminalreporter)
 
@@ -266,8 +270,12 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
         terminalreporter.write_line(first)
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
         terminalreporter.write_line(line)
+    for line in unextracted_lines(list(suite.runs.values()), suite.settings):
+        terminalreporter.write_line(line)
     if config.stash.get(WRITTEN, False):
         terminalreporter.write_line(f"written to {suite.settings.output}")
+    if suite.samples is not None:
+        terminalreporter.write_line(f"answers: {suite.samples.path}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

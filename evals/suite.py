@@ -16,6 +16,7 @@ from blockinfer import LLM, RequestOutput
 from evals.questions.graders import grade
 from evals.questions.rows import encode
 from evals.results.record import environment, extra_info, loading
+from evals.results.samples import Samples
 from evals.runs.configurations import REFERENCE_IMPL
 from evals.runs.lanes import Lane, side_by_side
 from evals.runs.reference_impl import ReferenceLLM
@@ -35,7 +36,12 @@ class Suite:
     uncaptured: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
-        self, llm: LLM, settings: Settings, kept: Generations | None = None, timed: Sequence[Case] = ()
+        self,
+        llm: LLM,
+        settings: Settings,
+        kept: Generations | None = None,
+        timed: Sequence[Case] = (),
+        samples: Samples | None = None,
     ) -> None:
         self.llm = llm
         self.reference = None
@@ -58,6 +64,12 @@ class Suite:
         self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]
         self.truncated = sum(was_cut for _, was_cut in encoded)
         self.kept = kept
+        self.samples = samples
+        if samples is not None:
+            self._asked = [llm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids, _ in encoded]
+        self._rows_of: dict[tuple[int, ...], list[int]] = {}
+        for i, (token_ids, _) in enumerate(encoded):
+            self._rows_of.setdefault(tuple(token_ids), []).append(i)
         self.found: dict[Case, list[RequestOutput | None]] = {}
         self.hashes: dict[Case, bytes] = {}
         if kept is not None:
@@ -104,6 +116,7 @@ class Suite:
                 print(f"\n{self.resume_line()}")
             for take in takes:
                 with self._failing(take):
+                    self._write_found(take)
                     # what is resumed is not timed: there is only the rest of it
                     self._generate(take) if take.resumed else self._warm_up(take)
             fresh = [take for take in takes if not take.resumed and take.case not in self.failed]
@@ -120,7 +133,9 @@ class Suite:
             self._seconds[take.case] = [r.seconds for r in steadiness(take.rounds).rounds]
             if take.case not in self.failed:
                 with self._failing(take):
-                    self.runs[take.case] = self._run(take)
+                    self.runs[take.case] = run = self._run(take)
+                    if self.samples is not None:
+                        self.samples.settle(run, self.settings.rows, self._asked)
 
     @contextmanager
     def _failing(self, take: "_Take") -> Iterator[None]:
@@ -148,13 +163,14 @@ class Suite:
     def _generate(self, take: "_Take") -> None:
         """A round of one configuration: the prompts that have no generation yet, in the first one, then all."""
         llm, missing = self._llm(take), take.missing
+        keep = self._keep(take)
         before, start = llm.stats, time.perf_counter()
         # ends with the token ids on the host, so the device is done
         made = llm.generate(
             [self.prompts[i] for i in missing],
             take.case.params,
             use_tqdm=sys.stderr.isatty(),
-            on_finish=self._keep(take),
+            on_finish=keep,
         )
         seconds, after = time.perf_counter() - start, llm.stats
         counts = [getattr(after, name) - getattr(before, name) for name in ("forwards", "graphs", "compiled")]
@@ -183,10 +199,27 @@ class Suite:
                 take.add(one.round, one.outputs)
 
     def _keep(self, take: "_Take") -> Callable[[RequestOutput], None]:
-        """Keeps a generation in the file of --resume, where there is one, in the first round."""
-        if self.kept is None or take.rounds:
+        """Writes a generation to the files of --resume and --samples, where there are any, in the first round."""
+        if take.rounds or (self.kept is None and self.samples is None):
             return lambda output: None
-        return partial(self.kept.append, self.hashes[take.case])
+        missing = set(take.missing)
+        left = {token_ids: [i for i in rows if i in missing] for token_ids, rows in self._rows_of.items()}
+
+        def keep(output: RequestOutput) -> None:
+            # of rows that ask the same the first one left
+            i = left[tuple(output.prompt_token_ids)].pop(0)
+            if self.kept is not None:
+                self.kept.append(self.hashes[take.case], output, self.settings.rows[i]["id"])
+            if self.samples is not None:
+                self.samples.add(take.case, self.settings.rows[i], self._asked[i], output)
+
+        return keep
+
+    def _write_found(self, take: "_Take") -> None:
+        if self.samples is not None and take.resumed:
+            for row, asked, output in zip(self.settings.rows, self._asked, take.outputs, strict=True):
+                if output is not None:
+                    self.samples.add(take.case, row, asked, output)
 
     def _llm(self, take: "_Take") -> LLM:
         return self.reference if take.case.mode == REFERENCE_IMPL else self.llm

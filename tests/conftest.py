@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blockinfer import LLM
+from evals.results.samples import Samples
 from evals.runs.resume import Generations
 from evals.runs.settings import read_settings
 from evals.suite import Suite
@@ -68,14 +69,15 @@ def make_suite(tmp_path, chat_llm):
     rows += [GSM | {"id": "a3", "question": "3 + 4?"}, GSM | {"id": "a4", "question": "Half of 8?"}]
     dataset = write(tmp_path / "rows.jsonl", rows)
     fixed = {"dataset": str(dataset), "model": str(chat_llm.config.model), "device": "cpu", "max_tokens": 12}
-    fixed |= {"block_length": [8], "batch_size": 1, "mode": ["vanilla", "block"]}
+    fixed |= {"samples": os.devnull, "block_length": [8], "batch_size": 1, "mode": ["vanilla", "block"]}
     fixed |= {"max_seconds": 600.0, "relative_error": 9.0}  # three rounds
 
     def make(**changed):
         settings = read_settings(Options(**(fixed | changed)))
         opened.close()
         kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
-        return Suite(chat_llm, settings, kept)
+        samples = Samples(settings.samples) if settings.samples else None
+        return Suite(chat_llm, settings, kept, samples=samples)
 
     with ExitStack() as opened:
         yield make

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 from torchmetrics.functional.text import squad
 
+from evals.questions import graders
 from evals.questions.graders import GRADER_VERSIONS, grade, require
 from evals.questions.graders.limit import within
 from evals.questions.graders.spans import f1
@@ -392,6 +393,46 @@ def test_longbench_s_own_measure_takes_the_whole_output():
     # 7 tokens but for articles, 2 of them the answer's
     assert result.longbench_f1 == pytest.approx(2 * 2 / (6 + 2))
     assert grade(row("gsm8k", "1"), "1").longbench_f1 is None
+
+
+MULTIPLE = row("mmlu", "B", choices=CHOICES)
+SPAN = row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee", "Lee"], question="Who wrote it?")
+
+
+@pytest.mark.parametrize(
+    ("one", "text", "extracted"),
+    [
+        (row("gsm8k", "7"), "3 + 4 = 7. The answer is 7.", "7"),
+        (row("gsm8k", "7"), "The answer is $1,250.50.", "1250.5"),
+        (row("gsm8k", "7"), "The answer is 1/3.", "1/3"),
+        (row("gsm8k", "7"), "So it is \\boxed{x}.", "x"),
+        (row("gsm8k", "7"), "The answer is 10^64 * 10^64 * 10^64 * 10^64 * 10^64.", "a number of hundreds of digits"),
+        (row("gsm8k", "7"), "I do not know.", None),
+        (row("gsm8k", "7"), "It is 6 or 7.", None),
+        (row("math500", "x^2"), "Hence \\boxed{2x}.", "2x"),
+        (row("math500", "x^2"), "Hence \\boxed{x^2}.", "x^2"),
+        (row("math500", "Evelyn"), "Evelyn was the fastest.", "Evelyn"),
+        (row("math500", "x^2"), "I do not know the answer.", None),
+        (MULTIPLE, "The answer is C.", "C"),
+        (MULTIPLE, "It is a trumpet", "B"),
+        (MULTIPLE, "B or C", None),
+        (MULTIPLE, "No idea at all", None),
+        (SPAN, "The answer is Ann Lee.", "Ann Lee"),
+        (SPAN, "Lee", "Lee"),
+        (SPAN, "The answer is Bob Ray.\nHe wrote it.", "Bob Ray."),
+        (SPAN, "It was long ago. Bob Ray wrote it.", "Bob Ray wrote it."),
+        (SPAN, "I do not know who wrote it.", None),
+        *((one, "", None) for one in (row("gsm8k", "7"), row("math500", "7"), MULTIPLE, SPAN)),
+    ],
+)
+def test_what_was_judged_is_told(one, text, extracted):
+    assert grade(one, text).extracted == extracted
+
+
+def test_what_took_too_long_has_told_nothing(monkeypatch):
+    monkeypatch.setattr("evals.questions.graders.SECONDS", 0.01)
+    monkeypatch.setitem(graders._GRADERS, "mmlu", lambda row, text: time.sleep(30))
+    assert grade(MULTIPLE, "The answer is B.") == graders.Grade(False, 0.0)
 
 
 def test_every_source_has_a_version():

@@ -32,7 +32,7 @@ def outputs(shared_llm):
 def write_lines(path, outputs):
     with Generations(path) as kept:
         for output in outputs:
-            kept.append(SETTINGS, output)
+            kept.append(SETTINGS, output, "a")
     return path.read_bytes()
 
 
@@ -41,7 +41,7 @@ def test_what_was_appended_is_found_once_each(tmp_path, outputs):
     with Generations(path) as first:
         assert first.take(SETTINGS, [1, 2, 3]) is None
         for output in outputs:
-            first.append(SETTINGS, output)
+            first.append(SETTINGS, output, "a")
     with Generations(path) as again:
         assert again.num_left == 3
         for output in outputs:
@@ -71,7 +71,7 @@ def test_a_last_line_cut_anywhere_is_taken_out_and_written_anew(tmp_path, output
         path.write_bytes(whole[:length] + fill)
         with Generations(path) as kept:
             assert kept.num_left == 1 and not kept.damaged and path.read_bytes() == whole[:one]
-            kept.append(SETTINGS, outputs[1])
+            kept.append(SETTINGS, outputs[1], "a")
         assert path.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
@@ -83,7 +83,7 @@ def test_what_is_only_the_end_of_a_whole_line_costs_nothing(tmp_path, outputs, e
     path.write_bytes(whole.removesuffix(b"\n") + ending)
     with Generations(path) as kept:
         assert kept.num_left == 2 and not kept.damaged
-        kept.append(SETTINGS, outputs[2])
+        kept.append(SETTINGS, outputs[2], "a")
     with Generations(path) as kept:
         assert kept.num_left == 3 and not kept.damaged
     path.write_bytes(whole.replace(b"\n", b"\n\0\0\0", 1))
@@ -97,7 +97,7 @@ def test_a_file_that_no_whole_line_came_to_is_begun_anew(tmp_path, outputs, cont
     path.write_bytes(content)
     with Generations(path) as kept:
         assert kept.num_left == 0 and not kept.damaged
-        kept.append(SETTINGS, outputs[0])
+        kept.append(SETTINGS, outputs[0], "a")
     with Generations(path) as kept:
         assert kept.num_left == 1 and not kept.damaged
 
@@ -146,7 +146,7 @@ def test_a_damaged_line_is_named_and_set_aside_and_generated_again(tmp_path, out
         assert kept.damaged == [2] and kept.told_damaged() == said
         assert path.read_bytes() == first + third and (tmp_path / "kept.jsonl.damaged").read_bytes() == damaged
         assert kept.take(SETTINGS, [1, 2, 3]) and kept.take(SETTINGS, [1, 2, 3]) and kept.take(SETTINGS, [4, 5]) is None
-        kept.append(SETTINGS, outputs[1])
+        kept.append(SETTINGS, outputs[1], "a")
         # of the file that stands there now
         with pytest.raises(ValueError, match="another run is writing to it"):
             Generations(path)
@@ -180,7 +180,7 @@ def test_what_is_kept_is_read_as_it_was(number, text, integer):
 def test_a_line_that_cannot_be_written_costs_no_more_than_itself(tmp_path, outputs, capsys):
     path = tmp_path / "kept.jsonl"
     with Generations(path) as kept:
-        kept.append(SETTINGS, outputs[0])
+        kept.append(SETTINGS, outputs[0], "a")
         one, file = path.read_bytes(), kept._file
 
         class Full:
@@ -195,11 +195,11 @@ def test_a_line_that_cannot_be_written_costs_no_more_than_itself(tmp_path, outpu
                 return file.write(data[:50])
 
         kept._file = Full()
-        kept.append(SETTINGS, outputs[1])
+        kept.append(SETTINGS, outputs[1], "a")
         assert path.read_bytes() == one
-        kept.append(SETTINGS, outputs[1])
+        kept.append(SETTINGS, outputs[1], "a")
         kept._file = file
-        kept.append(SETTINGS, outputs[2])
+        kept.append(SETTINGS, outputs[2], "a")
         said = f"--resume {path}: 2 generations could not be kept: No space left on device. The same command would"
         assert kept.lost == 2 and kept.told_lost().startswith(said)
     assert capsys.readouterr().err.count("No space left on device") == 1
@@ -290,12 +290,12 @@ def test_a_suite_stopped_in_the_middle_goes_on(make_suite, tmp_path, chat_llm, m
     assert run.resumed == 0 and len(run.seconds) == 3 and len(path.read_bytes().splitlines()) == 7
     append, number = Generations.append, 0
 
-    def stops(self, settings, output):
+    def stops(self, settings, output, row_id):
         nonlocal number
         number += 1
         if number == 2:
             raise KeyboardInterrupt
-        append(self, settings, output)
+        append(self, settings, output, row_id)
 
     monkeypatch.setattr(Generations, "append", stops)
     with pytest.raises(KeyboardInterrupt):

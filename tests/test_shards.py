@@ -197,14 +197,14 @@ import os, signal
 from evals.runs.resume import Generations
 append, number = Generations.append, 0
 
-def kills(self, settings, output):
+def kills(self, *about):
     global number
     number += 1
     if number == 4:
         self._file.write(b'{"key": "cut')
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    append(self, settings, output)
+    append(self, *about)
 
 Generations.append = kills
 """
@@ -229,6 +229,8 @@ def test_a_shard_that_is_killed_goes_on_and_is_merged(make_suite, tmp_path, chat
     code, text = suite()
     assert code == 0 and f"blockinfer: 3 of 8 generations found in {kept}\n" in text, text
     assert text.count(" resumed ") == 2
+    samples = (tmp_path / "samples-1-2.jsonl").read_text().splitlines()
+    assert len(samples) == 8 and all(json.loads(line)["correct"] is not None for line in samples)
 
     other = run(make_suite(shard=(2, 2), dtype="float64"), tmp_path / "2.json", [1, 2])
     merged = merge.merge([(str(path), merge.read(path)) for path in (file, other)])

@@ -25,8 +25,8 @@ def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
     """
     if option("--collect-only"):
         return
-    for name in ("--output", "--benchmark-json", "--resume"):
-        path = option(name)
+    paths = {name: option(name) for name in ("--output", "--benchmark-json", "--resume")}
+    for name, path in (paths | {"--samples": samples_path(option)}).items():
         if path is None or (name == "--output" and path == os.devnull):
             continue
         # as an argument of the type Path, what an unset variable of a shell has left empty is this
@@ -40,6 +40,19 @@ def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
         except BadOutput as error:
             raise pytest.UsageError(f"{name}: {error}") from error
         inputs = [*inputs, path]
+
+
+def samples_path(option: Callable[[str], Any]) -> str | None:
+    """Where the answers are written: what --samples names, else a file beside the results, each shard's with a name of
+    its own. None for nowhere: /dev/null, or no results either."""
+    given, results = option("--samples"), option("--benchmark-json") or option("--output")
+    if (given or results) == os.devnull:
+        return None
+    if given:
+        return given
+    shard = option("--shard")
+    name = f"samples-{shard[0]}-{shard[1]}.jsonl" if shard else "samples.jsonl"
+    return os.path.join(os.path.dirname(results), name)
 
 
 def guard(config: pytest.Config, session: BenchmarkSession) -> None:

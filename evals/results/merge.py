@@ -174,6 +174,7 @@ def _combine(infos: list[Json]) -> Json:
             "n_by_source": dict(sources),
             "accuracy_by_source": _mean_by_source("accuracy_by_source", infos, sources),
             "score_by_source": _mean_by_source("score_by_source", infos, sources),
+            "unextracted_by_source": _unextracted(infos),
             "longbench_f1_by_source": _mean_by_source("longbench_f1_by_source", infos, sources),
         }
     )
@@ -186,6 +187,17 @@ def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
     return {
         source: sum(v for v, s in weighted if s == source) / n for source, n in sources.items() if source in measured
     }
+
+
+def _unextracted(infos: list[Json]) -> Json:
+    """Not known where a shard is of a run before it was stored."""
+    if any("unextracted_by_source" not in i for i in infos):
+        return {}
+    found: Counter[str] = Counter()
+    for info in infos:
+        # not by adding counters, which drops what is 0
+        found.update(info["unextracted_by_source"])
+    return dict(found)
 
 
 def _loading(infos: list[Json]) -> Json:

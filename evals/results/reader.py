@@ -124,6 +124,10 @@ def _misfit(c: Configuration) -> str | None:
             return f"{field}: other sources than in n_by_source"
     if not c.longbench_f1_by_source.keys() <= c.n_by_source.keys():
         return "longbench_f1_by_source: other sources than in n_by_source"
+    if c.n_by_source and any(
+        number > c.n_by_source.get(source, 0) for source, number in c.unextracted_by_source.items()
+    ):
+        return "unextracted_by_source: more than n_by_source says that there are"
     loss = c.against_vanilla
     if loss is not None and (loss.n != n or loss.lost + loss.won > n):
         return f"against_vanilla: {loss.lost} lost and {loss.won} won of {loss.n}, and n is {n}"

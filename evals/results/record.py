@@ -18,7 +18,7 @@ from evals.runs.configurations import REFERENCE_IMPL
 from evals.runs.git import commit
 from evals.runs.machine import cpu_name, gpu_name
 from evals.runs.rounds import standard_error
-from evals.runs.run import Run, by_source
+from evals.runs.run import Run, by_source, unextracted
 from evals.runs.settings import Case, Settings
 
 
@@ -85,6 +85,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "n_by_source": {source: len(grades) for source, grades in sources.items()},
         "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
         "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
+        "unextracted_by_source": unextracted(run, settings),
         # what LongBench reports for its own sets, of the whole output
         "longbench_f1_by_source": {
             s: statistics.fmean(g.longbench_f1 for g in grades)

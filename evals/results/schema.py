@@ -100,6 +100,7 @@ class Configuration(BaseModel):
     score_by_source: dict[str, Share] = {}
     longbench_f1_by_source: dict[str, Share] = {}
     n_by_source: dict[str, Positive] = {}
+    unextracted_by_source: dict[str, Count] = {}
     against_vanilla: Loss | None = None
     peak_memory_gib: PositiveNumber | None = None
     mean_prompt_tokens: Number | None = None
@@ -148,12 +149,22 @@ class Configuration(BaseModel):
         accuracy, n = self.accuracy_by_source.get(source), self.n_by_source.get(source)
         return None if accuracy is None or n is None else wilson_interval(round(accuracy * n), n)
 
+    def often_unextracted(self) -> list[tuple[str, int, int]]:
+        """The sources in more than a tenth of whose answers nothing was found to judge: name, such answers, answers."""
+        found = [(s, k, self.n_by_source.get(s, 0)) for s, k in self.unextracted_by_source.items()]
+        return [one for one in found if is_often(*one[1:])]
+
     @property
     def block_steps(self) -> int | None:
         """The steps a full block may take; None is no limit, or not known."""
         if self.denoising_steps is None or self.block_length is None:
             return None
         return min(self.denoising_steps, self.block_length)
+
+
+def is_often(unextracted: int, n: int) -> bool:
+    """Whether so many answers without anything to judge, of n, are worth a word."""
+    return 10 * unextracted > n
 
 
 class Stats(BaseModel):

@@ -3,9 +3,11 @@
 from typing import Any
 
 from evals.results.comparison import baselines, speed_up
+from evals.results.schema import is_often
 from evals.results.wilson import wilson_interval
 from evals.runs.rounds import standard_error
-from evals.runs.run import Run
+from evals.runs.run import Run, by_source, unextracted
+from evals.runs.settings import Settings
 
 
 def table(runs: list[Run]) -> list[str]:
@@ -28,6 +30,19 @@ def first_pass_line(runs: list[Run]) -> str | None:
     """None where nothing was warmed up."""
     known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]
     return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
+
+
+def unextracted_lines(runs: list[Run], settings: Settings) -> list[str]:
+    """A line where more than a tenth of a configuration's answers to a source held nothing to judge."""
+    lines = []
+    for run in runs:
+        case, all_of = run.case, by_source(run, settings)
+        for source, number in unextracted(run, settings).items():
+            n = len(all_of[source])
+            if is_often(number, n):
+                name = f"{case.mode} {case.block_length} {case.unmasking}"
+                lines.append(f"{name}: in {number} of {n} answers to {source} the grader found nothing to judge")
+    return lines
 
 
 def _accuracy(run: Run) -> str:

@@ -21,6 +21,8 @@ from blockinfer.outputs import CompletionOutput, RequestMetrics
 from evals.files import BadOutput, check_target, write_output
 
 _START = b'{"key": "'
+# and the row's id, which older lines lack: it is for people, the key decides
+_FIELDS = {"key", "completion", "metrics", "sha256"}
 # A line that a power cut has left without its end is filled up with them, by some file systems.
 _FILL = b"\0 \t\r"
 
@@ -106,11 +108,11 @@ class Generations:
         """Generations that were not taken: of other settings or other rows."""
         return sum(len(same) for same in self._found.values())
 
-    def append(self, settings: bytes, output: RequestOutput) -> None:
+    def append(self, settings: bytes, output: RequestOutput, row_id: str) -> None:
         """The line survives the end of the process, not that of the machine. One that cannot be written is counted as
         lost, and taken out: the run does not need it."""
         key = _key(settings, output.prompt_token_ids)
-        line = {"key": key, "completion": vars(output.outputs[0]), "metrics": vars(output.metrics)}
+        line = {"key": key, "id": row_id, "completion": vars(output.outputs[0]), "metrics": vars(output.metrics)}
         end = os.fstat(self._file.fileno()).st_size
         left = memoryview(json.dumps(line | {"sha256": _hash(line)}).encode() + b"\n")
         try:
@@ -158,7 +160,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         fields = from_json(line)
     except ValueError:
         return None
-    if not isinstance(fields, dict) or fields.keys() != {"key", "completion", "metrics", "sha256"}:
+    if not isinstance(fields, dict) or fields.keys() - {"id"} != _FIELDS:
         return None
     return fields if fields.pop("sha256") == _hash(fields) else None
 

@@ -65,3 +65,8 @@ def by_source(run: Run, settings: Settings) -> dict[str, list[Grade]]:
     for row, one in zip(settings.rows, run.grades or [], strict=False):
         grades.setdefault(row["source"], []).append(one)
     return grades
+
+
+def unextracted(run: Run, settings: Settings) -> dict[str, int]:
+    """In how many answers to each source the grader found nothing to judge; empty with random weights."""
+    return {s: sum(g.extracted is None for g in grades) for s, grades in by_source(run, settings).items()}

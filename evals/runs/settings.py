@@ -11,7 +11,7 @@ from blockinfer.checks import nearest
 from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from evals.files.outputs import check_outputs
+from evals.files.outputs import check_outputs, samples_path
 from evals.questions.rows import Row, load_rows, rows_hash, shard_positions
 from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps
 
@@ -68,6 +68,7 @@ class Settings:
     relative_error: float
     max_accuracy_loss: float
     output: str
+    samples: str | None
     resume: str | None
     shard: Shard | None
 
@@ -132,6 +133,7 @@ def read_settings(config: pytest.Config) -> Settings:
         relative_error=option("--relative-error"),
         max_accuracy_loss=option("--max-accuracy-loss") / 100,
         output=option("--output"),
+        samples=samples_path(option),
         resume=option("--resume"),
         shard=shard,
     )

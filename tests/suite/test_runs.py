@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_a_whole_run(tmp_path, folder):
     assert benchmarks["test_throughput[vanilla-8]"]["extra_info"]["interval_over_vanilla"] is None
     assert info["first_seconds"] > 0 and info["load_seconds"] > 0 and info["graphs"] == info["graph_bytes"] == 0
     assert "loaded in " in text.split("= blockinfer =")[1] and "CUDA graphs" not in text
+
+    answers = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert Counter(one["mode"] for one in answers) == {"vanilla_llada": 4, "vanilla": 4, "block": 4}
+    block_rows = [[o["id"], o["tokens"], o["forwards"], o["correct"]] for o in answers if o["mode"] == "block"]
+    assert block_rows == info["rows"] and f"\nanswers: {tmp_path}/samples.jsonl\n" in text
+    often = info["unextracted_by_source"]
+    assert ("block 8 low_confidence: in 1 of 1 answers to gsm8k the grader found nothing" in text) == often["gsm8k"]
 
     elsewhere = {"asked_block_length", "shards"}  # from the test's parameters, and from evals/results/merge.py
     assert set(Configuration.model_fields) - elsewhere <= set(info), "the report reads what the suite writes"
@@ -206,11 +214,13 @@ def test_an_output_that_can_no_longer_be_written_costs_neither_the_other_nor_the
     monkeypatch.setenv("LOST", str(lost))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     options = [f"--model={folder}", "--mode=block", "-p", "lose", "-k=throughput", f"--output={lost}/file"]
+    options.append(f"--samples={lost}/answers")
     code, text, benchmarks, result = run_suite(tmp_path, *options)
     assert code == 1 and "1 passed" in text and "Traceback" not in text
     assert list(benchmarks) == ["test_throughput[block-8]"] and result is None
     shown, told = text.split("= what was lost =")
     assert "= blockinfer =" in shown and " benchmark 'throughput'" in shown and "written to " not in shown
+    assert f"--samples {lost}/answers: 4 answers could not be written: '{lost}/answers' cannot be" in told
     assert f"--output: '{lost}/file' cannot be written: there is no folder '{lost}'; it is in '" in told
     kept = Path(told.split("it is in '")[1].split("' instead")[0])
     assert kept.parent == tmp_path and json.loads(kept.read_text())["blockinfer"]["total_tokens"] > 0

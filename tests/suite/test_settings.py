@@ -71,6 +71,11 @@ def test_what_stands_on_the_tests_command_line_is_for_the_evals_alone(settings, 
             "--output: '.*' cannot be written: it is read too, as '.*llada_tiny'",
         ),
         ({"output": "a", "benchmark_compare": "a"}, "--output: 'a' cannot be written: it is read too"),
+        ({"samples": str(SAMPLE), "dataset": str(SAMPLE)}, "--samples: '.*' cannot be written: it is read too"),
+        ({"samples": "evals"}, "--samples: 'evals' cannot be written: it is a folder"),
+        ({"samples": "a", "benchmark_json": Path("a")}, "--samples: 'a' cannot be written: it is read too"),
+        ({"samples": "a", "resume": "a"}, "--samples: 'a' cannot be written: it is read too"),
+        ({"samples": "no/a"}, "--samples: 'no/a' cannot be written: there is no folder"),
         ({"resume": "/dev/null"}, "--resume: '/dev/null' cannot be written: it is a device"),
         ({"resume": "x" * 300}, "--resume: 'x*' cannot be written: File name too long"),
         ({"resume": "a", "output": "a"}, "--resume: 'a' cannot be written: it is read too"),
@@ -95,7 +100,7 @@ def test_bad_options(settings, changed, message):
         settings(**changed)
 
 
-TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume")
+TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume", "samples")
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,15 @@ SECONDS = 5  # that judging one answer may take; one that takes longer is wrong
 
 class Grade(NamedTuple):
     """correct decides the accuracy; score is the source's finer measure, from 0 to 1: for longbench_hotpotqa the F1 of
-    the stated answer. longbench_f1 is LongBench's own measure, None for the other sources.
+    the stated answer. longbench_f1 is LongBench's own measure, None for the other sources. extracted is what the grader
+    took for the answer and judged; None where the text is empty, says that it does not know, names several, or holds
+    nothing that could be one, and where judging took too long.
     """
 
     correct: bool
     score: float
     longbench_f1: float | None = None
+    extracted: str | None = None
 
 
 def require(sources: Iterable[str]) -> None:
@@ -56,25 +59,25 @@ def grade(row: dict[str, Any], text: str) -> Grade:
 
 
 def _gsm8k(row: dict[str, Any], text: str) -> Grade:
-    correct = grade_number(row, text)
+    correct, extracted = grade_number(row, text)
     if correct is None:
-        correct = grade_math(row, text)
-    return Grade(correct, float(correct))
+        correct, extracted = grade_math(row, text)
+    return Grade(correct, float(correct), extracted=extracted)
 
 
 def _math500(row: dict[str, Any], text: str) -> Grade:
-    correct = grade_math(row, text)
-    return Grade(correct, float(correct))
+    correct, extracted = grade_math(row, text)
+    return Grade(correct, float(correct), extracted=extracted)
 
 
 def _mmlu(row: dict[str, Any], text: str) -> Grade:
-    correct = grade_letter(row, text)
-    return Grade(correct, float(correct))
+    correct, extracted = grade_letter(row, text)
+    return Grade(correct, float(correct), extracted=extracted)
 
 
 def _hotpotqa(row: dict[str, Any], text: str) -> Grade:
-    correct, score = grade_span(row, text)
-    return Grade(correct, score, longbench_f1(text, row["answers"]))
+    correct, score, extracted = grade_span(row, text)
+    return Grade(correct, score, longbench_f1(text, row["answers"]), extracted)
 
 
 _GRADERS = {"gsm8k": _gsm8k, "math500": _math500, "mmlu": _mmlu, "longbench_hotpotqa": _hotpotqa}

@@ -42,6 +42,15 @@ def same(gold: Fraction, value: Fraction) -> bool:
     )
 
 
+def shown(value: Fraction) -> str:
+    """A number as a person writes it: with a point where that is exact, else as a fraction."""
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > 1000:
+        # more digits than Python writes down, or anyone reads
+        return "a number of hundreds of digits"
+    decimal = f"{float(value):.12g}"
+    return decimal if "e" not in decimal and Fraction(decimal) == value else str(value)
+
+
 def exact(text: str) -> Fraction | None:
     """The value of a number, or of a sum or product of numbers; None for all else."""
     plain = to_plain(text).strip().removesuffix(".").removesuffix("%").strip()

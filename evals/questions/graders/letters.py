@@ -114,11 +114,13 @@ class Undecided(Exception):
     """The text names several letters, or says that it has none."""
 
 
-def grade_letter(row: dict[str, Any], text: str) -> bool:
+def grade_letter(row: dict[str, Any], text: str) -> tuple[bool, str | None]:
+    """Whether the text settles on the row's letter, and on which it does."""
     try:
-        return final_letter(text, row["choices"]) == row["answer"]
+        letter = final_letter(text, row["choices"])
     except Undecided:
-        return False
+        return False, None
+    return letter == row["answer"], letter
 
 
 _words = lru_cache(256)(Words)

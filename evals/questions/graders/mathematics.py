@@ -97,18 +97,23 @@ _HEAD = re.compile(r"(?:[a-zA-Z](?:_\w|_\{\w+\})?|[a-zA-Z]\([a-zA-Z]\))(?:=|\\in
 _TOO_LARGE = re.compile(r"\^\{?-?\(?(?:\d{5,}|\d+\^|[^{}]{0,20}\^\{|\{?\d+\}?!)|\d{4,}!|!!|\d{300,}|\)\^\{?\d{4,}")
 
 
-def grade_math(row: dict[str, Any], text: str) -> bool:
+def grade_math(row: dict[str, Any], text: str) -> tuple[bool, str | None]:
+    """Whether the text settles on the row's result, and on which it does."""
     gold = row["answer"].strip()
     cleaned = clean(text, [gold])
     plain = _ENVIRONMENT.sub(lambda m: "\\[" if m[1] == "begin" else "\\]", cleaned)
     plain = _TEXT_FIRST.sub(r"\2 \1", plain)
     later = correction(plain)
     result = (_settled(later) if later else None) or _settled(plain)
+    extracted = (result or "").strip()[:_LENGTH] or None
     if result is not None and is_same(gold, result):
-        return True
+        return True, extracted
     word = words(gold)
-    is_prose = word is not None and len(word) > 3 and "$" not in plain and "\\" not in plain
-    return is_prose and grade_span({"answers": [word]}, text)[0]
+    if word is not None and len(word) > 3 and "$" not in plain and "\\" not in plain:
+        correct, _, said = grade_span({"answers": [word]}, text)
+        if correct:
+            return True, said
+    return False, extracted
 
 
 def _settled(text: str) -> str | None:

@@ -8,7 +8,17 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from evals.questions.graders.arithmetic import NUMBER, SCALE, SUM, evaluate, exact, from_words, same, to_plain
+from evals.questions.graders.arithmetic import (
+    NUMBER,
+    SCALE,
+    SUM,
+    evaluate,
+    exact,
+    from_words,
+    same,
+    shown,
+    to_plain,
+)
 from evals.questions.graders.statements import (
     FILLER,
     SENTENCE_END,
@@ -88,18 +98,19 @@ class Undecided(Exception):
     """The text names several answers, or says that it has none."""
 
 
-def grade_number(row: dict[str, Any], text: str) -> bool | None:
-    """Whether the text settles on the row's number. None where row or text take more than plain arithmetic."""
+def grade_number(row: dict[str, Any], text: str) -> tuple[bool | None, str | None]:
+    """Whether the text settles on the row's number, and on which it does. (None, None) where row or text take more than
+    plain arithmetic."""
     gold = exact(row["answer"])
     if gold is None:
-        return None
+        return None, None
     try:
         value = _final(clean(text))
     except Undecided:
-        return False
+        return False, None
     if value is None:
-        return None if "\\" in text and boxes(text) else False
-    return same(gold, value)
+        return (None if "\\" in text and boxes(text) else False), None
+    return same(gold, value), shown(value)
 
 
 def _final(text: str) -> Fraction | None:

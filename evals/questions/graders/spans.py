@@ -29,19 +29,29 @@ _TOKEN = re.compile(r"(?:[^\s()\[\]{}<>|/:;,—–\"~*_`]|(?<=\d)[,:](?=\d)|(?<=
 _OWN_PERIOD = re.compile(r"\.(?=[,;:)/&]|\s+[a-z(/&\[—–-])")
 
 
-def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float]:
-    """Whether the stated answer is one of the row's, and the token F1 of what is stated."""
+def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float, str | None]:
+    """Whether the stated answer is one of the row's, the token F1 of what is stated, and that itself: the row's answer
+    where it is, else what follows "the answer is" and its like, or the sentence that should have named it."""
     answers = row["answers"]
     golds = {normal(answer) for answer in answers}
     cleaned = clean(text, answers)
     plain = _TEX.sub("", cleaned).strip()
     if normal(plain) in golds:
-        return True, 1.0
+        return True, 1.0, plain
     masked = _masked(re.sub(r"\bof course\b", "surely", plain, flags=re.IGNORECASE), answers)
-    if GOLD in masked and _states(masked, _clauses(row.get("question", ""), tuple(answers))):
-        return True, 1.0
-    guess = _guess(cleaned).strip().partition("\n")[0]
-    return False, max(f1(guess, answer) for answer in answers)
+    clauses = _clauses(row.get("question", ""), tuple(answers))
+    if GOLD in masked and _states(masked, clauses):
+        return True, 1.0, next((one for one in answers if GOLD in _masked(plain, [one])), answers[0])
+    guess = _guess(cleaned)
+    first = (guess or cleaned).strip().partition("\n")[0]
+    said = first.strip() if guess else _judged(plain, clauses)
+    return False, max(f1(first, answer) for answer in answers), said or None
+
+
+def _judged(text: str, clauses: Clauses) -> str | None:
+    """The last sentence that might name an answer, where nothing is stated."""
+    parts = [part for part in sentences(text) if not clauses.silent(part)]
+    return parts[-1] if parts and not undecided(text) else None
 
 
 _clauses = lru_cache(256)(Clauses)
@@ -125,12 +135,12 @@ def _states(text: str, clauses: Clauses) -> bool:
     return clauses.tells(parts[-1])
 
 
-def _guess(text: str) -> str:
-    """What the text states last, in a box or behind "answer is"; else all of it."""
+def _guess(text: str) -> str | None:
+    """What the text states last, in a box or behind "answer is"."""
     found = boxes(text)
     for position, segment in stated(text):
         if found and position < found[-1][1]:
             break
         if normal(segment):
             return segment
-    return found[-1][2] if found else (stated_before(text) or text)
+    return found[-1][2] if found else stated_before(text) or None

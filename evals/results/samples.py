@@ -1,0 +1,167 @@
+"""The file of `--samples`: a line for each answer, with what was asked, what the grader read in it, and its grade.
+
+A line is written as its answer comes, and again with the grade when its configuration is through: judging would take
+time from what is timed. lm-eval's `--log_samples` is the model.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from evals.files import BadOutput, StrPath, check_target, read_bytes, write_output
+from evals.results.reader import BadFile
+from evals.results.schema import Configuration, Count, Flag, Number, Text
+
+if TYPE_CHECKING:  # who only reads needs no torch
+    from blockinfer import RequestOutput
+    from evals.questions.graders import Grade
+    from evals.runs.run import Run
+    from evals.runs.settings import Case
+
+_START = b'{"id": '
+
+
+class Sample(BaseModel):
+    """A line. The configuration is mode, block_length (the asked one) and unmasking; prompt is what the model got;
+    tokens the positions before the first stop token, forwards those that the request took part in. Without a grade,
+    extracted, correct and score are None; with one, extracted is None where the grader found no answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: Text
+    source: Text
+    mode: Text
+    block_length: Count
+    unmasking: Text
+    prompt: Text
+    text: Text
+    extracted: Text | None
+    gold: Text | tuple[Text, ...]
+    correct: Flag | None
+    score: Number | None
+    tokens: Count
+    forwards: Count
+    finish_reason: Text | None
+
+    @property
+    def configuration(self) -> tuple[str, int, str]:
+        return self.mode, self.block_length, self.unmasking
+
+
+class Samples:
+    """The file while it is written. It is begun anew with the first answer: until then an earlier one's stays."""
+
+    def __init__(self, path: StrPath) -> None:
+        """Raises ValueError for a file that cannot be written, and for one that holds something else."""
+        self.path = os.fspath(path)
+        # lines with a grade could not be written, and why the last of them could not
+        self.lost, self.reason = 0, ""
+        self._begun = False
+        # how far the file is written for good, and behind it the lines that are to be written again
+        self._end = 0
+        self._open: dict[Case, list[bytes]] = defaultdict(list)
+        try:
+            target = check_target(path)
+            if os.path.exists(target):
+                with open(target, "rb") as file:
+                    first = file.read(len(_START))
+                if first and first != _START:
+                    raise ValueError("it holds something else than answers of the suite: name another file")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--samples {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def add(self, case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput") -> None:
+        """An answer without its grade. That it cannot be written is told by `settle`, which writes it again."""
+        line = _line(case, row, prompt, output, None)
+        self._open[case].append(line)
+        try:
+            if not self._begun:
+                write_output(self.path, b"")
+                self._begun = True
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(line)
+        except (OSError, BadOutput):
+            pass
+
+    def settle(self, run: "Run", rows: list[dict[str, Any]], prompts: list[str]) -> None:
+        """The run's answers with their grades, in the rows' order, in place of those that were added."""
+        self._open.pop(run.case, None)
+        grades = run.grades or [None] * len(rows)
+        lines = [_line(run.case, *of) for of in zip(rows, prompts, run.outputs, grades, strict=True)]
+        rest = b"".join(line for others in self._open.values() for line in others)
+        try:
+            head = read_bytes(self.path)[: self._end] if self._end else b""
+            settled = head + b"".join(lines)
+            write_output(self.path, settled + rest)
+        except (OSError, BadOutput) as error:
+            self.lost, self.reason = self.lost + len(lines), getattr(error, "strerror", None) or str(error)
+        else:
+            self._begun, self._end = True, len(settled)
+
+    def told_lost(self) -> str:
+        return f"--samples {self.path}: {self.lost} answers could not be written: {self.reason}"
+
+
+def _line(case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput", grade: "Grade | None") -> bytes:
+    completion = output.outputs[0]
+    fields = {
+        "id": row["id"],
+        "source": row["source"],
+        "mode": case.mode,
+        "block_length": case.block_length,
+        "unmasking": case.unmasking,
+        "prompt": prompt,
+        "text": completion.text,
+        "extracted": grade.extracted if grade else None,
+        "gold": row.get("answers") or row["answer"],
+        "correct": grade.correct if grade else None,
+        "score": grade.score if grade else None,
+        "tokens": len(completion.token_ids),
+        "forwards": output.metrics.nfe,
+        "finish_reason": completion.finish_reason,
+    }
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+
+
+def read_samples(path: StrPath) -> list[Sample]:
+    """A last line that a kill has cut short is left out. Raises BadFile, naming the line."""
+    try:
+        *lines, _ = read_bytes(path).split(b"\n")
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Sample.model_validate(from_json(line)))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise BadFile(f"{path}: line {number} is no answer of the suite: {where}: {first['msg']}") from error
+        except ValueError as error:
+            raise BadFile(f"{path}: line {number} is no answer of the suite: {error}") from error
+    return found
+
+
+def of_run(samples: Iterable[Sample], run: list[Configuration]) -> list[dict[str, Sample]]:
+    """For each of the run's configurations its graded answers, by row id; none for one that the samples lack.
+
+    Raises ValueError where they are answers of another run: other rows, tokens, forwards or grades than the run's.
+    """
+    by_configuration: dict[tuple, dict[str, Sample]] = defaultdict(dict)
+    for sample in samples:
+        if sample.correct is not None:
+            by_configuration[sample.configuration][sample.id] = sample
+    found = [by_configuration.get((c.mode, c.asked_block_length, c.unmasking), {}) for c in run]
+    for c, answers in zip(run, found, strict=True):
+        stored = {row[0]: row[1:] for row in c.rows or ()}
+        for one in answers.values() if c.rows is not None else ():
+            if stored.get(one.id) != (one.tokens, one.forwards, one.correct):
+                raise ValueError(f"they are of another run: {c.mode} answered the row {one.id!r:.80} otherwise")
+    if not any(found):
+        raise ValueError("they are of another run: none is graded and of one of its configurations")
+    return found
