@@ -38,6 +38,11 @@ def show(text: str, file: TextIO) -> None:
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
+def samples_name(shard: tuple[int, int] | None) -> str:
+    """Of the file of answers beside a run's results, or beside those of its shard (index, number of shards)."""
+    return f"samples-{shard[0]}-{shard[1]}.jsonl" if shard else "samples.jsonl"
+
+
 def read_bytes(path: StrPath) -> bytes:
     """Raises OSError, also for a folder and for a device, which may never end."""
     with open(path, "rb") as file:

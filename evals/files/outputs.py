@@ -13,7 +13,7 @@ from pytest_benchmark.session import BenchmarkSession
 from pytest_benchmark.storage.file import FileStorage
 from pytest_benchmark.utils import safe_dumps
 
-from evals.files import BadOutput, check_folder, check_output, check_target, write_measured
+from evals.files import BadOutput, check_folder, check_output, check_target, samples_name, write_measured
 
 FAILURES = pytest.StashKey[list[str]]()
 
@@ -50,9 +50,7 @@ def samples_path(option: Callable[[str], Any]) -> str | None:
         return None
     if given:
         return given
-    shard = option("--shard")
-    name = f"samples-{shard[0]}-{shard[1]}.jsonl" if shard else "samples.jsonl"
-    return os.path.join(os.path.dirname(results), name)
+    return os.path.join(os.path.dirname(results), samples_name(option("--shard")))
 
 
 def guard(config: pytest.Config, session: BenchmarkSession) -> None:

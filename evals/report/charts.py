@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evals.report.labels import SIZE, Box, Label, place, shortened, width_of
+from evals.report.labels import SIZE, Box, Label, apart, place, shortened, width_of
 from evals.report.scales import Scale, around
 
 
@@ -21,13 +21,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point where it is drawn; on the frontier, band is its interval, (top, height)."""
+    """A point where it is drawn, and its own place where that is another; on the frontier, band is its interval, (top,
+    height)."""
 
     point: Point
     x: float
     y: float
     band: tuple[float, float] | None
     label: Label | None
+    moved_from: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def scatter(points: list[Point], width: int, height: int) -> Scatter:
     x = Scale(*limits, area.left + 12, area.right - 12, logarithmic)
     y = Scale(*around(shares, False, room=0.02, most=1.0), area.bottom - 10, area.top + 10)
     places = [(x(p.speed), y(p.accuracy)) for p in points]
+    marks_at = apart(places, [p.frontier for p in points], area)
     corners = _staircase([at for at, p in zip(places, points, strict=True) if p.frontier], area)
     lines = [Box(min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairwise(corners)]
     named, numbers = [shortened(p.name, 240) for p in points], [str(p.number) for p in points]
@@ -63,9 +66,11 @@ def scatter(points: list[Point], width: int, height: int) -> Scatter:
     choices = [its_names, [[number] for number in numbers]]
     if sum(map(width_of, named)) < 3 * width:
         choices.insert(0, all_names)
-    labels = place(places, choices, frontier, area, lines)
+    labels = place(marks_at, choices, frontier, area, lines)
     bands = [_band(y(p.interval[0]), y(p.interval[1])) if p.interval and p.frontier else None for p in points]
-    marks = [Mark(p, *at, band, label) for p, at, band, label in zip(points, places, bands, labels, strict=True)]
+    moved = [None if at == own else own for at, own in zip(marks_at, places, strict=True)]
+    drawn = zip(points, marks_at, bands, labels, moved, strict=True)
+    marks = [Mark(p, *at, band, label, own) for p, at, band, label, own in drawn]
     return Scatter(
         width=width,
         height=height,

@@ -12,6 +12,10 @@ ROUNDS = 3
 MARK = 7  # half a mark's width, with some room
 
 
+# Two marks nearer than this in both directions hide each other.
+_COVERED = 6
+
+
 class Box(NamedTuple):
     """In pixels, y downwards."""
 
@@ -84,6 +88,26 @@ def shortened(text: str, pixels: float) -> str:
     return text[: end - 1] + "…"
 
 
+def apart(marks: list[tuple[float, float]], first: list[bool], area: Box) -> list[tuple[float, float]]:
+    """Where the marks are drawn: in their places, but beside those that they would cover; the marks of `first` choose
+    first. One that finds no free place near its own stays there."""
+    drawn: dict[int, tuple[float, float]] = {}
+    steps = sorted(product(range(-3, 4), repeat=2), key=lambda step: (step[0] ** 2 + step[1] ** 2, abs(step[1])))
+    for i in sorted(range(len(marks)), key=lambda i: not first[i]):
+        x, y = marks[i]
+        near = [other for other in drawn.values() if abs(other[0] - x) < 60 and abs(other[1] - y) < 60]
+        tried = [(round(x + 2 * MARK * right, 1), round(y + 2 * MARK * down, 1)) for right, down in steps]
+        inside = [at for at in tried if _mark(*at).within(area)]
+        free = (at for at in inside if all(max(abs(at[0] - a), abs(at[1] - b)) >= _COVERED for a, b in near))
+        covered = any(max(abs(x - a), abs(y - b)) < _COVERED for a, b in near)
+        drawn[i] = next(free, marks[i]) if covered else marks[i]
+    return [drawn[i] for i in range(len(marks))]
+
+
+def _mark(x: float, y: float) -> Box:
+    return Box(x - MARK, y - MARK, x + MARK, y + MARK)
+
+
 def place(
     marks: list[tuple[float, float]], choices: list[list[list[str]]], first: list[bool], area: Box, lines: list[Box]
 ) -> list[Label | None]:
@@ -117,7 +141,7 @@ def _place(
     lines: Boxes,
     outwards: int,
 ) -> list[Label | None]:
-    taken = Boxes(Box(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in marks)
+    taken = Boxes(_mark(x, y) for x, y in marks)
     # a name without a leader, above or under another mark, would seem to be that mark's
     around = [Box(x - MARK, y - MARK - HEIGHT, x + MARK, y + MARK + HEIGHT) for x, y in marks]
     foreign = Boxes(around)

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from evals.report.beside import Baselines, baselines, names, on_frontier, series, speed_up, timeline
 from evals.report.charts import History, Point, Scatter, history, scatter
 from evals.report.labels import shortened
+from evals.report.rows import Answers, Group, cut, gold, groups
 from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
 from evals.runs.configurations import SCHEDULED
@@ -71,9 +72,18 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def render(run: StoredRun, history_runs: list[StoredRun]) -> str:
-    """The whole page; the same runs give the same page."""
-    found = run.configurations
+class Found(NamedTuple):
+    """The graded answers of each configuration, by row id, where there are any; the file's name, and what is to be said
+    where there are none."""
+
+    answers: list[Answers] | None = None
+    file: str = ""
+    note: str | None = None
+
+
+def render(run: StoredRun, history_runs: list[StoredRun], samples: Found | None = None) -> str:
+    """The whole page; the same runs and answers give the same page."""
+    found, samples = run.configurations, samples or Found()
     numbers = range(1, len(found) + 1)
     rows = [Row(*row) for row in zip(numbers, names(found), found, on_frontier(found), strict=True)]
     runs, others = timeline(run, history_runs)
@@ -94,6 +104,11 @@ def render(run: StoredRun, history_runs: list[StoredRun]) -> str:
         runs=runs,
         commits=[_commit(r) for r in runs],
         others=others,
+        answers=_answers(rows, samples.answers),
+        answers_file=samples.file,
+        answers_note=samples.note,
+        gold=gold,
+        cut=cut,
         histories=_histories(rows, runs),
         when=when,
         speed=lambda value: f"{value:,.1f}",
@@ -104,6 +119,20 @@ def render(run: StoredRun, history_runs: list[StoredRun]) -> str:
     )
 
 
+def _answers(rows: list[Row], answers: list[Answers] | None) -> list[tuple[Row, list[Group], bool]]:
+    """Of each configuration that there are answers of, and whether there are vanilla's beside them."""
+    if answers is None:
+        return []
+    of, by_row = baselines([row.c for row in rows]), {id(row.c): one for row, one in zip(rows, answers, strict=True)}
+    found = []
+    for row, own in zip(rows, answers, strict=True):
+        semi = of(row.c)[1]
+        vanilla = None if semi is None or semi is row.c else by_row[id(semi)]
+        if own:
+            found.append((row, groups(own, vanilla), bool(vanilla)))
+    return found
+
+
 def columns(run: list[Configuration]) -> list[Column]:
     def field(name: str, spec: str) -> Callable[[Configuration], str | None]:
         return lambda c: None if getattr(c, name) is None else format(getattr(c, name), spec)
@@ -112,18 +141,19 @@ def columns(run: list[Configuration]) -> list[Column]:
         return lambda c: _ratios(c, of)[index]
 
     of = baselines(run)
+    # what a telephone has room for comes first
     return [
+        Column("speed", "tokens/s", field("tokens_per_second", ",.1f")),
+        Column("accuracy", "%", lambda c: percent(c.accuracy)),
         Column("block", "positions", field("block_length", "d")),
         Column("rule", "", _rule, is_number=False),
         Column("limit", "steps", _step_limit),
-        Column("speed", "tokens/s", field("tokens_per_second", ",.1f")),
         Column("error", "± %", lambda c: percent(c.relative_error)),
         Column("speed-up", "× vanilla", ratio(1)),
         Column("speed-up", "× vanilla_llada", ratio(0)),
         Column("tokens", "/forward", field("tokens_per_forward", ",.2f")),
         Column("NFE", "forwards", field("nfe", ",d")),
         Column("forward", "ms", field("ms_per_forward", ",.1f")),
-        Column("accuracy", "%", lambda c: percent(c.accuracy)),
         Column("interval", "95 %", lambda c: _interval(c.accuracy_interval)),
         Column("latency", "p50, s", field("latency_p50", ",.2f")),
         Column("latency", "p95, s", field("latency_p95", ",.2f")),

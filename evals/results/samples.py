@@ -8,13 +8,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from evals.files import BadOutput, StrPath, check_target, read_bytes, write_output
-from evals.results.reader import BadFile
+from evals.files import BadOutput, StrPath, check_target, read_bytes, samples_name, write_output
+from evals.results.reader import BadFile, StoredRun
 from evals.results.schema import Configuration, Count, Flag, Number, Text
 
 if TYPE_CHECKING:  # who only reads needs no torch
@@ -147,10 +148,22 @@ def read_samples(path: StrPath) -> list[Sample]:
     return found
 
 
+def beside(results: StrPath, run: StoredRun) -> list[Path]:
+    """The files that the suite writes beside its results where no other is named, as far as they are there."""
+    first = run.configurations[0]
+    names = [samples_name(None)]
+    if first.shard is not None:
+        names = [samples_name((first.shard.index, first.shard.of))]
+    elif first.shards > 1:
+        names = [samples_name((index, first.shards)) for index in range(1, first.shards + 1)]
+    found = [Path(results).parent / name for name in names]
+    return [path for path in found if path.is_file()]
+
+
 def of_run(samples: Iterable[Sample], run: list[Configuration]) -> list[dict[str, Sample]]:
     """For each of the run's configurations its graded answers, by row id; none for one that the samples lack.
 
-    Raises ValueError where they are answers of another run: other rows, tokens, forwards or grades than the run's.
+    Raises ValueError where there are none, and where they are of another run: other rows, tokens, forwards or grades.
     """
     by_configuration: dict[tuple, dict[str, Sample]] = defaultdict(dict)
     for sample in samples:
@@ -163,5 +176,5 @@ def of_run(samples: Iterable[Sample], run: list[Configuration]) -> list[dict[str
             if stored.get(one.id) != (one.tokens, one.forwards, one.correct):
                 raise ValueError(f"they are of another run: {c.mode} answered the row {one.id!r:.80} otherwise")
     if not any(found):
-        raise ValueError("they are of another run: none is graded and of one of its configurations")
+        raise ValueError("none of them is a graded answer of one of its configurations")
     return found

@@ -149,3 +149,23 @@ def test_names_are_cut_where_they_would_be_too_wide():
     for name in ("W" * 100, "i" * 100, "block " * 20, "ブロック" * 9):
         cut = shortened(name, 220)
         assert cut.endswith("…") and name.startswith(cut[:-1]) and 200 < width_of(cut) <= 220
+
+
+@given(points, st.sampled_from([page.WIDE, page.NARROW]))
+def test_no_mark_lies_under_another(drawn, size):
+    """Whatever coincides: each mark stands in its place or is tied to it, and those that cover nothing are in it."""
+    drawn = drawn + drawn[:2]
+    found = scatter([Point(i, "name", s, a, None, on) for i, (s, a, on) in enumerate(drawn)], *size)
+    for one, other in combinations(found.marks, 2):
+        assert max(abs(one.x - other.x), abs(one.y - other.y)) > 5
+    moved = [m for m in found.marks if m.moved_from]
+    assert len(moved) >= min(2, len(drawn) // 2)
+    for mark in moved:
+        x, y = mark.moved_from
+        assert 0 < max(abs(mark.x - x), abs(mark.y - y)) <= 6 * MARK
+        assert any(max(abs(o.x - x), abs(o.y - y)) < 6 for o in found.marks if o is not mark)
+
+
+def test_marks_that_are_apart_stay_where_they_are():
+    found = scatter([Point(1, "a", 10.0, 0.2, None, True), Point(2, "b", 12.0, 0.6, None, True)], *page.WIDE)
+    assert [mark.moved_from for mark in found.marks] == [None, None]

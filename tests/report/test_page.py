@@ -44,6 +44,23 @@ def test_the_table_holds_the_files_figures(report):
     }
 
 
+def test_speed_and_accuracy_are_the_columns_seen_first(report):
+    """A telephone shows the modes' column and two more."""
+    assert list(table(report(results([info("block")])))[0])[:3] == ["mode", "speed tokens/s", "accuracy %"]
+
+
+def test_marks_of_the_same_figures_are_both_seen_and_the_page_says_how(report):
+    same = {"tokens_per_second": 90.0, "accuracy": 0.7}
+    root = report(results([info("vanilla"), info("block", **same), info("block_refresh", **same)]))
+    for size in ("wide", "narrow"):
+        (svg,) = root.all("svg", class_=size)
+        marks = [g.children[1].attributes["transform"] for g in svg.all("g") if "data-number" in g.attributes]
+        assert len(set(marks)) == 3
+        assert len(list(svg.all("line", class_="moved"))) == 1
+    said = "A mark that would cover another one stands beside it, on a line to its place."
+    assert said in root.text and said not in report(results([info("vanilla"), info("block")])).text
+
+
 def test_a_ratio_stands_with_its_interval_or_says_that_there_was_one_round(report):
     """In the table and in the headline; the ratio to itself has neither."""
     intervals = {"interval_over_vanilla": [4.5, 6.25], "interval_over_standard": None}

@@ -46,7 +46,7 @@ def test_every_answer_stands_in_the_file_with_what_it_was_an_answer_to(make_suit
     other = known[1].model_copy(update={"rows": tuple((i, t, n + 1, c) for i, t, n, c in known[1].rows)})
     with pytest.raises(ValueError, match="of another run: block answered the row 'a' otherwise"):
         of_run(read_samples(path), [known[0], other])
-    with pytest.raises(ValueError, match="of another run: none is graded"):
+    with pytest.raises(ValueError, match="none of them is a graded answer of"):
         of_run(read_samples(path), [known[0].model_copy(update={"asked_block_length": 4})])
 
 
