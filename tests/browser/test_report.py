@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evals.report.command import main
-from tests.report.sample import info, results, write, write_run
+from tests.report.sample import answers, info, lines, results, write, write_run
 
 CHROMIUM = os.environ.get("CHROMIUM")
 if not CHROMIUM:
@@ -20,6 +20,9 @@ from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 
 PICTURES = Path("build/screenshots")
 CHECKS = Path(__file__).with_name("checks.js").read_text(encoding="utf-8")
+NAMES = ("few", "many", "long", "random")
+# words without an end
+LONG = {"text": "W" * 3000, "extracted": None, "prompt": "p" * 3000}
 OFFLINE = (
     *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -37,9 +40,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages of a few configurations, of many, of names as long as can be, and of random weights, by name."""
+    """Pages of a few configurations, of many, of the longest names, of random weights, and with answers, by name."""
     folder = tmp_path_factory.mktemp("pages")
-    files = {name: folder / name for name in ("few", "many", "long", "random")}
+    files = {name: folder / name for name in (*NAMES, "answers")}
     for one in files.values():
         one.mkdir()
     wide = {"model": "M" * 300, "commit": "c" * 300}
@@ -54,6 +57,10 @@ def pages(tmp_path_factory):
         ],
         "random": [str(write(files["random"] / "out.json", results([info("block", **nothing)])))],
     }
+    modes = [info(mode) for mode in ("vanilla", "block", "block_refresh")]
+    same = [one | {"tokens_per_second": 90.0, "accuracy": 0.7} if "block" in one["mode"] else one for one in modes]
+    write(files["answers"] / "samples.jsonl", lines(*map(answers, same[:2]), answers(same[2], **LONG)))
+    arguments["answers"] = [str(write(files["answers"] / "out.json", results(same)))]
     for name, given in arguments.items():
         assert main([*given, "-o", str(folder / f"{name}.html")]) == 0
     return {name: folder / f"{name}.html" for name in arguments}
@@ -76,7 +83,7 @@ def problems(page: Page) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1200])
-@pytest.mark.parametrize("name", ["few", "many", "long", "random"])
+@pytest.mark.parametrize("name", [*NAMES, "answers"])
 def test_the_page_is_in_order(browser, pages, name, width, scheme):
     page, noise = visit(browser, pages[name], width, scheme)
     PICTURES.mkdir(parents=True, exist_ok=True)
@@ -90,6 +97,34 @@ def test_the_page_is_in_order(browser, pages, name, width, scheme):
     assert share > 0.5 * image.width * image.height, "most of the page is its background"
     assert shade > 240 if scheme == "light" else shade < 40
     assert len(colours) > 50
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_answers_unfold_and_stay_inside_the_page(browser, pages, width):
+    page, _ = visit(browser, pages["answers"], width, "light")
+    text = page.get_by_text("vanilla says", exact=False).first
+    assert not text.is_visible()
+    folded = page.evaluate("document.body.scrollHeight")
+    page.locator(".answers > details > summary").first.click()
+    assert not text.is_visible(), "a row is unfolded by itself"
+    page.locator(".answer > summary").first.click()
+    assert text.is_visible() and page.evaluate("document.body.scrollHeight") > folded + 100
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.screenshot(path=PICTURES / f"unfolded-{width}.png", full_page=True)
+    assert problems(page) == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("name", ["few", "many"])
+def test_a_telephone_shows_speed_and_accuracy_first(browser, pages, name):
+    page, _ = visit(browser, pages[name], 360, "light")
+    box = page.locator(".scroll").first
+    edges = box.bounding_box()
+    for number in (0, 1):
+        cell = box.locator("tbody tr").first.locator("td").nth(number).bounding_box()
+        assert cell["x"] + cell["width"] <= edges["x"] + edges["width"], "seen without scrolling"
+    assert [box.locator("thead th").nth(i).inner_text().split()[0] for i in (1, 2)] == ["speed", "accuracy"]
     page.context.close()
 
 

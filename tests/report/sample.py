@@ -96,6 +96,23 @@ def results(infos: list[dict[str, Any]], day: int = 0) -> dict[str, Any]:
     return {"machine_info": {}, "commit_info": {"id": "f" * 40}, "datetime": when.isoformat(), "benchmarks": benchmarks}
 
 
+def answers(one: dict[str, Any], **changed: Any) -> list[dict[str, Any]]:
+    """What --samples would hold of a configuration's rows."""
+    case = {key: one[key] for key in ("mode", "unmasking")} | {"block_length": min(32, one["block_length"])}
+    return [
+        {"id": row_id, "source": list(SOURCES)[i % 4], **case}
+        | {"prompt": f"How many are {i}?", "text": f"{one['mode']} says {i}.\n" * (1 + i % 7), "gold": f"gold-{i}"}
+        | {"extracted": f"{one['mode']}-{i}", "correct": right, "score": float(right), "finish_reason": "stop"}
+        | {"tokens": tokens, "forwards": forwards}
+        | changed
+        for i, (row_id, tokens, forwards, right) in enumerate(one["rows"])
+    ]
+
+
+def lines(*found: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(one) + "\n" for many in found for one in many)
+
+
 def write(path, content: Any):
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path

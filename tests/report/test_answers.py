@@ -1,13 +1,11 @@
 """Single answers on the page: which are shown, beside which, and from which file."""
 
-import json
-
 import pytest
 
 from evals.report import rows
 from evals.report.command import main
 from tests.report.html_tree import parse, sections
-from tests.report.sample import info, results, write
+from tests.report.sample import answers, info, lines, results, write
 
 # of vanilla and block to the rows, lost, won, and with nothing to judge
 RIGHT = {"vanilla": [True, True, False, False, True], "block": [True, False, True, False, False]}
@@ -22,18 +20,11 @@ def configuration(mode, **changed):
 
 
 def samples(mode, **changed):
-    return [
-        {"id": f"row-{i}", "source": "gsm8k", "mode": mode, "block_length": 32, "unmasking": "low_confidence"}
-        | {"prompt": f"How many are {i}? {HOSTILE}", "text": f"{mode} says {i}", "gold": f"gold-{i}"}
-        | {"extracted": None if (mode, i) in NOTHING else f"{mode}-{i}", "correct": right, "score": float(right)}
-        | {"tokens": 7, "forwards": 9, "finish_reason": "stop"}
-        | changed
-        for i, right in enumerate(RIGHT[mode])
-    ]
-
-
-def text_of(*found):
-    return "".join(json.dumps(one) + "\n" for many in found for one in many)
+    found = answers(configuration(mode), source="gsm8k")
+    for i, one in enumerate(found):
+        one |= {"prompt": f"How many are {i}? {HOSTILE}", "text": f"{mode} says {i}"}
+        one |= ({"extracted": None} if (mode, i) in NOTHING else {}) | changed
+    return found
 
 
 @pytest.fixture
@@ -66,7 +57,7 @@ RUN = [configuration("vanilla"), configuration("block")]
 
 
 def test_lost_won_and_unreadable_rows_are_shown_with_both_answers_and_the_gold(page):
-    root, _ = page(RUN, {"samples.jsonl": text_of(samples("vanilla"), samples("block"))})
+    root, _ = page(RUN, {"samples.jsonl": lines(samples("vanilla"), samples("block"))})
     found = shown(root)
     assert {key: list(ids) for key, ids in found.items()} == {
         ("vanilla", "1 with nothing to judge"): ["row-3"],
@@ -90,7 +81,7 @@ def test_a_cap_on_what_is_shown_is_told(page, monkeypatch):
     monkeypatch.setattr(rows, "SHOWN", 1)
     monkeypatch.setattr(rows, "LENGTH", 30)
     long = samples("block", text="a" * 1000 + "b" * 1234)
-    root, _ = page(RUN, {"samples.jsonl": text_of(samples("vanilla"), long)})
+    root, _ = page(RUN, {"samples.jsonl": lines(samples("vanilla"), long)})
     assert list(shown(root)["block", "2 lost against vanilla"]) == ["row-1"]
     assert "The first 1 of 2 are shown; all are in samples.jsonl." in root.text
     assert "The first 1 of 1" not in root.text
@@ -100,15 +91,15 @@ def test_a_cap_on_what_is_shown_is_told(page, monkeypatch):
 def test_without_vanilla_nothing_is_lost_or_won(page):
     alone = [configuration("block", against_vanilla=None)]
     for infos in (alone, RUN):
-        root, _ = page(infos, {"samples.jsonl": text_of(samples("block"))})
+        root, _ = page(infos, {"samples.jsonl": lines(samples("block"))})
         assert [title for _, title in shown(root)] == ["2 with nothing to judge"]
     readable = samples("block", extracted="5")
-    assert "There was something to judge in each." in page(alone, {"samples.jsonl": text_of(readable)})[0].text
+    assert "There was something to judge in each." in page(alone, {"samples.jsonl": lines(readable)})[0].text
 
 
 def test_the_answers_of_all_shards_are_found(page):
     halves = [[one for i, one in enumerate(samples("block")) if i % 2 == half] for half in (0, 1)]
-    files = {f"samples-{i}-2.jsonl": text_of(half) for i, half in enumerate(halves, 1)}
+    files = {f"samples-{i}-2.jsonl": lines(half) for i, half in enumerate(halves, 1)}
     own = configuration("block", shards=2, against_vanilla=None)
     assert list(shown(page([own], files)[0])["block", "2 with nothing to judge"]) == ["row-4", "row-3"]
     shard = configuration("block", against_vanilla=None, shard={"index": 2, "of": 2})
@@ -117,8 +108,8 @@ def test_the_answers_of_all_shards_are_found(page):
 
 
 BAD = {
-    "another run": (text_of(samples("block", forwards=8)), "of another run: block answered the row 'row-0' otherwise"),
-    "no grades": (text_of(samples("block", correct=None)), "none of them is a graded answer of one of its config"),
+    "another run": (lines(samples("block", forwards=8)), "of another run: block answered the row 'row-0' otherwise"),
+    "no grades": (lines(samples("block", correct=None)), "none of them is a graded answer of one of its config"),
     "no samples": ('{"id": 3}\n', "line 1 is no answer of the suite: id: Input should be a valid string"),
     "no JSON": ("notes\n", "line 1 is no answer of the suite: "),
 }
@@ -137,7 +128,7 @@ def test_answers_that_are_not_the_run_s(page, tmp_path, kind):
 
 
 def test_named_answers_are_read_and_not_written_over(page, tmp_path):
-    content = text_of(samples("vanilla"), samples("block"))
+    content = lines(samples("vanilla"), samples("block"))
     path = write(tmp_path / "mine.jsonl", content)
     assert len(shown(page(RUN, {}, f"--samples={path}")[0])) == 4
     _, text = page(RUN, {}, f"--samples={path}", f"--output={path}", code=2)
