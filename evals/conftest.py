@@ -274,7 +274,7 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
         terminalreporter.write_line(line)
     if config.stash.get(WRITTEN, False):
         terminalreporter.write_line(f"written to {suite.settings.output}")
-    if suite.samples is not None:
+    if suite.samples is not None and not suite.samples.lost:
         terminalreporter.write_line(f"answers: {suite.samples.path}")
 
 

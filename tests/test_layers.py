@@ -1,6 +1,7 @@
 """Which room of the package, and of the suite, may import which: arrows point one way."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,21 @@ def test_the_server_is_an_extra():
     files = [path for path in PACKAGE.rglob("*.py") if "serve" not in path.relative_to(PACKAGE).parts]
     assert len(files) > 30
     assert not {f"{path.name}: {name}" for path in files for name in imported(path) if name in OF_THE_SERVER}
+
+
+def ignored(*paths):
+    """Of these paths those that git leaves out."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        pytest.skip("no repository, as in an unpacked archive")
+    command = ["git", "check-ignore", "--no-index", *map(str, paths)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return set(done.stdout.splitlines())
+
+
+def test_git_leaves_out_what_runs_write_and_nothing_of_the_project():
+    left_out = ["samples.jsonl", "samples-1-4.jsonl", "kept.jsonl", "shard1.json", "shard_1.json", "merged.json"]
+    assert ignored(*left_out, "results/slurm/run.txt", "sample_200.jsonl") == {*left_out, "results/slurm/run.txt"}
+    sources = [path for folder in (PACKAGE, SUITE) for path in folder.rglob("*.py")]
+    assert not ignored(*sources)

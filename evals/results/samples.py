@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # who only reads needs no torch
     from evals.runs.run import Run
     from evals.runs.settings import Case
 
-_START = b'{"id": '
+# by which a line is known, also one of another version
+_KNOWN = {"id", "text", "gold", "forwards"}
 
 
 class Sample(BaseModel):
@@ -70,8 +71,8 @@ class Samples:
             target = check_target(path)
             if os.path.exists(target):
                 with open(target, "rb") as file:
-                    first = file.read(len(_START))
-                if first and first != _START:
+                    first = file.readline()
+                if first and not _is_ours(first):
                     raise ValueError("it holds something else than answers of the suite: name another file")
         except (OSError, ValueError) as error:
             raise ValueError(f"--samples {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -106,6 +107,14 @@ class Samples:
 
     def told_lost(self) -> str:
         return f"--samples {self.path}: {self.lost} answers could not be written: {self.reason}"
+
+
+def _is_ours(line: bytes) -> bool:
+    try:
+        fields = from_json(line)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and fields.keys() >= _KNOWN
 
 
 def _line(case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput", grade: "Grade | None") -> bytes:

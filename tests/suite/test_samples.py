@@ -53,7 +53,7 @@ def test_every_answer_stands_in_the_file_with_what_it_was_an_answer_to(make_suit
 def test_an_answer_is_there_as_soon_as_it_is_finished(make_suite, tmp_path, monkeypatch):
     """Without a grade, beside the graded ones of what is through; what is resumed is there at once."""
     path, kept = tmp_path / "answers.jsonl", tmp_path / "kept.jsonl"
-    path.write_text('{"id": "an answer of an earlier run"}\n')
+    path.write_text('{"id": "of an earlier run", "text": "", "gold": "", "forwards": 1}\n')
     suite = make_suite(samples=str(path), resume=str(kept))
     vanilla, block = suite.settings.cases
     assert len(lines(path)) == 1, "nothing is lost before there is something else"
@@ -121,7 +121,9 @@ def test_where_the_answers_are_written(given, path):
     assert samples_path(Options(**given).getoption) == path
 
 
-@pytest.mark.parametrize("content", ["notes\n", '{"question": "a row of a dataset"}\n', '[{"id": 1}]'])
+@pytest.mark.parametrize(
+    "content", ["notes\n", '{"question": "a row of a dataset"}\n', '[{"id": 1}]', '{"id": "a", "source": "mmlu"}\n']
+)
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "samples.jsonl"
     path.write_text(content)
