@@ -1,4 +1,4 @@
-"""Questions with choices by the likelihood of the letter, as lm-eval asks them: one forward a question, and no answer to
+"""Questions with choices by the likelihood of the letter, as lm-eval asks them: one forward a question and no answer to
 grade, so that base models can be measured."""
 
 from typing import Any
@@ -13,7 +13,7 @@ from evals.runs.run import Run
 
 
 def letters(llm: LLM, rows: list[Row], ask: Ask = messages) -> list[ChoiceOutput]:
-    """Of each row the probabilities of its choices' letters, of four " A" to " D", behind its prompt and "The answer is".
+    """Of each row the probabilities of its choices' letters, " A" and so on, behind its prompt and "The answer is".
 
     Raises ValueError where a prompt and a letter are longer than the model takes.
     """
