@@ -16,7 +16,7 @@ from evals.questions.template import PromptTemplate
 from evals.results.compare import differences, main
 from evals.results.likelihood import letters
 from evals.results.record import question
-from evals.runs.settings import read_settings
+from evals.runs.settings import TINY_MODEL, read_settings
 from tests.options import Options
 from tests.test_rows import GSM, MATH, MMLU, QA, write
 
@@ -75,6 +75,10 @@ def test_the_example_runs(example):
     assert set(info["accuracy_by_source"]) == set(info["n_by_source"]) == {"pro", "sums", "haiku"}
     assert info["longbench_f1_by_source"] == {}
     assert info["prompts_version"] == PromptTemplate("my_prompt.jinja").version
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY_MODEL)
+    ask = PromptTemplate("my_prompt.jinja").messages
+    asked = [encode(row, tokenizer, 1000, ask)[0] for row in load_rows("my_rows.jsonl")]
+    assert info["mean_prompt_tokens"] == pytest.approx(sum(map(len, asked)) / 3)
     assert info["grader_versions"]["my_graders:lines"] == own.version("my_graders:lines")
     assert main(["out.json", "out.json"]) == 0
     info["prompts_version"] = 1
