@@ -60,6 +60,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
     add("--dataset", type=text_argument, help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
+    prompt = "a Jinja template over a row's fields, which makes its prompt (evals/questions/prompts.py)"
+    add("--prompt", type=text_argument, metavar="FILE", help=prompt)
     add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
     add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
     add("--shard", type=_shard, help="i/n: of these rows the i-th of n parts, from 1/n to n/n (all)")

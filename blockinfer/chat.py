@@ -1,37 +1,21 @@
 """Conversations, and the chat template that makes a prompt of one."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import weakref
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from blockinfer.checks import reason, shown
+from blockinfer.templates import TemplateProcess
 
 _MESSAGE = "{'role': ..., 'content': ...}"
 
 
-class ChatTemplate:
-    """A tokenizer's chat template.
-
-    A template is a program that comes with a checkpoint. It may loop for ever or fill the memory, in more ways than one
-    could forbid. So it runs, in the sandbox of transformers, in a process of its own that may use `cpu_seconds` for
-    each conversation and `memory` bytes; beyond that it is ended. The process starts with the first conversation, which
-    takes half a second, serves those that follow, and ends with `close` or with this object.
-    """
-
-    cpu_seconds = 5
-    memory = 1 << 29
+class ChatTemplate(TemplateProcess):
+    """A tokenizer's chat template, a program that comes with a checkpoint."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
-        self._process: subprocess.Popen[str] | None = None
-        self._stop = lambda: None
 
     def render(self, conversation: list[dict[str, str]]) -> str:
         """The conversation as text that the assistant is to continue.
@@ -46,63 +30,12 @@ class ChatTemplate:
             line = json.dumps({"chat_template": template, "conversation": conversation, "tokens": tokens})
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"its messages hold what is no JSON: {reason(error)}") from error
-        try:
-            reply = json.loads(self._ask(line) or self._last_words())
-        except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for the next one
-            self.close()
-            raise
+        reply = self.reply(line)
         if "error" in reply:
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} fails: {reply['error']}")
         if not reply["text"].strip():
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} makes an empty prompt of it")
         return reply["text"]
-
-    def close(self) -> None:
-        """Ends the process; the next conversation would start one anew."""
-        self._process = None
-        self._stop()
-
-    def _ask(self, line: str) -> str:
-        """-> the answer, or nothing where the process died."""
-        if self._process is None:
-            self._start()
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return ""
-        answer = self._process.stdout.readline()
-        return answer if answer.endswith("\n") else ""
-
-    def _last_words(self) -> str:
-        """An answer for a process that gave none."""
-        status = self._process.wait()
-        self.close()
-        if status == -signal.SIGXCPU:
-            return json.dumps({"error": f"it took more than {self.cpu_seconds} s of CPU time"})
-        return json.dumps({"error": f"its process ended with status {status}"})
-
-    def _start(self) -> None:
-        worker = Path(__file__).with_name("chat_worker.py")
-        process = subprocess.Popen(
-            # -P: no module of this package is to be found in place of another's
-            [sys.executable, "-P", str(worker), str(self.cpu_seconds), str(self.memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for this process alone
-        )
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # of what was not written yet
-        process.stdin.close()
 
 
 def check_conversations(messages: object) -> list[list[dict[str, str]]]:

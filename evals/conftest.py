@@ -158,7 +158,7 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
             kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
             samples = Samples(settings.samples) if settings.samples else None
             if not settings.is_dummy:
-                require(dict.fromkeys(row["source"] for row in settings.rows))
+                require(settings.rows)
             llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
             stack.enter_context(llm)
             if llm.tokenizer is None:

@@ -58,7 +58,7 @@ class Suite:
         if limit < 1:
             raise ValueError(f"--max-tokens {settings.max_tokens} leaves no room for a prompt: {_room(llm)}")
         try:
-            encoded = [encode(row, llm.tokenizer, limit) for row in settings.rows]
+            encoded = [encode(row, llm.tokenizer, limit, settings.ask) for row in settings.rows]
         except ValueError as error:
             raise ValueError(f"{error}: {_room(llm)}, --max-tokens asks for {settings.max_tokens} of it") from error
         self.prompts = [{"prompt_token_ids": token_ids} for token_ids, _ in encoded]

@@ -13,7 +13,7 @@ def test_mmlu(benchmark, suite):
     if not suite.llm.tokenizer.encode(" A", add_special_tokens=False):
         pytest.skip("the tokenizer has no letters")
     benchmark.extra_info.update(about(rows, suite.environment))
-    outputs = benchmark.pedantic(letters, args=(suite.llm, rows), rounds=3, warmup_rounds=1)
+    outputs = benchmark.pedantic(letters, args=(suite.llm, rows, suite.settings.ask), rounds=3, warmup_rounds=1)
     seconds = benchmark.stats.stats.median if benchmark.enabled else None
     generated = list(suite.runs.values())
     benchmark.extra_info.update(figures(rows, outputs, seconds, generated, suite.settings.rows))

@@ -440,11 +440,14 @@ def test_every_source_has_a_version():
 
 
 def test_what_grading_needs_is_named_before_anything_is_generated(monkeypatch):
-    require(["gsm8k", "mmlu", "longbench_hotpotqa"])
+    choice, number = row("mmlu", "A"), row("mine", "1", grader="number")
+    require([choice, number, row("math500", "1")])
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    require(["mmlu"])
+    require([choice, row("mine", "A", grader="choice"), row("mine", "A", grader="squad")])
     with pytest.raises(ImportError, match=r"grading math500 needs math_verify: pip install 'blockinfer\[test\]'"):
-        require(["mmlu", "math500"])
+        require([choice, row("math500", "1")])
+    with pytest.raises(ImportError, match="grading mine needs math_verify"):
+        require([number])
 
 
 def test_an_unknown_source_is_named():

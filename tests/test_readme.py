@@ -82,6 +82,7 @@ NEEDS = {
         "python -m evals train-tiny --out evals/llada_tiny",
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
     ),
+    "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
     "a cluster": (
         "sbatch --ntasks=8 --gpus-per-task=1 evals/slurm/run_benchmark.slurm --model GSAI-ML/LLaDA-8B-Instruct",
     ),
@@ -93,12 +94,16 @@ NEEDS = {
         "--batch_size 8",  # lm_eval/test_lm_eval.py
         "python -m evals train-tiny --out /tmp/tiny --smoke",  # llada_tiny/test_training.py
         "pytest-benchmark --storage .benchmarks/DEVICE compare",  # test_history.py
+        "python -m evals report out.json --samples elsewhere.jsonl",  # report/test_answers.py
+        # own_questions/test_own_questions.py
+        "pytest evals/ --dataset my_rows.jsonl --prompt my_prompt.jinja --mode block --benchmark-json=out.json",
         "python -m evals report out.json .benchmarks/*/*/*.json -o report.html",  # test_history.py has the pattern
     ),
 }
 # Commands that are run here, with the exit code.
 RUN = {
     "python -m evals report out.json -o report.html": 0,
+    "python -m evals report out.json": 0,
     "python -m evals compare old.json new.json": 0,
     "python -m evals compare evals/baselines/intel-xeon-processor-1-thread.json out.json": 0,
 }

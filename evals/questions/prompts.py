@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from evals.questions.sources import LETTERS, SOURCES, grader_of
+
 PROMPTS_VERSION: int = 1
 
 INSTRUCTIONS = {
@@ -11,16 +13,22 @@ INSTRUCTIONS = {
     "mmlu": "State the fact that decides the question. End with the letter: The answer is X.",
     "longbench_hotpotqa": "Answer from the passages. Name the facts used, then end with: The answer is X.",
 }
+# Of a source of one's own: by its grader what those above say, and nothing for a function.
+_OWN = {grader: INSTRUCTIONS[source] for source, grader in SOURCES.items()}
+_PASSAGES = "Answer from the passages. "
 
 
 def messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The conversation that asks for `row`: fields source and question; choices for mmlu, context for hotpotqa."""
-    source = row["source"]
-    if source not in INSTRUCTIONS:
-        raise ValueError(f"row {row.get('id')!r}: unknown source {source!r}; known are {', '.join(INSTRUCTIONS)}")
-    parts = [row["question"], INSTRUCTIONS[source]]
-    if source == "mmlu":
-        parts.insert(1, "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)))
-    if source == "longbench_hotpotqa" and row.get("context"):
+    """The conversation that asks for `row`: context, question, choices and an instruction, as far as there are any.
+
+    Of the known sources, only mmlu has choices and only longbench_hotpotqa a context.
+    """
+    source, grader = row["source"], grader_of(row)
+    parts = [row["question"]]
+    if row.get("choices") and (source not in SOURCES or grader == "choice"):
+        parts.append("\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)))
+    if row.get("context") and (source not in SOURCES or grader == "squad"):
         parts.insert(0, row["context"])
+    if grader in _OWN:
+        parts.append(_OWN[grader] if row.get("context") or source in SOURCES else _OWN[grader].removeprefix(_PASSAGES))
     return [{"role": "user", "content": "\n\n".join(parts)}]

@@ -1,25 +1,26 @@
-"""Four-choice questions by the likelihood of the letter, as lm-eval asks them: one forward a question, and no answer to
+"""Questions with choices by the likelihood of the letter, as lm-eval asks them: one forward a question and no answer to
 grade, so that base models can be measured."""
 
 from typing import Any
 
 from blockinfer import LLM, ChoiceOutput, ScoringParams
-from evals.questions.rows import Row, encode_for_letter
+from evals.questions.prompts import messages
+from evals.questions.rows import Ask, Row, encode_for_letter
+from evals.questions.sources import LETTERS
 from evals.results.wilson import wilson_interval
 from evals.runs.configurations import LIKELIHOOD
 from evals.runs.run import Run
 
-LETTERS = "ABCD"
 
-
-def letters(llm: LLM, rows: list[Row]) -> list[ChoiceOutput]:
-    """Of each row the probabilities of " A" to " D" behind its prompt and "The answer is".
+def letters(llm: LLM, rows: list[Row], ask: Ask = messages) -> list[ChoiceOutput]:
+    """Of each row the probabilities of its choices' letters, " A" and so on, behind its prompt and "The answer is".
 
     Raises ValueError where a prompt and a letter are longer than the model takes.
     """
     encode = llm.tokenizer.encode
-    choices = [encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
-    prompts = [{"prompt_token_ids": encode_for_letter(row, llm.tokenizer)} for row in rows]
+    encoded = [encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
+    choices = [encoded[: len(row["choices"])] for row in rows]
+    prompts = [{"prompt_token_ids": encode_for_letter(row, llm.tokenizer, ask)} for row in rows]
     return llm.choose(prompts, choices, ScoringParams(seed=0), use_tqdm=False)
 
 

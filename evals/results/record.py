@@ -10,8 +10,6 @@ import torch
 import transformers
 
 from blockinfer import LLM
-from evals.questions.graders import GRADER_VERSIONS
-from evals.questions.prompts import PROMPTS_VERSION
 from evals.questions.rows import rows_hash
 from evals.results.wilson import wilson_interval
 from evals.runs.configurations import REFERENCE_IMPL
@@ -126,6 +124,6 @@ def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
         "commit": commit(),
         "dataset": Path(settings.dataset).name,
         "dataset_revisions": sorted({row["revision"] for row in settings.rows if "revision" in row}),
-        "grader_versions": GRADER_VERSIONS,
-        "prompts_version": PROMPTS_VERSION,
+        "grader_versions": settings.grader_versions,
+        "prompts_version": settings.prompts_version,
     }

@@ -126,9 +126,9 @@ class Configuration(BaseModel):
     rows_sha256: Text | None = None
     shard: Shard | None = None
     shards: Positive = 1
-    prompts_version: Count | None = None
+    prompts_version: Count | Text | None = None
     prompts_truncated: Count | None = None
-    grader_versions: dict[str, Count] | None = None
+    grader_versions: dict[str, Count | Text] | None = None
     n: Positive | None = None
     max_tokens: Positive | None = None
     temperature: Number | None = None

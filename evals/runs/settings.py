@@ -12,7 +12,10 @@ from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from evals.files.outputs import check_outputs, samples_path
-from evals.questions.rows import Row, load_rows, rows_hash, shard_positions
+from evals.questions.graders import GRADER_VERSIONS, versions
+from evals.questions.prompts import PROMPTS_VERSION, messages
+from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
+from evals.questions.template import PromptTemplate
 from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps
 
 SUITE_MODES = (STANDARD, *MODES)
@@ -51,7 +54,8 @@ class Settings:
     """The options of one session, with every default filled in.
 
     device is "cpu" or "cuda"; batch_size in requests; max_seconds of repeated timing of a case; relative_error of the
-    mean at which it may end before; max_accuracy_loss a share, not points.
+    mean at which it may end before; max_accuracy_loss a share, not points. prompt is the template of --prompt;
+    grader_versions are of what judges the rows, all shards' rows.
     """
 
     model: str
@@ -71,6 +75,17 @@ class Settings:
     samples: str | None
     resume: str | None
     shard: Shard | None
+    prompt: PromptTemplate | None
+    grader_versions: dict[str, int | str]
+
+    @property
+    def ask(self) -> Ask:
+        """What makes a row's conversation."""
+        return self.prompt.messages if self.prompt else messages
+
+    @property
+    def prompts_version(self) -> int | str:
+        return self.prompt.version if self.prompt else PROMPTS_VERSION
 
     @property
     def is_dummy(self) -> bool:
@@ -110,11 +125,22 @@ def read_settings(config: pytest.Config) -> Settings:
     dataset = option("--dataset") or str(SAMPLE)
     tokenizer = option("--tokenizer") or (str(TINY_MODEL) if dummy else None)
     compared = option("--benchmark-compare")
-    inputs = [dataset, model, *filter(None, [tokenizer]), *([compared] if isinstance(compared, str) else [])]
+    inputs = [
+        dataset,
+        model,
+        *filter(None, [tokenizer, option("--prompt")]),
+        *([compared] if isinstance(compared, str) else []),
+    ]
     check_outputs(option, inputs)
     number = option("--num-samples") or (None if on_gpu else 32)
     try:
         rows = load_rows(dataset, option("--source"), option("--skip-sample"), number)
+        # with random weights nothing is judged, so no function is imported
+        grader_versions = GRADER_VERSIONS if dummy else versions(rows)
+        prompt = PromptTemplate(option("--prompt")) if option("--prompt") else None
+        # before the model is loaded, which may take minutes
+        for row in rows if prompt else ():
+            prompt.messages(row)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     shard = _shard(option("--shard"), rows)
@@ -136,6 +162,8 @@ def read_settings(config: pytest.Config) -> Settings:
         samples=samples_path(option),
         resume=option("--resume"),
         shard=shard,
+        prompt=prompt,
+        grader_versions=grader_versions,
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from evals.questions.build_sample import build, main
-from evals.questions.graders import grade
+from evals.questions.graders import GRADER_VERSIONS, grade
+from evals.questions.prompts import PROMPTS_VERSION
 from evals.questions.rows import SOURCES, load_rows
 from evals.results.record import environment
 from tests.build_sample.public_sets import NUMBER, gsm8k, longbench, mmlu, replace, without, write_lines
@@ -103,7 +104,8 @@ def test_the_suite_reads_and_grades_the_rows_and_stores_their_revisions(publishe
 
     def stored(rows):
         about = SimpleNamespace(device="cpu", is_tiny=True, load_format="auto", is_dummy=False, dataset=str(path))
-        return environment(SimpleNamespace(**vars(about), rows=rows), torch.float32)["dataset_revisions"]
+        about.rows, about.grader_versions, about.prompts_version = rows, GRADER_VERSIONS, PROMPTS_VERSION
+        return environment(about, torch.float32)["dataset_revisions"]
 
     assert stored(rows) == revisions
     assert stored(load_rows(path, ["mmlu"])) == [rows[2]["revision"]]

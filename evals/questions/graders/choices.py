@@ -1,8 +1,9 @@
-"""The words of four choices, looked for in a text."""
+"""The words of the choices, looked for in a text."""
 
 import re
 
-LETTERS = "ABCD"
+from evals.questions.graders.patterns import GOOD, letters_of
+from evals.questions.sources import LETTERS
 
 # Quotes and TeX around a letter or its words; taken away before either is looked for.
 DRESS = re.compile(
@@ -10,18 +11,16 @@ DRESS = re.compile(
     r"|</?[a-z]{1,6}>"
     r"|(?<![^\s(\[])'(?=\w)|(?<=[\w.])'(?![\w])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
 )
-# What the right choice is called.
-GOOD = (
-    r"(?:correct|right|best|better|true|accurate|appropriate|fitting|what|yes|✅|✓"
-    r"|(?:the|my|our)\s+(?:\w+\s+){0,3}?(?:answer|choice|option|pick|one|statement|closest|safest)\b)"
-)
 
 
 class Words:
-    """The choices' words, each as it is compared."""
+    """The choices' words, each as it is compared, and as many letters."""
 
     def __init__(self, choices: tuple[str, ...]) -> None:
-        self.choices = [(_bare(choice), letter) for letter, choice in zip(LETTERS, choices, strict=True)]
+        self.choices = [
+            (_bare(choice), letter) for letter, choice in zip(LETTERS[: len(choices)], choices, strict=True)
+        ]
+        self.letters = letters_of(len(choices))
 
     def whole(self, text: str) -> str | None:
         """The letter of the one choice that is the whole text."""

@@ -1,0 +1,2 @@
+def lines(row, text):
+    return len(text.strip().splitlines()) == int(row["answer"])
