@@ -261,7 +261,7 @@ def _judged(monkeypatch, function, row=OWN):
     [(True, True, 1.0), (False, False, 0.0), (0.5, False, 0.5), (1, True, 1.0), (0, False, 0.0)],
 )
 def test_what_a_function_returns(monkeypatch, returned, correct, score):
-    assert _judged(monkeypatch, lambda row, text: returned) == (correct, score, None)
+    assert _judged(monkeypatch, lambda row, text: returned)[:3] == (correct, score, None)
 
 
 @pytest.mark.parametrize(
