@@ -431,7 +431,7 @@ def test_what_was_judged_is_told(one, text, extracted):
 
 def test_what_took_too_long_has_told_nothing(monkeypatch):
     monkeypatch.setattr("evals.questions.graders.SECONDS", 0.01)
-    monkeypatch.setitem(graders._GRADERS, "mmlu", lambda row, text: time.sleep(30))
+    monkeypatch.setitem(graders._GRADERS, "choice", lambda row, text: time.sleep(30))
     assert grade(MULTIPLE, "The answer is B.") == graders.Grade(False, 0.0)
 
 

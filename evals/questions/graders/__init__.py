@@ -63,7 +63,7 @@ def grade(row: dict[str, Any], text: str) -> Grade:
     name = grader_of(row)
     if name not in GRADERS:
         score = own.judge(row, text, name)
-        return Grade(score == 1, score, extracted=text or None)
+        return Grade(score == 1, score, extracted=text.strip() or None)
     return within(
         SECONDS,
         _GRADERS[name],
