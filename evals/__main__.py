@@ -20,7 +20,7 @@ COMMANDS = {
     "study": ("evals.llada_tiny.study", "what modes and rules cost the small model in accuracy"),
     "train-tiny": ("evals.llada_tiny.train", "train the small model"),
     "evaluate-tiny": ("evals.llada_tiny.evaluate", "its accuracy on held-out problems"),
-    "sample-tiny": ("evals.llada_tiny.sample", "write its sample_200.jsonl"),
+    "sample-tiny": ("evals.llada_tiny.sample", "write held-out problems of its kinds: sample_200.jsonl, or others"),
     "tokenizer-tiny": ("evals.llada_tiny.tokenizer", "write its tokenizer"),
 }
 

@@ -1,6 +1,7 @@
-"""Write the repository's evaluation rows: 50 held-out problems of each source, interleaved.
+"""Write held-out problems of the small model, as many of each source, interleaved.
 
-python -m evals sample-tiny sample_200.jsonl
+python -m evals sample-tiny sample_200.jsonl # the repository's rows: 50 of each
+python -m evals sample-tiny rows.jsonl --per-source 200 --seed 7 # others
 """
 
 import argparse
@@ -16,12 +17,12 @@ ROWS_PER_SOURCE = 50
 FIELDS = ("id", "source", "question", "answer", "choices", "context", "answers")
 
 
-def sample_rows() -> list[dict]:
+def sample_rows(per_source: int = ROWS_PER_SOURCE, seed: int = SEED) -> list[dict]:
     """The rows with their solutions, no question twice."""
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     seen: set[tuple] = set()
     rows = []
-    for number in range(ROWS_PER_SOURCE):
+    for number in range(per_source):
         for source in SOURCES:
             while True:
                 row = problem(source, rng, "heldout")
@@ -33,9 +34,10 @@ def sample_rows() -> list[dict]:
     return rows
 
 
-def sample_text() -> str:
+def sample_text(per_source: int = ROWS_PER_SOURCE, seed: int = SEED) -> str:
     """The file's contents, one JSON object a line."""
-    return "".join(json.dumps({field: row[field] for field in FIELDS if field in row}) + "\n" for row in sample_rows())
+    rows = sample_rows(per_source, seed)
+    return "".join(json.dumps({field: row[field] for field in FIELDS if field in row}) + "\n" for row in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m evals sample-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=path_argument)
+    parser.add_argument(
+        "--per-source", type=int, default=ROWS_PER_SOURCE, help=f"problems a source ({ROWS_PER_SOURCE})"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help=f"other problems ({SEED} are those of sample_200.jsonl)")
+    args = parser.parse_args(argv)
+    # so many, all different, the smallest of the four has at least
+    if not 1 <= args.per_source <= 250:
+        parser.error(f"--per-source must be from 1 to 250, got {args.per_source}")
     try:
-        write_output(parser.parse_args(argv).path, sample_text())
+        write_output(args.path, sample_text(args.per_source, args.seed))
     except BadOutput as error:
         parser.error(str(error))
