@@ -8,15 +8,14 @@ from functools import cache
 
 from tqdm.auto import tqdm
 
-from blockinfer.checks import check_bool, shown
+from blockinfer.arguments import Continuation
+from blockinfer.checks import check_bool
 from blockinfer.decoding.likelihood import Mask, draw_masks, estimate
 from blockinfer.engine.engine import Engine
 from blockinfer.engine.prompts import Prompt
 from blockinfer.outputs import ChoiceOutput, RequestOutput, ScoreOutput, ScoringOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.scoring_params import ScoringParams
-
-Continuation = str | list[int]
 
 
 @dataclass
@@ -236,29 +235,3 @@ def _choice_output(
     nfe = (single.nfe if single else 0) + sum(score.nfe for score in scores if score)
     probabilities = [weight / math.fsum(weights) for weight in weights]
     return ChoiceOutput(canvas.prompt, answers, logprobs, probabilities, best, scores, nfe)
-
-
-def one_each(values: object, count: int, name: str) -> list[Continuation]:
-    """A continuation for each of `count` prompts: one string or list of ids, or a list of them."""
-    if isinstance(values, str) or (isinstance(values, list | tuple) and values and isinstance(values[0], int)):
-        values = [values]
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{name} must be a list of strings or of lists of token ids, got {shown(values)}")
-    if len(values) != count:
-        raise ValueError(f"there are {count} prompts but {len(values)} {name}; give one for each")
-    return list(values)
-
-
-def lists_of_choices(choices: object, count: int) -> list[list[Continuation]]:
-    """Candidates for each of `count` prompts: one list of them for all, or a list of lists."""
-    if not isinstance(choices, list | tuple) or not all(isinstance(c, str | list | tuple) for c in choices):
-        raise ValueError(
-            f"choices must be a list of candidates, or one such list for each prompt, got {shown(choices)}"
-        )
-    if all(isinstance(c, str) or all(isinstance(i, int) for i in c) for c in choices):
-        return [list(choices)] * count
-    if len(choices) != count:
-        raise ValueError(
-            f"there are {count} prompts but {len(choices)} lists of choices; give one for each, or for all"
-        )
-    return [[c] if isinstance(c, str) else list(c) for c in choices]

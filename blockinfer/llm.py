@@ -10,35 +10,31 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from blockinfer.arguments import (
+    OF_SAMPLING,
+    Continuation,
+    as_list,
+    lists_of_choices,
+    one_each,
+    params_for_each,
+    refuse_generating,
+    refuse_scoring,
+    scoring_params_of,
+)
 from blockinfer.chat import ChatTemplate, check_conversations
-from blockinfer.checkpoint import load_tokenizer, read_config
-from blockinfer.checks import check_bool, reason, refuse_unknown, shown
-from blockinfer.config import EngineConfig, ModelConfig
+from blockinfer.checks import check_bool, refuse_unknown, shown
+from blockinfer.config import EngineConfig
 from blockinfer.engine.engine import Engine
 from blockinfer.engine.model_runner import EngineStats
 from blockinfer.engine.prompts import Prompt
 from blockinfer.engine.sequence import BLOCKS, DENOISE
-from blockinfer.hints import GENERATE_HINTS, LLM_HINTS, SAMPLING_HINTS, SCORING_HINTS
+from blockinfer.hints import LLM_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
-from blockinfer.likelihood import Continuation, choose, lists_of_choices, one_each, score
-from blockinfer.memory import check_fits
-from blockinfer.models.llada import LLaDA
-from blockinfer.models.registry import model_class
+from blockinfer.likelihood import choose, score
+from blockinfer.loading import load
 from blockinfer.outputs import ChoiceOutput, RequestOutput, ScoreOutput
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.scoring_params import ScoringParams
-from blockinfer.weights import find_weights, load_weights, randomize
-
-_OF_SAMPLING = dict.fromkeys(SamplingParams.__dataclass_fields__, "it is an option of SamplingParams")
-_OF_SAMPLING |= {name: f"in SamplingParams {hint}" for name, hint in SAMPLING_HINTS.items()}
-
-_OF_SCORING = dict.fromkeys(ScoringParams.__dataclass_fields__, "it is an option of ScoringParams")
-_OF_SCORING |= {name: f"in ScoringParams {hint}" for name, hint in SCORING_HINTS.items()} | {
-    "params": "it is called scoring_params here",
-    "sampling_params": "it is called scoring_params here",
-}
-_SCORE_NAMES = ("prompts", "continuations", "scoring_params", "use_tqdm")
-_CHOOSE_NAMES = ("prompts", "choices", "scoring_params", "use_tqdm")
 
 
 class LLM:
@@ -88,7 +84,7 @@ class LLM:
         **unknown: Any,
     ) -> None:
         start = time.perf_counter()
-        hints = _OF_SAMPLING | LLM_HINTS
+        hints = OF_SAMPLING | LLM_HINTS
         refuse_unknown("LLM", unknown, EngineConfig.__dataclass_fields__, hints)
         config = EngineConfig(
             model=model,
@@ -107,20 +103,9 @@ class LLM:
             cudagraph_capture_sizes=cudagraph_capture_sizes,
             seed=seed,
         )
-        folder, raw, source = read_config(config)
-        self.model_config = ModelConfig.from_dict(raw, source)
-        make_model = model_class(self.model_config.architecture, source)
-        self.tokenizer = load_tokenizer(config, folder, self.model_config.vocab_size)
-        self.config = config.resolve(self.model_config, getattr(self.tokenizer, "mask_token_id", None))
-        stored = find_weights(self.model_config, folder) if load_format == "auto" else None
-        check_fits(self.model_config, self.config)
-        with torch.inference_mode():
-            network = self._build(make_model)
-            if stored is None:
-                randomize(network, seed or 0)
-            else:
-                load_weights(network, stored)
-        self._engine: Engine | None = Engine(network, self.config, self.tokenizer)
+        loaded = load(config)
+        self.model_config, self.config, self.tokenizer = loaded.model_config, loaded.config, loaded.tokenizer
+        self._engine: Engine | None = Engine(loaded.network, self.config, self.tokenizer)
         self._chat_template = self.tokenizer and ChatTemplate(self.tokenizer)
         self.load_seconds = time.perf_counter() - start
 
@@ -147,13 +132,13 @@ class LLM:
         the model's logits are NaN or infinite, at the latest once that block is through; RuntimeError on a closed LLM,
         while requests added to `engine` by hand are unfinished, and where on_finish aborted one of these.
         """
-        _refuse_unknown("LLM.generate", unknown, "prompts")
+        refuse_generating("LLM.generate", unknown, "prompts")
         engine = self._idle_engine()
         check_bool("use_tqdm", use_tqdm)
         if on_finish is not None and not callable(on_finish):
             raise ValueError(f"on_finish must be a function of one output, got {shown(on_finish)}")
-        prompts = _as_list(prompts)
-        params = _one_each(sampling_params, len(prompts))
+        prompts = as_list(prompts)
+        params = params_for_each(sampling_params, len(prompts))
         try:
             return self._complete(prompts, params, use_tqdm, on_finish)
         finally:
@@ -229,7 +214,7 @@ class LLM:
         The options are those of `generate`. Raises what that does, and ValueError where there is no tokenizer or no
         template, and, naming the conversation, where the template fails.
         """
-        _refuse_unknown("LLM.chat", unknown, "messages")
+        refuse_generating("LLM.chat", unknown, "messages")
         prompts = self.chat_prompts(messages)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
 
@@ -264,9 +249,9 @@ class LLM:
         Prompts are those of `generate`, without masked spans. Each mask is a request whose one step is batched with the
         others'. Raises what `generate` does for a bad prompt, and ValueError for a continuation that is empty.
         """
-        refuse_unknown("LLM.score", unknown, _SCORE_NAMES, _OF_SCORING)
-        prompts = _as_list(prompts)
-        params = _scoring_params(scoring_params)
+        refuse_scoring("LLM.score", unknown, "continuations")
+        prompts = as_list(prompts)
+        params = scoring_params_of(scoring_params)
         return score(self.engine, prompts, one_each(continuations, len(prompts), "continuations"), params, use_tqdm)
 
     def choose(
@@ -284,9 +269,9 @@ class LLM:
         one token are read off one forward, exactly, of the softmax over the whole vocabulary; a longer one's
         log-probability is its score. Raises what `score` does.
         """
-        refuse_unknown("LLM.choose", unknown, _CHOOSE_NAMES, _OF_SCORING)
-        prompts = _as_list(prompts)
-        params = _scoring_params(scoring_params)
+        refuse_scoring("LLM.choose", unknown, "choices")
+        prompts = as_list(prompts)
+        params = scoring_params_of(scoring_params)
         return choose(self.engine, prompts, lists_of_choices(choices, len(prompts)), params, use_tqdm)
 
     @property
@@ -325,47 +310,8 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _build(self, make_model: type[LLaDA]) -> LLaDA:
-        config = self.config
-        try:
-            return make_model(self.model_config, config.dtype, config.device, config.max_model_len)
-        except RuntimeError as error:  # torch's own, where memory that was free is not there
-            raise ValueError(f"{config.model} cannot be allocated on {config.device}: {reason(error)}") from error
-
     def _add(self, number: int, prompt: Prompt, params: SamplingParams | None) -> int:
         try:
             return self.engine.add_request(prompt, params)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
-
-
-def _scoring_params(params: object) -> ScoringParams:
-    if not isinstance(params, ScoringParams | None):
-        raise ValueError(f"scoring_params must be a ScoringParams, got {type(params).__name__}")
-    return params or ScoringParams()
-
-
-def _refuse_unknown(owner: str, given: dict[str, Any], first: str) -> None:
-    names = (first, "sampling_params", "use_tqdm", "on_finish")
-    refuse_unknown(owner, given, names, _OF_SAMPLING | GENERATE_HINTS)
-
-
-def _one_each(params: object, count: int) -> Sequence[SamplingParams | None]:
-    """sampling_params for each of `count` prompts; that each is one is seen when it is added."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if not isinstance(params, list | tuple):
-        got = type(params).__name__
-        raise ValueError(f"sampling_params must be a SamplingParams or one for each prompt, got {got}")
-    if len(params) != count:
-        raise ValueError(f"there are {count} prompts but {len(params)} params; give one, or one each")
-    return params
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several, as a list of prompts."""
-    if not isinstance(prompts, str | dict | list | tuple):
-        raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
-    if isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)

@@ -73,7 +73,7 @@ def test_the_default_cache_takes_half_of_what_weights_leave(tmp_path, monkeypatc
     folder = write_checkpoint(tmp_path)
     page = 2 * 2 * 32 * 4 * 16
     monkeypatch.setattr(memory, "_machine_free", lambda: 50 * page + page // 2)
-    monkeypatch.setattr("blockinfer.llm.check_fits", lambda *_: None)
+    monkeypatch.setattr("blockinfer.loading.check_fits", lambda *_: None)
     with LLM(folder, device="cpu") as llm:
         assert llm.engine.pool.num_pages == 25
         assert llm.generate([1, 2], SamplingParams(max_tokens=9), use_tqdm=False)

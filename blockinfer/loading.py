@@ -1,0 +1,48 @@
+"""From a checkpoint to a network that can run."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from blockinfer.checkpoint import load_tokenizer, read_config
+from blockinfer.checks import reason
+from blockinfer.config import EngineConfig, ModelConfig
+from blockinfer.memory import check_fits
+from blockinfer.models.llada import LLaDA
+from blockinfer.models.registry import model_class
+from blockinfer.weights import find_weights, load_weights, randomize
+
+
+class Loaded(NamedTuple):
+    """A network with its weights; config is resolved: what was "auto" is known. tokenizer: None where there is none."""
+
+    network: LLaDA
+    model_config: ModelConfig
+    config: EngineConfig
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Everything is checked before any memory is taken. Raises ValueError as `LLM` does."""
+    folder, raw, source = read_config(config)
+    model_config = ModelConfig.from_dict(raw, source)
+    make_model = model_class(model_config.architecture, source)
+    tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
+    resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
+    stored = find_weights(model_config, folder) if config.load_format == "auto" else None
+    check_fits(model_config, resolved)
+    with torch.inference_mode():
+        network = _allocate(make_model, model_config, resolved)
+        if stored is None:
+            randomize(network, config.seed or 0)
+        else:
+            load_weights(network, stored)
+    return Loaded(network, model_config, resolved, tokenizer)
+
+
+def _allocate(make_model: type[LLaDA], model_config: ModelConfig, config: EngineConfig) -> LLaDA:
+    try:
+        return make_model(model_config, config.dtype, config.device, config.max_model_len)
+    except RuntimeError as error:  # torch's own, where memory that was free is not there
+        raise ValueError(f"{config.model} cannot be allocated on {config.device}: {reason(error)}") from error
