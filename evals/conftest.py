@@ -156,7 +156,7 @@ def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     with ExitStack() as stack:
         try:
             kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
-            samples = Samples(settings.samples) if settings.samples else None
+            samples = stack.enter_context(Samples(settings.samples)) if settings.samples else None
             if not settings.is_dummy:
                 require(settings.rows)
             llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)

@@ -76,7 +76,7 @@ def make_suite(tmp_path, chat_llm):
         settings = read_settings(Options(**(fixed | changed)))
         opened.close()
         kept = opened.enter_context(Generations(settings.resume)) if settings.resume else None
-        samples = Samples(settings.samples) if settings.samples else None
+        samples = opened.enter_context(Samples(settings.samples)) if settings.samples else None
         return Suite(chat_llm, settings, kept, samples=samples)
 
     with ExitStack() as opened:

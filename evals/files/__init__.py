@@ -4,12 +4,14 @@ Who reads and writes a run's files needs this, and needs no torch.
 """
 
 import argparse
+import fcntl
 import os
 import secrets
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import TextIO
 
@@ -140,6 +142,26 @@ def replacing(path: StrPath) -> Iterator[str]:
             os.replace(part, target)
         except OSError as error:
             raise BadOutput(f"{_reason(error)}; what it was to hold is in {part!r}") from error
+
+
+def locked(path: str) -> FileIO:
+    """The file, made where it is missing, for this run alone; what is written goes to its end. Raises ValueError where
+    another run has it."""
+    while True:
+        file = open(path, "a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError("another run is writing to it; wait for its end, or name another file") from None
+        except OSError:
+            # some network file systems have no locks; lines are then appended without one
+            pass
+        file.seek(0)
+        # another run may have put a file in its place meanwhile
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            return file
+        file.close()
 
 
 @contextmanager

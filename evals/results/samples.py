@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from evals.files import BadOutput, StrPath, check_target, read_bytes, samples_name, write_output
+from evals.files import BadOutput, StrPath, check_target, locked, read_bytes, samples_name
 from evals.results.reader import BadFile, StoredRun
 from evals.results.schema import Configuration, Count, Flag, Number, Text
 
@@ -56,10 +56,12 @@ class Sample(BaseModel):
 
 
 class Samples:
-    """The file while it is written. It is begun anew with the first answer: until then an earlier one's stays."""
+    """The file while it is written, for this run alone. It is begun anew with the first answer: until then an earlier
+    one's stays."""
 
     def __init__(self, path: StrPath) -> None:
-        """Raises ValueError for a file that cannot be written, and for one that holds something else."""
+        """Raises ValueError for a file that cannot be written, that another run is writing, or that is of something
+        else."""
         self.path = os.fspath(path)
         # lines with a grade could not be written, and why the last of them could not
         self.lost, self.reason = 0, ""
@@ -68,14 +70,22 @@ class Samples:
         self._end = 0
         self._open: dict[Case, list[bytes]] = defaultdict(list)
         try:
-            target = check_target(path)
-            if os.path.exists(target):
-                with open(target, "rb") as file:
-                    first = file.readline()
-                if first and not _is_ours(first):
-                    raise ValueError("it holds something else than answers of the suite: name another file")
+            self._file = locked(check_target(path))
+            with open(self.path, "rb") as file:
+                first = file.readline()
+            if first and not _is_ours(first):
+                self._file.close()
+                raise ValueError("it holds something else than answers of the suite: name another file")
+        except BadOutput as error:
+            raise ValueError(f"--samples: {error}") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"--samples {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def __enter__(self) -> "Samples":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
     def add(self, case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput") -> None:
         """An answer without its grade. That it cannot be written is told by `settle`, which writes it again."""
@@ -83,11 +93,10 @@ class Samples:
         self._open[case].append(line)
         try:
             if not self._begun:
-                write_output(self.path, b"")
+                self._file.truncate(0)
                 self._begun = True
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(line)
-        except (OSError, BadOutput):
+            self._file.write(line)
+        except OSError:
             pass
 
     def settle(self, run: "Run", rows: list[dict[str, Any]], prompts: list[str]) -> None:
@@ -95,15 +104,18 @@ class Samples:
         self._open.pop(run.case, None)
         grades = run.grades or [None] * len(rows)
         lines = [_line(run.case, *of) for of in zip(rows, prompts, run.outputs, grades, strict=True)]
-        rest = b"".join(line for others in self._open.values() for line in others)
+        rest = [line for others in self._open.values() for line in others]
         try:
-            head = read_bytes(self.path)[: self._end] if self._end else b""
-            settled = head + b"".join(lines)
-            write_output(self.path, settled + rest)
-        except (OSError, BadOutput) as error:
-            self.lost, self.reason = self.lost + len(lines), getattr(error, "strerror", None) or str(error)
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                raise OSError("it was removed while the run wrote to it")
+            self._file.truncate(self._end)
+            left = memoryview(b"".join(lines + rest))
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.lost, self.reason = self.lost + len(lines), error.strerror or str(error)
         else:
-            self._begun, self._end = True, len(settled)
+            self._begun, self._end = True, self._end + sum(map(len, lines))
 
     def told_lost(self) -> str:
         return f"--samples {self.path}: {self.lost} answers could not be written: {self.reason}"

@@ -1,14 +1,12 @@
 """Generations kept in a file as they come, so that the same command goes on where a killed run stopped."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import sys
 from array import array
 from collections import defaultdict
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pydantic_core import from_json
 import blockinfer
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.outputs import CompletionOutput, RequestMetrics
-from evals.files import BadOutput, check_target, write_output
+from evals.files import BadOutput, check_target, locked, write_output
 
 _START = b'{"key": "'
 # and the row's id, which older lines lack: it is for people, the key decides
@@ -42,7 +40,7 @@ class Generations:
         self.lost, self.reason = 0, ""
         self.damaged: list[int] = []
         try:
-            self._file = _locked(check_target(path))
+            self._file = locked(check_target(path))
             try:
                 self._found = self._read()
             except BaseException:
@@ -86,7 +84,7 @@ class Generations:
         write_output(self.path, b"".join(lines[number] + b"\n" for number in whole))
         # the file of that name is another one now
         self._file.close()
-        self._file = _locked(check_target(self.path))
+        self._file = locked(check_target(self.path))
 
     def __enter__(self) -> "Generations":
         return self
@@ -133,25 +131,6 @@ class Generations:
         """What to do where lines could not be written."""
         number = f"{self.lost} generation{'s' * (self.lost > 1)}"
         return f"--resume {self.path}: {number} could not be kept: {self.reason}. The same command would make them anew"
-
-
-def _locked(path: str) -> FileIO:
-    """The file, for this run alone. Raises ValueError where another run has it."""
-    while True:
-        file = open(path, "a+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError("another run is writing to it; wait for its end") from None
-        except OSError:
-            # some network file systems have no locks; lines are then appended without one
-            pass
-        file.seek(0)
-        # another run may have put a file in its place meanwhile
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            return file
-        file.close()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,21 +134,42 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
 
 
 def test_what_can_no_longer_be_written_is_counted_and_the_rest_is_there(make_suite, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    path = folder / "answers.jsonl"
+    path = tmp_path / "answers.jsonl"
     suite = make_suite(samples=str(path))
     vanilla, block = suite.settings.cases
-    folder.rename(tmp_path / "elsewhere")
+    path.rename(tmp_path / "elsewhere")
     suite.measure(vanilla, None)
-    assert suite.samples.lost == 7
-    said = (
-        f"--samples {path}: 7 answers could not be written: '{path}' cannot be written: there is no folder '{folder}'"
-    )
+    said = f"--samples {path}: 7 answers could not be written: No such file or directory"
     assert suite.samples.told_lost() == said
-    folder.mkdir()
+    path.touch()
+    suite.measure(block, None)
+    said = f"--samples {path}: 14 answers could not be written: it was removed while the run wrote to it"
+    assert suite.samples.told_lost() == said and not path.read_bytes()
+
+
+def test_a_full_disk_costs_the_answers_that_it_has_no_room_for(make_suite, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    suite = make_suite(samples=str(path))
+    vanilla, block = suite.settings.cases
+    file = suite.samples._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        suite.samples._file = SimpleNamespace(write=full.write, truncate=file.truncate, fileno=file.fileno)
+        suite.measure(vanilla, None)
+    assert suite.samples.told_lost().endswith(": 7 answers could not be written: No space left on device")
+    suite.samples._file = file
     suite.measure(block, None)
     assert [one["mode"] for one in lines(path)] == ["block"] * 7 and suite.samples.lost == 7
+
+
+def test_two_runs_cannot_write_to_one_file(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    with (
+        Samples(path),
+        pytest.raises(ValueError, match="--samples .*samples.jsonl: another run is writing to it; wait"),
+    ):
+        Samples(path)
+    with Samples(path):
+        pass
 
 
 @pytest.mark.parametrize(
