@@ -17,7 +17,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.serve import __main__ as serve
 from evals.gate import command as gate
 from evals.gate import experiment
-from evals.llada_tiny import study, train
+from evals.llada_tiny import sample, study, train
 from evals.questions import build_sample
 from evals.results import compare
 from evals.timing import stages
@@ -51,6 +51,8 @@ NEEDS = {
         "pytest evals/ --mode block --benchmark-compare --benchmark-compare-fail=median:50%",
         "pytest evals/ --num-samples 200 --mode block,block_refresh --unmasking low_confidence,threshold",
         "pytest evals/test_serving.py --benchmark-json=serving.json",
+        "OMP_NUM_THREADS=1 pytest evals/ --dataset rows.jsonl --source mmlu --num-samples 200 --mode block "
+        "--mmlu likelihood --skip-vanilla",
         "nox -s gate -- --base origin/main",
         "nox -s gate -- --base origin/main --profile quick",
         "python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1,0.05:vanilla,0.05:threshold,0.05:memory "
@@ -102,6 +104,7 @@ NEEDS = {
 }
 # Commands that are run here, with the exit code.
 RUN = {
+    "python -m evals sample-tiny rows.jsonl --per-source 200 --seed 7": None,
     "python -m evals report out.json -o report.html": 0,
     "python -m evals report out.json": 0,
     "python -m evals compare old.json new.json": 0,
@@ -210,6 +213,13 @@ def test_every_link_leads_somewhere(page):
 def test_every_option_is_one(option, pytestconfig):
     known = {name for group in pytestconfig._parser._groups for o in group.options for name in o.names()}
     parsers = [build_sample.parser(), compare.make_parser(), experiment.make_parser(), gate.make_parser()]
-    parsers += [serve.make_parser(), cli.make_parser(), stages.make_parser(), study.make_parser(), train.make_parser()]
+    parsers += [
+        serve.make_parser(),
+        cli.make_parser(),
+        stages.make_parser(),
+        study.make_parser(),
+        train.make_parser(),
+        sample.make_parser(),
+    ]
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known

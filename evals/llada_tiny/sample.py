@@ -40,7 +40,7 @@ def sample_text(per_source: int = ROWS_PER_SOURCE, seed: int = SEED) -> str:
     return "".join(json.dumps({field: row[field] for field in FIELDS if field in row}) + "\n" for row in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m evals sample-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--per-source", type=int, default=ROWS_PER_SOURCE, help=f"problems a source ({ROWS_PER_SOURCE})"
     )
     parser.add_argument("--seed", type=int, default=SEED, help=f"other problems ({SEED} are those of sample_200.jsonl)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     # so many, all different, the smallest of the four has at least
     if not 1 <= args.per_source <= 250:
