@@ -5,7 +5,7 @@ import torch
 
 from blockinfer import LLM, SamplingParams
 from blockinfer.engine import model_runner
-from blockinfer.kernels import activation, confidence, kv_store, linear, norm, paged_attention, unmasking
+from blockinfer.kernels import activation, confidence, kv_store, linear, masked_rows, norm, paged_attention, unmasking
 from tests.checkpoints import write_checkpoint
 from tests.comparison import NEAR_TIE, assert_equivalent
 from tests.reference import Reference
@@ -20,7 +20,8 @@ KERNELS = {
     linear: ["skinny_linear_triton"],
     norm: ["add_rms_norm_triton"],
     paged_attention: ["paged_attention_triton"],
-    unmasking: ["masked_rows_triton", "unmask_triton"],
+    masked_rows: ["masked_rows_triton"],
+    unmasking: ["unmask_triton"],
 }
 
 
