@@ -214,7 +214,7 @@ def test_a_worker_that_dies_ends_it_and_is_named(tmp_path):
     process, worker = started(tmp_path)
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "died with exit code -9; the same command goes on from state.pt" in errors
+    assert process.returncode == 2 and "died with exit code -9; the same command goes on from state.pt" in errors
 
 
 def test_training_runs_from_nothing(tmp_path):
