@@ -1,6 +1,7 @@
 """Hypothesis's profiles, and the random checkpoints and engines that the tests share."""
 
 import os
+import signal
 from contextlib import ExitStack
 
 import hypothesis
@@ -81,3 +82,17 @@ def make_suite(tmp_path, chat_llm):
 
     with ExitStack() as opened:
         yield make
+
+
+@pytest.fixture
+def heeding_signals():
+    """A shell's background ignores SIGINT and nohup SIGHUP, and what they start would do so as well."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -10,17 +10,10 @@ import pytest
 
 from evals.gate import checkout
 from evals.gate.checkout import RunFailed, base_checkout, git
-from evals.gate.exits import ENDINGS, FAILED
+from evals.gate.exits import FAILED
 from tests.gate.figures import ROOT
 
-
-@pytest.fixture(autouse=True)
-def signals_by_default():
-    """A shell's background ignores SIGINT and nohup SIGHUP, which a gate that is started under them would take over."""
-    before = {ending: signal.signal(ending, signal.SIG_DFL) for ending in ENDINGS if ending != signal.SIGINT}
-    yield
-    for ending, handler in before.items():
-        signal.signal(ending, handler)
+pytestmark = pytest.mark.usefixtures("heeding_signals")
 
 
 def assert_nothing_is_left(repository, temporary):
@@ -63,14 +56,6 @@ def is_running(process):
 
 
 @pytest.fixture
-def heeding_ctrl_c():
-    """Of a job in a shell's background SIGINT is ignored, and in what it starts as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
 def gate(repository):
     """A gate that has started its workers, whose numbers are `children`."""
     process = subprocess.Popen(
@@ -90,7 +75,6 @@ def gate(repository):
     assert not any(map(is_running, children))
 
 
-@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_gate_that_is_cancelled_leaves_nothing(repository, temporary, gate, sent):
     gate.send_signal(sent)

@@ -73,6 +73,7 @@ def ask(slow, tokens):
     }
 
 
+@pytest.mark.usefixtures("heeding_signals")
 def test_sigterm_lets_what_runs_finish(slow):
     with Process(slow, BLOCKINFER_API_KEY="sk-env") as server, httpx.Client(base_url=server.url, timeout=30) as client:
         assert client.get("/v1/models").status_code == 401
@@ -90,6 +91,7 @@ def test_sigterm_lets_what_runs_finish(slow):
     assert "Traceback" not in "".join(server.log)
 
 
+@pytest.mark.usefixtures("heeding_signals")
 def test_ctrl_c_ends_what_does_not_finish_in_time(slow):
     with Process(slow, "--shutdown-timeout", "0.3", "--served-model-name", "slow") as server:
         with httpx.Client(base_url=server.url, timeout=30) as client:
