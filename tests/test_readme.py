@@ -187,6 +187,12 @@ def test_a_command(command, tmp_path, monkeypatch):
     assert front.main(words[3:]) == RUN[command]
 
 
+@pytest.mark.parametrize("name", ["my_rows.jsonl", "my_prompt.jinja", "my_graders.py"])
+def test_the_example_of_own_questions_is_the_one_that_is_run(name):
+    (shown_text,) = re.findall(rf"`{re.escape(name)}`\n\n```\w+\n(.*?)```", TEXT["evals/README.md"], re.DOTALL)
+    assert shown_text == (ROOT / "tests/own_questions" / name).read_text(encoding="utf-8")
+
+
 def test_every_mode_and_rule_is_described():
     rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
