@@ -1,8 +1,8 @@
 """A live server: `python -m blockinfer.serve` as a process of its own, and requests through httpx.
 
 `at-once` sends as many requests as run at once, and again without HTTP to an engine of this process, in turn: the
-server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken, or, on a CPU that others use
-too, so its CPU time a token. The other cases are Poisson arrivals at shares of the rate that `at-once` reached:
+server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken; on a CPU, which others may use
+too, its CPU time a token stands beside. The other cases are Poisson arrivals at shares of the rate that `at-once` reached:
 tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests. All are random token
 ids, answers of one length in 8 steps a block, streamed.
 
@@ -125,7 +125,7 @@ def test_at_once(benchmark, about, settings, llm, server, requests, capacity):
     of_cpu = tuple(cpu) if settings.device == "cpu" else None
     info = figures(min(loads, key=lambda load: load.seconds)) | beside_engine(loads, alone, of_cpu)
     benchmark.extra_info.update(info)
-    assert max(info["of_engine"], info["of_engine_cpu"] or 0) >= BAR[settings.device]
+    assert info["of_engine"] >= BAR[settings.device]
 
 
 @pytest.mark.benchmark(group="serving: Poisson arrivals")
