@@ -1,10 +1,10 @@
 """A live server: `python -m blockinfer.serve` as a process of its own, and requests through httpx.
 
 `at-once` sends as many requests as run at once, and again without HTTP to an engine of this process, in turn: the
-server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken; on a CPU, which others may use
-too, its CPU time a token stands beside. The other cases are Poisson arrivals at shares of the rate that `at-once` reached:
-tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests. All are random token
-ids, answers of one length in 8 steps a block, streamed.
+server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken; on a CPU, which others may
+use too, its CPU time a token stands beside. The other cases are Poisson arrivals at shares of the rate that `at-once`
+reached: tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests. All are random
+token ids, answers of one length in 8 steps a block, streamed.
 
 It runs on a GPU, or where the file is named. The model is that of evals/test_steps.py.
 """
