@@ -162,8 +162,6 @@ def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int]) -> _Work | 
 
 def _run(engine: Engine, works: list[_Work], params: ScoringParams, use_tqdm: bool) -> None:
     """Through the engine, as many at a time as keep it busy: their state is not made before."""
-    if engine.has_unfinished():
-        raise RuntimeError("the engine has unfinished requests; step() until they are done, or abort_all()")
     check_bool("use_tqdm", use_tqdm)
     try:
         _complete(engine, works, params, use_tqdm)

@@ -250,9 +250,10 @@ class LLM:
         others'. Raises what `generate` does for a bad prompt, and ValueError for a continuation that is empty.
         """
         refuse_scoring("LLM.score", unknown, "continuations")
+        engine = self._idle_engine()
         prompts = as_list(prompts)
         params = scoring_params_of(scoring_params)
-        return score(self.engine, prompts, one_each(continuations, len(prompts), "continuations"), params, use_tqdm)
+        return score(engine, prompts, one_each(continuations, len(prompts), "continuations"), params, use_tqdm)
 
     def choose(
         self,
@@ -270,9 +271,10 @@ class LLM:
         log-probability is its score. Raises what `score` does.
         """
         refuse_scoring("LLM.choose", unknown, "choices")
+        engine = self._idle_engine()
         prompts = as_list(prompts)
         params = scoring_params_of(scoring_params)
-        return choose(self.engine, prompts, lists_of_choices(choices, len(prompts)), params, use_tqdm)
+        return choose(engine, prompts, lists_of_choices(choices, len(prompts)), params, use_tqdm)
 
     @property
     def stats(self) -> EngineStats:

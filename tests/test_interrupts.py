@@ -13,6 +13,24 @@ from tests.checkpoints import write_checkpoint
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
 
 
+def interrupting(files, stop_at):
+    """A trace function that raises KeyboardInterrupt at the stop_at-th line of these files of the engine."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        path = Path(frame.f_code.co_filename)
+        if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
+            return None
+        lines += event == "line"
+        if lines == stop_at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
 def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
     """The interrupt comes at the n-th line that the engine executes, for n all over a run but its clean-up."""
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
@@ -72,19 +90,7 @@ def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
 
         def run(stop_at):
             """-> whether there was an interrupt, at the stop_at-th line."""
-            lines = 0
-
-            def trace(frame, event, _):
-                nonlocal lines
-                path = Path(frame.f_code.co_filename)
-                if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
-                    return None
-                lines += event == "line"
-                if lines == stop_at:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-                return trace
-
+            trace = interrupting(files, stop_at)
             ids = [engine.add_request(prompt, params) for prompt in prompts]
             dropped = engine.add_request([9, 9], params)
             outputs, interrupted, steps = {}, 0, 0
@@ -125,19 +131,7 @@ def test_ctrl_c_leaves_answers_shadows_and_scores_whole(tmp_path):
 
         def run(stop_at):
             """-> the outputs, and whether there was an interrupt, at the stop_at-th line."""
-            lines = 0
-
-            def trace(frame, event, _):
-                nonlocal lines
-                path = Path(frame.f_code.co_filename)
-                if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
-                    return None
-                lines += event == "line"
-                if lines == stop_at:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-                return trace
-
+            trace = interrupting(files, stop_at)
             ids = [engine.add_request(canvas, sampled), engine.add_request([5, 6], guided)]
             reads = [[(i, canvas[i])] for i in answer]
             ids.append(engine.add_scoring(canvas, answer, [(i,) for i in answer], reads, ScoringParams(mode="block")))
