@@ -13,7 +13,7 @@ from blockinfer.checks import (
     shown,
 )
 from blockinfer.config import EngineConfig
-from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.modes import DROP_SUFFIX, MAY_DELAY, MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.hints import SAMPLING_HINTS
 from blockinfer.kernels.slots import Rank
@@ -43,10 +43,19 @@ class SamplingParams:
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
         is left. More steps than positions means one token a step.
     mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
-    unmasking: the rule: low_confidence, random, sequential, threshold, factor or entropy. Every mode takes every rule.
-    threshold, factor, entropy_bound: what the rule of that name reads; None is its default (0.9, 1.0, 0.15 nats).
-        One that the chosen rule does not read is refused. With threshold 1.0 a step reveals one token, but for those
-        whose probability is 1 even when that of all others is summed in float32.
+    unmasking: the rule: low_confidence, random, sequential, threshold, factor, entropy or entropy_threshold. Every mode
+        takes every rule.
+    threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9, 1.0,
+        0.15 nats, 0.5 nats). One that the chosen rule does not read is refused. With threshold 1.0 a step reveals one
+        token, but for those whose probability is 1 even when that of all others is summed in float32.
+    block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
+        most 64 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a schedule
+        choose among the masked positions of all open blocks as if these were one, and reveal one at least of the first
+        block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
+    decoded_token_threshold: an open block is active once this share of the one before it is revealed. The schedule
+        reveals nothing in a block that is not active, and its steps, which denoising_steps limits, do not count.
+    suffix_window: masks behind the last open block that `block` and `block_refresh` keep, up to the canvas's end.
+    commit_delay: steps for which `block` computes a finished block on, beside the open ones, before it is committed.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
         samples from their softmax at that temperature. At most 1e6.
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
@@ -83,6 +92,11 @@ class SamplingParams:
     threshold: float | None = None
     factor: float | None = None
     entropy_bound: float | None = None
+    entropy_threshold: float | None = None
+    block_add_threshold: float = 1.0
+    decoded_token_threshold: float = 1.0
+    suffix_window: int = 0
+    commit_delay: int = 0
     temperature: float = 0.0
     seed: int | None = None
     cfg_scale: float = 0.0
@@ -108,6 +122,7 @@ class SamplingParams:
         check_choice("mode", self.mode, MODES)
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
+        self._check_window()
         check_real("temperature", self.temperature, 0.0, 1e6)
         check_real("cfg_scale", self.cfg_scale, 0.0, 1e6)
         check_seed(self.seed)
@@ -124,6 +139,16 @@ class SamplingParams:
         self._check_n()
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, _MOST_LOGPROBS)
+
+    def _check_window(self) -> None:
+        check_real("block_add_threshold", self.block_add_threshold, 0.0, 1.0)
+        check_real("decoded_token_threshold", self.decoded_token_threshold, 0.0, 1.0)
+        for name, modes in (("suffix_window", DROP_SUFFIX), ("commit_delay", MAY_DELAY)):
+            value = getattr(self, name)
+            check_int(name, value, 0)
+            if value and self.mode not in modes:
+                readers = f"only {' and '.join(modes)} {'do' if len(modes) > 1 else 'does'}"
+                raise ValueError(f"mode {self.mode!r} does not read {name} ({readers}), got {name}={value}")
 
     def _check_stop_strings(self) -> None:
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
@@ -147,7 +172,9 @@ class SamplingParams:
 
     def _check_rule_options(self) -> None:
         rule = RULES[self.unmasking]
-        for name, maximum in (("threshold", 1.0), ("factor", float("inf")), ("entropy_bound", float("inf"))):
+        infinity = float("inf")
+        options = {"threshold": 1.0, "factor": infinity, "entropy_bound": infinity, "entropy_threshold": infinity}
+        for name, maximum in options.items():
             value = getattr(self, name)
             if value is None:
                 continue

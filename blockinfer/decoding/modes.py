@@ -3,6 +3,9 @@
 A segment is a run of query positions of one sequence against the first `kv_len` keys of that sequence. A forward writes
 the K and V of all its queries to their pages before it attends, so the segments of one forward see each other's K and V
 as far as their kv_len reaches. A mode is a pure function from where a sequence stands to its next segments.
+
+Where a sequence stands is a window of open blocks; with one block at a time it is that block. The window's start moves
+when its first block is finished, and its end when a block opens (`decoding.windows`).
 """
 
 from collections.abc import Callable
@@ -20,8 +23,10 @@ class Segment(NamedTuple):
 class BlockState(NamedTuple):
     """Where a sequence stands; positions count from the prompt's first token.
 
-    prompt_len: the first generated position. canvas_end: one past the last. [block_start, block_end): the block being
-    denoised. step: denoising steps already made in it. num_cached: leading positions whose K/V is final in the pages.
+    prompt_len: the first generated position. canvas_end: one past the last. [block_start, block_end): the window, which
+    is the block being denoised, or all blocks that are open at once. suffix_end: one past the last mask that the window
+    sees where the suffix is dropped, at least block_end. step: steps already made since the window's start last moved.
+    num_cached: leading positions whose K/V is final in the pages.
     """
 
     prompt_len: int
@@ -29,6 +34,7 @@ class BlockState(NamedTuple):
     canvas_end: int
     block_start: int
     block_end: int
+    suffix_end: int
     step: int
     num_cached: int
 
@@ -42,13 +48,13 @@ def vanilla(state: BlockState) -> list[Segment]:
 
 
 def prefix_cache(state: BlockState) -> list[Segment]:
-    """The K/V before the block is held for one block (Fast-dLLM's prefix cache, arXiv 2505.22618, section 3.2)."""
+    """The K/V before the window is held until it moves (Fast-dLLM's prefix cache, arXiv 2505.22618, section 3.2)."""
     start = 0 if state.step == 0 else state.block_start
     return [Segment(start, state.canvas_end, state.canvas_end)]
 
 
 def dual_cache(state: BlockState) -> list[Segment]:
-    """The K/V before the block and of the masks after it is held for one block (Fast-dLLM's dual cache)."""
+    """The K/V before the window and of the masks after it is held until it moves (Fast-dLLM's dual cache)."""
     if state.step == 0:
         return [Segment(0, state.canvas_end, state.canvas_end)]
     return [Segment(state.block_start, state.block_end, state.canvas_end)]
@@ -57,10 +63,10 @@ def dual_cache(state: BlockState) -> list[Segment]:
 def block(state: BlockState) -> list[Segment]:
     """The suffix is dropped and committed K/V never recomputed: each block sees the prompt and the blocks before it.
 
-    What is not cached yet rides along with the block's first step: the prompt, the block just finished, or, after a
+    What is not cached yet rides along with the window's first step: the prompt, the blocks just finished, or, after a
     preemption, all of them, each with kv_len at its own end, as if each had been computed when it was finished.
     """
-    return _commits(state) + [Segment(state.block_start, state.block_end, state.block_end)]
+    return _commits(state) + [Segment(state.block_start, state.suffix_end, state.suffix_end)]
 
 
 def _commits(state: BlockState) -> list[Segment]:
@@ -74,9 +80,9 @@ def _commits(state: BlockState) -> list[Segment]:
 
 
 def block_refresh(state: BlockState) -> list[Segment]:
-    """The suffix is dropped; all K/V before the block is computed anew at its first step, then held for one block."""
+    """The suffix is dropped; all K/V before the window is computed anew when it moves, then held."""
     start = 0 if state.step == 0 else state.block_start
-    return [Segment(start, state.block_end, state.block_end)]
+    return [Segment(start, state.suffix_end, state.suffix_end)]
 
 
 MODES: dict[str, Mode] = {
@@ -92,3 +98,9 @@ PROMPT_ALONE = frozenset({"block"})
 
 # These see all of the canvas, so that text may follow what is masked.
 SEE_SUFFIX = ("vanilla", "prefix_cache", "dual_cache")
+
+# These drop what follows the window, but for the masks that a request has them keep.
+DROP_SUFFIX = ("block", "block_refresh")
+
+# In these a block that is finished may stay in the window for a while: they commit it once it has left.
+MAY_DELAY = ("block",)

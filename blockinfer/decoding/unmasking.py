@@ -1,7 +1,7 @@
-"""Unmasking rules: which masked positions of a block a step reveals.
+"""Unmasking rules: which masked positions of the open blocks a step reveals.
 
 A rule is a way to rank the masked positions and a way to choose of them, both of which are in `kernels.slots`. It
-reveals at least one masked position of every block that has one, and nothing else.
+reveals nothing but masked positions of open blocks, and at least one of the first of them.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,13 @@ class Rule(NamedTuple):
     option: str | None = None
     default: float = 0.0
 
+    def choice_option(self, value: float) -> float:
+        """What the choice reads, where the rule's option has this value: of a threshold the lowest score."""
+        if self.choice != Choice.THRESHOLD:
+            return value
+        # minus what all other tokens have, or minus the entropy
+        return value - 1 if self.rank == Rank.CONFIDENCE else -value
+
 
 def scheduled_count(length: int, steps: int, step: int) -> int:
     """Positions that step `step` (from 0) of `steps` reveals in a block of `length`: as even as can be, more first.
@@ -38,4 +45,7 @@ RULES: dict[str, Rule] = {
     "threshold": Rule(Rank.CONFIDENCE, Choice.THRESHOLD, scheduled=False, option="threshold", default=0.9),
     "factor": Rule(Rank.CONFIDENCE, Choice.FACTOR, scheduled=False, option="factor", default=1.0),
     "entropy": Rule(Rank.CERTAINTY, Choice.ENTROPY, scheduled=False, option="entropy_bound", default=0.15),
+    "entropy_threshold": Rule(
+        Rank.CERTAINTY, Choice.THRESHOLD, scheduled=False, option="entropy_threshold", default=0.5
+    ),
 }

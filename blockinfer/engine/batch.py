@@ -20,7 +20,7 @@ class StepInputs(NamedTuple):
     """A step's indices, int64, on the model's device: views of what `pack` made.
 
     num_tiles [1], tiles [I, TILE_COLUMNS]: of attention (kernels.paged_attention), of which the first num_tiles are
-    meant. blocks: what is known of each sequence's block, each [B], B at least the sequences. slots, positions [T]:
+    meant. blocks: what is known of each open block, each [B], B at least as many. slots, positions [T]:
     each row's, T at least the rows; those that pad it are of the scrap slot.
     """
 
@@ -62,7 +62,7 @@ def step_columns(blocks: int) -> slice:
 def pack_steps(scheduled: Items[ScheduledSequence], blocks: int) -> np.ndarray:
     """Of Blocks the columns that change from step to step of a block, one after the other, int64."""
     columns = np.zeros((_STEP_FIELDS, blocks), dtype=np.int64)
-    steps = [(s.step, s.reveal_count(), s.is_last_step(), s.num_masked) for s, _ in denoised(scheduled)]
+    steps = [block for sequence, _ in denoised(scheduled) for block in sequence.block_steps()]
     columns[:4, : len(steps)] = np.array(steps, dtype=np.int64).reshape(-1, 4).T
     columns[4] = columns[3].cumsum() - columns[3]
     return columns.ravel()
@@ -83,13 +83,13 @@ def lane_rows(scheduled: Items[ScheduledSequence]) -> list[range]:
 
 
 def block_rows(scheduled: Items[ScheduledSequence]) -> list[int]:
-    """The row of each block's first position, of those that have one. A plan's last segment holds the block."""
+    """The row of each open block's first position. A plan's last segment holds these blocks."""
     pairs = zip(scheduled, lane_rows(scheduled), strict=True)
-    return [r.stop - (plan.segments[-1].stop - s.block_start) for (s, plan), r in pairs if isinstance(s, Sequence)]
+    return [rows.stop - (plan.segments[-1].stop - block.start) for (s, plan), rows in pairs for block in s.window]
 
 
 def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot: int, cutting: Cutting) -> np.ndarray:
-    """StepInputs for B = blocks and T = rows, which may be more than the sequences need, one after the other, int64.
+    """StepInputs for B = blocks and T = rows, which may be more than there are, one after the other, int64.
 
     `step_columns` are left 0.
     """
@@ -99,10 +99,12 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
             for start, stop, kv_len in plan.segments:
                 spans.append((slot, stop - start, start - number, kv_len))
                 number += stop - start
-    fixed = [
-        (sequence.slot, sequence.block_start, sequence.block_end - sequence.block_start, first_row, sequence.position)
-        for (sequence, _), first_row in zip(denoised(scheduled), block_rows(scheduled), strict=True)
-    ]
+    fixed, first_rows = [], iter(block_rows(scheduled))
+    for sequence, plan in scheduled:
+        window = len(fixed), len(fixed) + plan.blocks - 1
+        for block in sequence.window:
+            place = block.start - sequence.prompt_len
+            fixed.append((sequence.slot, block.start, block.stop - block.start, next(first_rows), place, 0, *window))
     slots, lengths, shifts, kv_lens = np.array(spans, dtype=np.int64).T
     tiles = cut(slots, lengths, kv_lens, cutting, rows)
     start = _header(blocks)
@@ -110,7 +112,8 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     packed[0] = len(tiles)
     columns = packed[step_columns(blocks).stop : start].reshape(-1, blocks)
     columns[0] = scrap_slot
-    columns[:5, : len(fixed)] = np.array(fixed, dtype=np.int64).reshape(-1, 5).T
+    columns[6:] = np.arange(blocks)
+    columns[:, : len(fixed)] = np.array(fixed, dtype=np.int64).reshape(-1, 8).T
     columns[5] = columns[2].cumsum() - columns[2]
     row_slots, positions = packed[start : start + 2 * rows].reshape(2, rows)
     row_slots[:number], row_slots[number:] = slots.repeat(lengths), scrap_slot
@@ -121,7 +124,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
 
 def layout(scheduled: Items[ScheduledSequence]) -> list:
     """What a packed tensor depends on besides its sizes."""
-    return [(s.request_id, s.slot, s.position, plan.segments) for s, plan in scheduled]
+    return [(s.request_id, s.slot, s.position, plan) for s, plan in scheduled]
 
 
 def slot_options(sequence: Sequence) -> list[int]:
@@ -131,7 +134,7 @@ def slot_options(sequence: Sequence) -> list[int]:
     options = SlotOptions(
         rank=rule.rank,
         choice=rule.choice,
-        value=_float_bits(params.rule_value),
+        value=_float_bits(rule.choice_option(params.rule_value)),
         temperature=_float_bits(params.temperature),
         seed=sequence.seed - 2**64 if sequence.seed >= 2**63 else sequence.seed,
         forbid_eos=params.logits_eos_inf,

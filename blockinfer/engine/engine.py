@@ -16,7 +16,7 @@ from blockinfer.engine.batch import denoised
 from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.infilling import InfillSequence, check_infilling
 from blockinfer.engine.limits import Limits
-from blockinfer.engine.model_runner import ModelRunner
+from blockinfer.engine.model_runner import ModelRunner, most_blocks
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.prompts import Prompt, PromptReader, ReadPrompt
 from blockinfer.engine.scheduler import Scheduler
@@ -168,21 +168,22 @@ class Engine:
             if result.broken:
                 sequence.broken = True
                 continue
-            sequence.advance(result.masked_left)
-            if not result.masked_left:
-                sequence.finish_block(result.token_ids, result.logprobs)
+            token_ids = None if result.token_ids is None else self._canvas(result.token_ids)
+            final = sequence.advance(result.left, token_ids)
+            if final:
+                sequence.finish(token_ids, final, result.logprobs)
                 came_on.append(sequence)
             elif sequence.stream == DENOISE:
-                canvases[sequence.request_id] = self._canvas(result.token_ids)
+                canvases[sequence.request_id] = tuple(token_ids)
                 came_on.append(sequence)
         outputs = self._tell(came_on, canvases)
         # what was launched before, while the device is busy
         outputs += self._collect(1 if scores is not None else 0)
         return sorted(outputs, key=lambda output: output.request_id)
 
-    def _canvas(self, token_ids: list[int]) -> tuple[int | None, ...]:
-        # a mask is never predicted
-        return tuple(None if token_id == self.config.mask_token_id else token_id for token_id in token_ids)
+    def _canvas(self, token_ids: list[int]) -> list[int | None]:
+        """None where a position is masked: a mask is never predicted."""
+        return [None if token_id == self.config.mask_token_id else token_id for token_id in token_ids]
 
     def _tell(self, came_on: list[Sequence], canvases: Canvases) -> list[RequestOutput | ScoringOutput]:
         """Of the requests that came on, those that are finished or streamed; finished sequences leave the batch."""
@@ -299,7 +300,7 @@ class Engine:
         pool = PagePool(self.runner.num_pages, self.config.page_size)
         row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
         limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        scheduler = Scheduler(pool, *limits, row_tile, self._alone)
+        scheduler = Scheduler(pool, *limits, row_tile, self._alone, most_blocks(self.config.max_num_seqs))
         for sequence in sequences.values():
             sequence.requeue()
             if not sequence.is_finished():

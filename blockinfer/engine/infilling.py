@@ -3,6 +3,7 @@
 from itertools import takewhile
 
 from blockinfer.decoding.modes import SEE_SUFFIX
+from blockinfer.decoding.windows import OpenBlock
 from blockinfer.engine.sequence import Sequence
 from blockinfer.sampling_params import SamplingParams
 
@@ -12,6 +13,10 @@ def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
     if params.mode not in SEE_SUFFIX:
         raise ValueError(
             f"mode {params.mode!r} drops what is after a block, which infilling must see; use {', '.join(SEE_SUFFIX)}"
+        )
+    if params.block_add_threshold < 1:
+        raise ValueError(
+            f"masked spans are filled a block at a time, got block_add_threshold={params.block_add_threshold}; leave it 1.0"
         )
     if tokens.count(None) > params.max_tokens:
         raise ValueError(
@@ -42,13 +47,15 @@ class InfillSequence(Sequence):
         super().__init__(request_id, prompt, tokens[:first], params, seed, stop_token_ids, siblings)
         self.asked_token_ids = prompt_token_ids
         self.canvas_end = len(tokens)
-        self._begin_block()
+        self._begin()
 
-    def _block_end(self) -> int:
-        return min(self.block_start + self.params.block_length, self._masked_end)
-
-    def _count_masked(self) -> int:
-        return self.given_after()[: max(0, self.block_end - self.block_start)].count(None)
+    def _block_from(self, start: int) -> OpenBlock | None:
+        """The block that begins at the next masked position."""
+        while start < self._masked_end and self.tail[start - self.prompt_len] is not None:
+            start += 1
+        stop = min(start + self.params.block_length, self._masked_end)
+        masked = self.tail[start - self.prompt_len : stop - self.prompt_len].count(None)
+        return self._open(start, stop, masked) if masked else None
 
     def given_after(self) -> list[int | None]:
         return self.tail[len(self.output_token_ids) :]
@@ -57,17 +64,22 @@ class InfillSequence(Sequence):
         output = [t if fixed is None else None for t, fixed in zip(self.output_token_ids, self.tail, strict=False)]
         return [None] * self.prompt_len + output
 
-    def finish_block(self, token_ids: list[int], logprobs: list[dict[int, tuple[float, int]]] | None = None) -> None:
-        """The next block begins at the next masked position."""
-        given = list(takewhile(lambda token: token is not None, self.given_after()[len(token_ids) :]))
-        super().finish_block(token_ids + given, logprobs and logprobs + [{}] * len(given))
+    def finish(
+        self,
+        token_ids: list[int | None],
+        number: int,
+        logprobs: list[dict[int, tuple[float, int]]] | None = None,
+    ) -> None:
+        """With the given text up to the next masked position."""
+        given = list(takewhile(lambda token: token is not None, self.given_after()[number:]))
+        super().finish(token_ids + given, number + len(given), logprobs and logprobs + [{}] * len(given))
 
     def stop_position(self) -> int | None:
         """None: stop tokens end a span, and not the others."""
         return None
 
     def is_finished(self) -> bool:
-        return self.block_start >= self.canvas_end
+        return not self.window
 
     def spans(self) -> list[slice]:
         """The masked spans, as parts of the output."""

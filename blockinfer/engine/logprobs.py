@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from blockinfer.decoding.windows import OpenBlock
 from blockinfer.engine.batch import block_rows, denoised
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
@@ -18,18 +19,20 @@ from blockinfer.kernels.slots import SlotState
 
 
 class Observed(NamedTuple):
-    """A block before its step: its sequence, its first row in the forward, how many rows further its shadow's is, and
-    which of its positions are masked."""
+    """An open block before its step: its sequence, its first row in the forward, how many rows further its shadow's is,
+    and which of its positions are masked."""
 
     sequence: Sequence
+    block: OpenBlock
     first_row: int
     shift: int
     masked: torch.Tensor
 
 
 class RevealedLogprobs:
-    """Keeps them on the device until a block's end: of each slot that asks [block_length, 2 k + 3] float64, the token's
-    rank, and ids and log-probabilities of the token and of the k likeliest ones, the likeliest first."""
+    """Keeps them on the device until a block's end: of each slot that asks [N, 2 k + 3] float64, N output positions or,
+    where one block is open at a time, those of a block: the token's rank, and ids and log-probabilities of the token
+    and of the k likeliest ones, the likeliest first."""
 
     def __init__(self, state: SlotState, vocabulary: Vocabulary, padded: Callable[[int], int]) -> None:
         """padded: to how many rows so many are best padded."""
@@ -42,7 +45,9 @@ class RevealedLogprobs:
         """Room for a sequence that was given its slot."""
         self._kept.pop(sequence.slot, None)
         if sequence.params.logprobs is not None:
-            shape = sequence.params.block_length, 2 * sequence.params.logprobs + 3
+            params = sequence.params
+            length = params.max_tokens if sequence.has_several_blocks else params.block_length
+            shape = length, 2 * params.logprobs + 3
             self._kept[sequence.slot] = torch.zeros(shape, dtype=torch.float64, device=self._state.tokens.device)
 
     def before(self, scheduled: list[ScheduledSequence]) -> list[Observed]:
@@ -50,15 +55,19 @@ class RevealedLogprobs:
         entries = denoised(scheduled)
         if all(sequence.params.logprobs is None for sequence, _ in entries):
             return []
+        blocks = [(sequence, plan, block) for sequence, plan in entries for block in sequence.window]
         return [
-            Observed(sequence, row, plan.rows // sequence.lanes, self._of_block(self._state.masked, sequence).clone())
-            for (sequence, plan), row in zip(entries, block_rows(scheduled), strict=True)
+            Observed(
+                *(sequence, block, row, plan.rows // sequence.lanes),
+                self._state.masked[sequence.slot, block.start : block.stop].clone(),
+            )
+            for (sequence, plan, block), row in zip(blocks, block_rows(scheduled), strict=True)
             if sequence.params.logprobs is not None
         ]
 
     def after(self, observed: list[Observed], logits: Callable[[torch.Tensor, Guidance | None], torch.Tensor]) -> None:
         """What the step revealed is kept. logits: of rows [N] of the forward."""
-        for sequence, first_row, shift, masked in observed:
+        for sequence, block, first_row, shift, masked in observed:
             length = len(masked)
             # of as many rows as graphs have, whose kernels are compiled
             rows = torch.arange(self._padded(length), device=masked.device).clamp(max=length - 1) + first_row
@@ -66,31 +75,33 @@ class RevealedLogprobs:
             if sequence.guided:
                 scale = torch.full(rows.shape, sequence.params.cfg_scale, dtype=torch.float64, device=rows.device)
                 guidance = Guidance(torch.full_like(rows, shift), scale)
-            tokens = self._of_block(self._state.tokens, sequence)
+            tokens = self._state.tokens[sequence.slot, block.start : block.stop]
             found = _likeliest(
                 self._logprobs(logits(rows, guidance)[:length], sequence), tokens, sequence.params.logprobs
             )
-            revealed = masked & ~self._of_block(self._state.masked, sequence)
-            kept = self._kept[sequence.slot][:length]
+            revealed = masked & ~self._state.masked[sequence.slot, block.start : block.stop]
+            kept = self._kept_of(sequence, block)
             kept.copy_(torch.where(revealed[:, None], found, kept))
 
     def read(self, sequence: Sequence) -> list[dict[int, tuple[float, int]]] | None:
-        """Of each position of its block the tokens' log-probabilities and ranks, by id, once all is revealed; None
-        where nobody asked. Waits for the device."""
+        """Of each position of its open blocks the tokens' log-probabilities and ranks, by id, which mean something where
+        it is revealed; None where nobody asked. Waits for the device."""
         number = sequence.params.logprobs
         if number is None:
             return None
         positions = []
-        length = sequence.block_end - sequence.block_start
-        for rank, *values in self._kept[sequence.slot][:length].tolist():
+        kept = torch.cat([self._kept_of(sequence, block) for block in sequence.window])
+        for rank, *values in kept.tolist():
             ids, logprobs = [int(i) for i in values[: number + 1]], values[number + 1 :]
             # the token's own last, in place of what it is among the likeliest
             tokens = dict(zip(ids[1:], zip(logprobs[1:], range(1, number + 1), strict=True), strict=True))
             positions.append(tokens | {ids[0]: (logprobs[0], int(rank))})
         return positions
 
-    def _of_block(self, values: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        return values[sequence.slot, sequence.block_start : sequence.block_end]
+    def _kept_of(self, sequence: Sequence, block: OpenBlock) -> torch.Tensor:
+        kept = self._kept[sequence.slot]
+        first = block.start - sequence.prompt_len if sequence.has_several_blocks else 0
+        return kept[first : first + block.stop - block.start]
 
     def _logprobs(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """[N, vocabulary's size], of the distribution that the step reveals from: what is no candidate is -inf."""

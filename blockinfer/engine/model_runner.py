@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from blockinfer.config import EngineConfig
+from blockinfer.decoding.windows import MAX_OPEN_BLOCKS
 from blockinfer.engine.batch import (
     StepInputs,
     denoised,
@@ -61,13 +62,14 @@ class EngineStats:
 
 
 class BlockResult(NamedTuple):
-    """A sequence's block after a step: how many positions are still masked, and, where the result was read, its tokens.
+    """A sequence's open blocks after a step: how many positions of each are still masked, and, where the result was
+    read, the tokens of all.
 
     broken: its logits were NaN or infinite, and the rest means nothing; as far as was read. logprobs: of each position,
-    by token id, where they were asked for and the block is at its end.
+    by token id, where they were asked for and a block may be at its end.
     """
 
-    masked_left: int
+    left: list[int]
     token_ids: list[int] | None = None
     broken: bool = False
     logprobs: list[dict[int, tuple[float, int]]] | None = None
@@ -112,7 +114,7 @@ class ModelRunner:
         self._scores = ScoreReader(self._logits, lambda rows: self._reveal.padded(rows), size, self.device)
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
-        self._blocks = config.max_num_seqs + config.max_num_seqs % 2
+        self._blocks = most_blocks(config.max_num_seqs)
         rows = -(-config.max_num_batched_tokens // ROW_TILE) * ROW_TILE
         self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
         self._layout: tuple[int, list] | None = None
@@ -172,13 +174,14 @@ class ModelRunner:
             self._start_lane(sequence, sequence.shadow_slot, sequence.shadow_token_ids())
         if not isinstance(sequence, Sequence):
             return
-        given = sequence.given_after()
-        if given:
-            self._write_tokens(sequence.slot, sequence.block_start, given)
         self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end] = True
-        if given:
-            is_masked = [token is None for token in given]
-            write(self.state.masked[sequence.slot, sequence.block_start : sequence.canvas_end], is_masked)
+        standing = sequence.standing_token_ids()
+        if standing:
+            self._write_tokens(sequence.slot, sequence.block_start, standing)
+            part = slice(sequence.block_start, sequence.block_start + len(standing))
+            write(self.state.masked[sequence.slot, part], [token is None for token in standing])
+            if sequence.guided:
+                show_shadows(self.state, [sequence])
         self.state.broken[sequence.slot].fill_(False)
         write(self.state.options[sequence.slot], slot_options(sequence))
         self._logprobs.start(sequence)
@@ -195,11 +198,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
-        """One step of every scheduled sequence -> what became of each one's block, of those that have one, and what is
+        """One step of every scheduled sequence -> what became of each one's blocks, of those that have some, and what is
         read of the others' logits, where there are any.
 
         Waits for the device only where a block ends, whose tokens may hold a stop token, where a rule has no schedule,
-        and where someone watches a canvas. Otherwise the step is still under way or queued behind others, on one
+        where several blocks may be open, and where someone watches a canvas. Otherwise the step is still under way or queued behind others, on one
         stream: what is done next to slots and pages, which may be another sequence's by then, is done after it.
         """
         rows = sum(entry.plan.rows for entry in scheduled)
@@ -221,7 +224,7 @@ class ModelRunner:
         return (self._denoise(scheduled, sequences) if sequences else []), scores
 
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
-        """What follows the layers in the sequences that have a block."""
+        """What follows the layers in the sequences that have blocks."""
         expected = [sequence.masked_after_step() for sequence in sequences]
         masked = sum(sequence.num_masked for sequence in sequences)
         write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
@@ -236,20 +239,22 @@ class ModelRunner:
         self._logprobs.after(observed, self._logits)
         self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
         if all(expected) and not any(sequence.stream == DENOISE for sequence in sequences):
-            return [BlockResult(left) for left in expected]
+            return [BlockResult([left]) for left in expected]
         return self._read(sequences)
 
     def _read(self, sequences: list[Sequence]) -> list[BlockResult]:
         """Waits for the step's result."""
-        lengths = [sequence.block_end - sequence.block_start for sequence in sequences]
-        start = 2 * self._blocks
-        values = self._result[: start + sum(lengths)].tolist()
+        start, block = 2 * self._blocks, 0
+        total = sum(sequence.block_end - sequence.block_start for sequence in sequences)
+        values = self._result[: start + total].tolist()
         results = []
-        for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            broken, left = values[2 * i : 2 * i + 2]
-            logprobs = None if left else self._logprobs.read(sequence)
-            results.append(BlockResult(left, values[start : start + length], bool(broken), logprobs))
-            start += length
+        for sequence in sequences:
+            stop, last = start + sequence.block_end - sequence.block_start, block + len(sequence.window)
+            broken, left = values[2 * block], values[2 * block + 1 : 2 * last : 2]
+            may_end = not left[0] or sequence.has_several_blocks
+            logprobs = self._logprobs.read(sequence) if may_end else None
+            results.append(BlockResult(left, values[start:stop], bool(broken), logprobs))
+            start, block = stop, last
         return results
 
     def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
@@ -327,6 +332,12 @@ class ModelRunner:
         if len(chunks) == 1:
             return chunks[0]
         return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def most_blocks(max_num_seqs: int) -> int:
+    """How many blocks a step may work on, an even number: one of each sequence, or all that one may have open and one
+    of each other."""
+    return (max_num_seqs + MAX_OPEN_BLOCKS) // 2 * 2
 
 
 def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:

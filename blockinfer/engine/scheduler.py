@@ -1,5 +1,6 @@
 """Who runs in the next step. Plain Python: requests wait, run, are preempted and come back; no tensors."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
@@ -25,14 +26,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, row_tile: int = 1, alone: bool = False
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        row_tile: int = 1,
+        alone: bool = False,
+        max_blocks: int | None = None,
     ) -> None:
         """row_tile: so many rows cost as much as one more; 1 where each row costs its share. alone: one request runs at
-        a time, whatever the limits allow."""
+        a time, whatever the limits allow. max_blocks: open ones in a step; None is any number."""
         self.pool = pool
         self.alone = alone
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
+        self.max_blocks = max_blocks or math.inf
         # by id, so that an abort need not look for its request
         self._waiting: OrderedDict[int, Resident] = OrderedDict()
         self.running: list[Resident] = []  # oldest first
@@ -50,18 +58,19 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The next step's sequences, in the order they were added.
 
-        Where the rows exceed max_num_batched_tokens, the sequences that ran least recently go first.
+        Where the rows exceed max_num_batched_tokens, or the open blocks max_blocks, the sequences that ran least
+        recently go first.
         """
         self._steps += 1
         self._grow()
         self._admit()
-        scheduled, rows = [], 0
+        scheduled, rows, blocks = [], 0, 0
         for sequence in sorted(self.running, key=lambda s: (s.last_run, s.request_id)):
             entry = ScheduledSequence(sequence, sequence.plan())
             rows_with_it = rows + entry.plan.rows
-            if rows_with_it <= self.max_num_batched_tokens:
+            if rows_with_it <= self.max_num_batched_tokens and blocks + entry.plan.blocks <= self.max_blocks:
                 scheduled.append(entry)
-                rows = rows_with_it
+                rows, blocks = rows_with_it, blocks + entry.plan.blocks
         scheduled = _with_their_prompts(self._in_whole_tiles(scheduled))
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
         return scheduled

@@ -48,7 +48,7 @@ class ScoringRow(Resident):
 
     def _segments(self) -> list[Segment]:
         length = len(self._token_ids)
-        state = BlockState(self.prompt_len, length, length, self.prompt_len, length, 0, self.num_cached)
+        state = BlockState(self.prompt_len, length, length, self.prompt_len, length, length, 0, self.num_cached)
         return SCORING_MODES[self.mode](state)
 
     def launched(self) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from blockinfer.decoding.modes import MODES, PROMPT_ALONE, BlockState, Segment
 from blockinfer.decoding.unmasking import RULES, scheduled_count
+from blockinfer.decoding.windows import MAX_OPEN_BLOCKS, OpenBlock, Window, activated, after_step, num_finished
 from blockinfer.engine.stops import StopMatch
 from blockinfer.sampling_params import SamplingParams
 
@@ -14,12 +15,13 @@ BLOCKS, DENOISE = "blocks", "denoise"
 
 
 class Plan(NamedTuple):
-    """What a step computes of a sequence: its segments, of which the last holds the block being denoised, how many rows
-    they have, and the largest kv_len."""
+    """What a step computes of a sequence: its segments, of which the last holds the open blocks, how many rows they
+    have, and the largest kv_len; and how many blocks are open."""
 
     segments: list[Segment]
     rows: int
     kv_len: int
+    blocks: int
 
 
 class Resident:
@@ -34,6 +36,7 @@ class Resident:
     prompt_len: int
     guided: bool
     position = 0
+    window: Window = ()
 
     def __init__(self, request_id: int, siblings: "list[Resident] | None") -> None:
         self.request_id = request_id
@@ -70,7 +73,7 @@ class Resident:
         if self._plan is None:
             segments = self._segments()
             rows = self.lanes * sum(stop - start for start, stop, _ in segments)
-            self._plan = Plan(segments, rows, max(kv_len for _, _, kv_len in segments))
+            self._plan = Plan(segments, rows, max(kv_len for _, _, kv_len in segments), len(self.window))
         return self._plan
 
     def _segments(self) -> list[Segment]:
@@ -115,9 +118,28 @@ class Resident:
         return source is None or source.num_cached >= self.prompt_len or source.request_id in computing
 
 
+class Saved(NamedTuple):
+    """Where a sequence goes on from when its pages were taken: how it stood when its last block was finished.
+
+    leaving: of finished blocks that are still in the window their ends, and the steps that each stays. steps: made so
+    far. token_ids: of the positions of the open blocks, None where one is masked; logprobs: where they are asked for.
+    """
+
+    window_start: int
+    leaving: tuple[tuple[int, int], ...]
+    window: Window
+    steps: int
+    token_ids: list[int | None]
+    logprobs: list[dict[int, tuple[float, int]]]
+
+
 class Sequence(Resident):
-    """The state of a request, or of one of its answers, on the host. The tokens of the block being denoised live on the
-    device, in row `slot`."""
+    """The state of a request, or of one of its answers, on the host. The tokens of the open blocks live on the device,
+    in row `slot`.
+
+    window: the open blocks, of which the first is not finished. window_start: the first position that each step
+    computes, which is the first block's, or that of a finished one that `commit_delay` keeps.
+    """
 
     def __init__(
         self,
@@ -139,6 +161,7 @@ class Sequence(Resident):
         self.guided = params.cfg_scale > 0
         self.seed = seed
         self.stop_token_ids = stop_token_ids
+        self.has_several_blocks = params.block_add_threshold < 1  # whether one may open before the last is finished
         self._is_scheduled = RULES[params.unmasking].scheduled
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
@@ -147,106 +170,180 @@ class Sequence(Resident):
         self.streamed_text = ""
         self.stopped_by: StopMatch | None = None
         self.num_searched = 0  # tokens that hold no stop string
-        self._masked_left = 0
-        self.denoising_steps = 0
         self.first_block_at: float | None = None
-        self._begin_block()
+        self._begin()
 
-    def _begin_block(self) -> None:
-        # asked for many times a step, so kept
-        self.block_start = self.prompt_len + len(self.output_token_ids)
-        self.block_end = self._block_end()
-        self._num_revealed = self._count_masked()
-        self._step_limit = self.params.block_steps(self._num_revealed)
-        self.step = 0
+    def _begin(self) -> None:
+        first = self._block_from(self.prompt_len)
+        self._saved = Saved(self.prompt_len, (), (first,), 0, [], [])
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """As it was saved."""
+        self.window_start, self._leaving, self.window, self.denoising_steps, *_ = self._saved
+        self.step = 0  # since the window's start last moved
         self._plan: Plan | None = None
 
-    def _block_end(self) -> int:
-        return min(self.block_start + self.params.block_length, self.canvas_end)
+    def _block_from(self, start: int) -> OpenBlock | None:
+        """The block that begins there; None at the canvas's end."""
+        stop = min(start + self.params.block_length, self.canvas_end)
+        return self._open(start, stop, stop - start) if start < stop else None
 
-    def _count_masked(self) -> int:
-        """Positions of the block that it reveals."""
-        return self.block_end - self.block_start
+    def _open(self, start: int, stop: int, number: int) -> OpenBlock:
+        return OpenBlock(start, stop, number, number, self.params.block_steps(number))
 
     def known_token_ids(self) -> list[int]:
-        """Those of the positions before the block."""
+        """Those of the positions before the open blocks."""
         return self.prompt_token_ids + self.output_token_ids
 
     def given_after(self) -> list[int | None]:
-        """What is given from the block on, None where a position is masked; empty where all of them are."""
+        """What is given from the first open block on, None where a position is masked; empty where all of them are."""
         return []
 
+    def standing_token_ids(self) -> list[int | None]:
+        """What stands from the first open block on when the device is told of it, None where a position is masked;
+        empty where all of them are."""
+        return self._saved.token_ids if self.has_several_blocks else self.given_after()
+
     def shadow_token_ids(self) -> list[int | None]:
-        """Those of the positions before the block as the shadow sees them: None in place of what is given."""
+        """Those of the positions before the open blocks as the shadow sees them: None in place of what is given."""
         return [None] * self.prompt_len + self.output_token_ids
 
     @property
+    def block_start(self) -> int:
+        """Of the first open block; the canvas's end, where none is left."""
+        return self.window[0].start if self.window else self.canvas_end
+
+    @property
+    def block_end(self) -> int:
+        """Of the last open block."""
+        return self.window[-1].stop if self.window else self.canvas_end
+
+    @property
     def position(self) -> int:
-        """Of the block in the output."""
+        """Of the first open block in the output."""
         return self.block_start - self.prompt_len
 
     @property
     def num_masked(self) -> int:
-        """Positions of the current block that are still to be revealed."""
-        return self._masked_left if self.step else self._num_revealed
+        """Positions of the open blocks that are still to be revealed."""
+        return sum(block.left for block in self.window)
 
     def _segments(self) -> list[Segment]:
-        return MODES[self.mode](self._state())
-
-    def _state(self) -> BlockState:
-        return BlockState(
-            prompt_len=self.prompt_len,
-            block_length=self.params.block_length,
-            canvas_end=self.canvas_end,
-            block_start=self.block_start,
-            block_end=self.block_end,
-            step=self.step,
-            num_cached=self.num_cached,
+        return MODES[self.mode](
+            BlockState(
+                prompt_len=self.prompt_len,
+                block_length=self.params.block_length,
+                canvas_end=self.canvas_end,
+                block_start=self.window_start,
+                block_end=self.block_end,
+                suffix_end=min(self.block_end + self.params.suffix_window, self.canvas_end),
+                step=self.step,
+                num_cached=self.num_cached,
+            )
         )
 
-    def reveal_count(self) -> int:
-        """Positions that a scheduled rule reveals in the next step; a rule that is not scheduled ignores it."""
-        return scheduled_count(self._num_revealed, self._step_limit or self._num_revealed, self.step)
+    def block_steps(self) -> list[tuple[int, int, bool, int]]:
+        """Of each open block, as `kernels.slots.Blocks` has them: steps, counts, last_steps and masked_counts."""
+        return [
+            (block.step, self._must_reveal(block, i), block.is_last_step, block.left)
+            for i, block in enumerate(self.window)
+        ]
 
-    def is_last_step(self) -> bool:
-        """Whether the step limit makes the next step reveal all that is left."""
-        return self._step_limit is not None and self.step + 1 >= self._step_limit
+    def _must_reveal(self, block: OpenBlock, number: int) -> int:
+        if not self._is_scheduled:
+            # the first open block is not finished
+            return int(number == 0)
+        return scheduled_count(block.number, block.limit, block.active_step) if block.is_active else 0
 
     def masked_after_step(self) -> int | None:
         """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
-        if not self._is_scheduled:
+        if not self._is_scheduled or self.has_several_blocks:
             return None
-        return max(0, self.num_masked - self.reveal_count())
+        return max(0, self.num_masked - self._must_reveal(self.window[0], 0))
 
-    def advance(self, masked_left: int) -> None:
-        """What the step revealed and cached stands; so many positions of the block are left."""
+    def advance(self, left: list[int], token_ids: list[int | None] | None = None) -> int:
+        """What the step revealed and cached stands. left: of each open block the positions that are masked still.
+        token_ids: of all their positions, where the result was read -> how many of these are final by it; `finish`
+        them, where there are any."""
+        window = after_step(self.window, left)
+        final = window[: num_finished(window)]
         self.step += 1
-        self._masked_left = masked_left
-        self.num_cached = self.block_start
+        self.denoising_steps += 1
+        self.num_cached = self.window_start
         self.prompt_source = None
         self._plan = None
+        self._leaving = tuple((stop, steps - 1) for stop, steps in self._leaving)
+        stopped = self._stopped_within(token_ids) if self.has_several_blocks else 0
+        if stopped or final:
+            self.window = window
+            return stopped or final[-1].stop - self.block_start
+        self._leave()
+        self.window = self._with_next(window)
+        return 0
 
-    def finish_block(self, token_ids: list[int], logprobs: list[dict[int, tuple[float, int]]] | None = None) -> None:
-        """The block's positions are all revealed, as `token_ids`; the next one begins."""
-        self.first_block_at = self.first_block_at or time.perf_counter()
-        self.logprobs += logprobs or []
-        self.output_token_ids += token_ids
-        self.denoising_steps += self.step
-        self._begin_block()
+    def _stopped_within(self, token_ids: list[int | None]) -> int:
+        """Up to the first stop token before which nothing is masked, itself included; 0 where there is none."""
+        for i, token in enumerate(token_ids):
+            if token is None or token in self.stop_token_ids:
+                return 0 if token is None else i + 1
+        return 0
+
+    def _leave(self) -> None:
+        """Finished blocks whose time is over are the window's no more."""
+        while self._leaving and self._leaving[0][1] <= 0:
+            self.window_start, self._leaving, self.step = self._leaving[0][0], self._leaving[1:], 0
+
+    def _with_next(self, window: Window) -> Window:
+        """With one more block, where there is one and enough of the last is revealed."""
+        if len(window) - num_finished(window) < MAX_OPEN_BLOCKS and window[-1].is_revealed(
+            self.params.block_add_threshold
+        ):
+            following = self._block_from(window[-1].stop)
+            window += () if following is None else (following._replace(is_active=False),)
+        return activated(window, self.params.decoded_token_threshold)
+
+    def finish(
+        self,
+        token_ids: list[int | None],
+        number: int,
+        logprobs: list[dict[int, tuple[float, int]]] | None = None,
+    ) -> None:
+        """The first `number` positions of the open blocks are final. Of all of these token_ids, None where one is masked,
+        and logprobs, where they are asked for."""
+        final = [block for block in self.window if block.stop <= self.block_start + number]
+        self._leaving += tuple((block.stop, self.params.commit_delay) for block in final)
+        self._leave()
+        window = self._with_next(self.window)[len(final) :]
+        window_start = self.window_start if self._leaving or not window else window[0].start
+        logprobs = logprobs or []
+        for i in range(min(len(logprobs), len(self._saved.token_ids))):
+            # after a preemption the step that revealed it is not repeated
+            logprobs[i] = logprobs[i] if self._saved.token_ids[i] is None else self._saved.logprobs[i]
+        # in one statement, which Ctrl-C comes before or after
+        vars(self).update(
+            first_block_at=self.first_block_at or time.perf_counter(),
+            logprobs=self.logprobs + logprobs[:number],
+            output_token_ids=self.output_token_ids + token_ids[:number],
+            _saved=Saved(
+                *(window_start, self._leaving, window, self.denoising_steps),
+                *(token_ids[number:], logprobs[number:]),
+            ),
+        )
+        self._go_on()
 
     def restart_block(self) -> None:
         super().restart_block()
-        self.step = 0
+        self._go_on()
 
     def requeue(self) -> None:
         super().requeue()
-        self._begin_block()
+        self._go_on()
 
     def stop_position(self) -> int | None:
         """Where in the output the first stop token is, if any."""
         return next((i for i, token in enumerate(self.output_token_ids) if token in self.stop_token_ids), None)
 
     def is_finished(self) -> bool:
-        """Whether the finished blocks end it: by a stop token, by a stop string that was found, or by max_tokens."""
-        is_full = self.block_start >= self.canvas_end
-        return is_full or self.stopped_by is not None or self.stop_position() is not None
+        """Whether the final tokens end it: by a stop token, by a stop string that was found, or by max_tokens."""
+        return not self.window or self.stopped_by is not None or self.stop_position() is not None

@@ -25,7 +25,7 @@ def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: to
 
 
 def show_shadows(state: SlotState, guided: list[Sequence]) -> None:
-    """What was revealed in a block, its shadow sees too; what is given it does not."""
+    """What was revealed in open blocks, their shadows see too; what is given they do not."""
     for sequence in guided:
         length = sequence.block_end - sequence.block_start
         given = sequence.given_after()[:length] or [None] * length

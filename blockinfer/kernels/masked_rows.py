@@ -92,6 +92,8 @@ def _masked_rows_kernel(
     first_rows_ptr,
     output_starts_ptr,
     result_starts_ptr,
+    window_firsts_ptr,
+    window_lasts_ptr,
     row_ptr,
     place_ptr,
     temperature_ptr,

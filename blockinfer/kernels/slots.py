@@ -22,11 +22,13 @@ class Rank(IntEnum):
 class Choice(IntEnum):
     """Which positions, ranked so, are revealed.
 
-    TOP: the scheduled number of the best (LLaDA's remasking, arXiv 2502.09992, section 2.4). The others have an option.
-    THRESHOLD: all whose confidence is at least the option, and always the best one (Fast-dLLM, arXiv 2505.22618,
-    section 3.3). FACTOR: the longest run of the n best in which the i-th's confidence is at least 1 - option / (i + 1),
-    for i >= 2, and at least one (the same section: with option 1 its Theorem 1, for each n). ENTROPY: the most certain
-    positions whose entropies, but for the largest, sum to at most the option (arXiv 2505.24857).
+    TOP: the scheduled number of the best of each block (LLaDA's remasking, arXiv 2502.09992, section 2.4). The others
+    have an option, and choose among all open blocks of a sequence as if these were one. THRESHOLD: all whose score is at
+    least the option, and always the best one (of confidences Fast-dLLM, arXiv 2505.22618, section 3.3; of entropies
+    d3LLM's repository). FACTOR: the longest run of the n best in which the i-th's confidence is at least
+    1 - option / (i + 1), for i >= 2, and at least one (Fast-dLLM's section 3.3: with option 1 its Theorem 1, for each
+    n). ENTROPY: the most certain positions whose entropies, but for the largest, sum to at most the option (arXiv
+    2505.24857). Where a block must reveal one and got nothing by these, its best one is revealed.
     """
 
     TOP = 0
@@ -65,17 +67,19 @@ class SlotState(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks that a step works on, one a sequence, each [B] int64. Where there are fewer, the rest is 0, and all of
-    the scrap slot.
+    """The blocks that a step works on, each [B] int64; those of a sequence follow each other. Where there are fewer, the
+    rest is 0, each a window of its own, and all of the scrap slot.
 
     What changes from step to step of a block: steps: the denoising step in it; counts: how many positions the schedule
-    reveals; last_steps: whether it must reveal all, 0 or 1; masked_counts: how many positions are masked as far as the
-    host knows: a broken sequence has more, and one whose last step revealed and was then cut short, as by Ctrl-C, has
-    fewer; first_masked: the sum of those of the blocks before.
+    reveals or, of rules without one, whether one at least must be revealed, 0 or 1; last_steps: whether all must, 0 or
+    1; masked_counts: how many positions are masked as far as the host knows: a broken sequence has more, and one whose
+    last step revealed and was then cut short, as by Ctrl-C, has fewer; first_masked: the sum of those of the blocks
+    before.
 
     What does not: slots; starts and lengths: the block's first position and how many it has; first_rows: the row of
     that position in the forward, where a block's rows follow each other; output_starts: output tokens before the block;
-    result_starts: the sum of the lengths of the blocks before.
+    result_starts: the sum of the lengths of the blocks before; window_firsts, window_lasts: which of the blocks are the
+    sequence's first and last.
     """
 
     steps: torch.Tensor
@@ -89,6 +93,8 @@ class Blocks(NamedTuple):
     first_rows: torch.Tensor
     output_starts: torch.Tensor
     result_starts: torch.Tensor
+    window_firsts: torch.Tensor
+    window_lasts: torch.Tensor
 
 
 class MaskedRows(NamedTuple):

@@ -40,24 +40,24 @@ def unmask_torch(
     """The twin."""
     where, masked, listed, row = places_of(state, blocks)
     options = SlotOptions(*state.options[blocks.slots].unbind(1))
-    broken = state.broken[blocks.slots] | (listed & ~predicted.finite[row]).any(dim=-1)
-    ranks, choices = options.rank[:, None], options.choice[:, None]
+    broken = _of_windows(state.broken[blocks.slots] | (listed & ~predicted.finite[row]).any(dim=-1), blocks)
+    ranks, choices = options.rank[:, None], options.choice
     places = torch.arange(masked.shape[1], device=masked.device)
     positions = blocks.output_starts[:, None] + places
     drawn = philox.uniform(
         options.seed[:, None], philox.RULE_NOISE, positions, blocks.steps[:, None], torch.zeros_like(positions)
     )
-    scores = -predicted.others[row]
-    scores = torch.where(ranks == Rank.CERTAINTY, -predicted.entropy[row], scores)
+    scores = torch.where(ranks == Rank.CERTAINTY, -predicted.entropy[row], -predicted.others[row])
     # what has no share in the softmax goes last, at random too
     last = predicted.others[row].isposinf()
     scores = torch.where(ranks == Rank.RANDOM, drawn.float().masked_fill(last, -torch.inf), scores)
     scores = torch.where(ranks == Rank.POSITION, -places.float(), scores)
-    value = options.value.contiguous().view(torch.float64)
-    reveal = torch.zeros_like(masked)
-    for choice, chosen in CHOICES.items():
-        if (choices == choice).any():
-            reveal |= (choices == choice) & chosen(scores, listed, blocks.counts, value)
+    reveal = (choices == Choice.TOP)[:, None] & _top(scores, listed, blocks.counts)
+    if (choices != Choice.TOP).any():
+        of_window = _chosen_of_windows(predicted, rows, options, blocks)
+        others = (choices != Choice.TOP)[:, None] & listed & of_window.gather(1, _row_in_window(row, blocks))
+        forced = _top(scores, listed, blocks.counts) & (choices != Choice.TOP)[:, None] & ~others.any(-1, keepdim=True)
+        reveal |= others | forced
     reveal |= listed & (blocks.last_steps > 0)[:, None]
     reveal &= ~broken[:, None]
     tokens = torch.where(reveal, predicted.token_ids[row], state.tokens[where])
@@ -68,6 +68,34 @@ def unmask_torch(
     result[: 2 * number] = torch.stack([broken.long(), masked.sum(dim=-1)], dim=1).flatten()
     inside = places < blocks.lengths[:, None]
     result[(2 * number + blocks.result_starts[:, None] + places)[inside]] = tokens[inside]
+
+
+def _of_windows(flags: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """flags [B] -> whether that of any block of the same sequence is set, [B]."""
+    found = torch.zeros_like(flags).index_put_((blocks.window_firsts,), flags, accumulate=True)
+    return found[blocks.window_firsts]
+
+
+def _row_in_window(row: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """row [B, L]: of the masked rows -> which of its window's it is; those that are not listed are 0."""
+    return (row - blocks.first_masked[blocks.window_firsts][:, None]).clamp(min=0)
+
+
+def _chosen_of_windows(predicted: Confidence, rows: MaskedRows, options: SlotOptions, blocks: Blocks) -> torch.Tensor:
+    """[B, W], W at least the masked rows of the largest window: which of the rows of each block's window its rule, if it
+    has no schedule, chooses."""
+    first, last = (blocks.first_masked[edge] for edge in (blocks.window_firsts, blocks.window_lasts))
+    count = last + blocks.masked_counts[blocks.window_lasts] - first
+    number = torch.arange(max(1, int(count.max())), device=first.device)
+    row = (first[:, None] + number).where(number < count[:, None], 0)
+    listed = (number < count[:, None]) & (rows.place[row] >= 0)
+    scores = torch.where(options.rank[:, None] == Rank.CERTAINTY, -predicted.entropy[row], -predicted.others[row])
+    value = options.value.contiguous().view(torch.float64)
+    chosen = torch.zeros_like(listed)
+    for choice, choose in CHOICES.items():
+        if (options.choice == choice).any():
+            chosen |= (options.choice == choice)[:, None] & choose(scores, listed, blocks.counts, value)
+    return chosen
 
 
 def _order(scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -82,13 +110,13 @@ def _first(order: torch.Tensor, masked: torch.Tensor, count: torch.Tensor) -> to
     return torch.zeros_like(masked).scatter_(-1, order, places < count[:, None]) & masked
 
 
-def _top(scores, masked, count, value):
+def _top(scores, masked, count, value=None):
     return _first(_order(scores, masked), masked, count)
 
 
 def _threshold(scores, masked, count, value):
     best = _first(_order(scores, masked), masked, torch.ones_like(count))
-    return best | (masked & (scores >= (value - 1).float()[:, None]))
+    return best | (masked & (scores >= value.float()[:, None]))
 
 
 def _factor(scores, masked, count, value):
@@ -121,6 +149,8 @@ def unmask_triton(
     block: int = 64,
 ) -> None:
     """The kernel, a program for each block, which counts for each of its rows, `block` at a time, those that go first.
+
+    A rule without a schedule ranks the rows of all open blocks of a sequence: each of its programs does so, for itself.
 
     Raises ValueError where a tensor is not contiguous.
     """
@@ -177,6 +207,8 @@ def _unmask_kernel(
     first_rows_ptr,
     output_starts_ptr,
     result_starts_ptr,
+    window_firsts_ptr,
+    window_lasts_ptr,
     OPTIONS: tl.constexpr,
     RULE_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -189,71 +221,93 @@ def _unmask_kernel(
     value = tl.load(option + _VALUE).to(tl.float64, bitcast=True)
     seed, step = tl.load(option + _SEED), tl.load(steps_ptr + block)
     first, count = tl.load(first_masked_ptr + block), tl.load(masked_counts_ptr + block)
+    window_first = tl.load(first_masked_ptr + tl.load(window_firsts_ptr + block))
+    window_last = tl.load(window_lasts_ptr + block)
+    window_end = tl.load(first_masked_ptr + window_last) + tl.load(masked_counts_ptr + window_last)
     scheduled, reveal_all = tl.load(counts_ptr + block), tl.load(last_steps_ptr + block) != 0
     length, position = tl.load(lengths_ptr + block), tl.load(output_starts_ptr + block)
     state_row = slot * stride + tl.load(starts_ptr + block)
     tokens_at = result_ptr + 2 * tl.num_programs(0) + tl.load(result_starts_ptr + block)
+    # the rows that are ranked
+    ranked_first, ranked_end = first, first + count
+    if choice != _TOP:
+        ranked_first, ranked_end = window_first, window_end
     # no kernel of the step makes what was read so far, so it is read while the one before still runs
     begin(PDL)
     if length == 0:
         return
     n = tl.arange(0, BLOCK)
 
-    # the scores of the block's rows
     broken = tl.load(broken_ptr + slot) != 0
-    for start in tl.range(0, count, BLOCK):
-        at = first + start + n
-        inside = start + n < count
+    for start in tl.range(window_first, window_end, BLOCK):
+        at = start + n
+        inside = at < window_end
         place = tl.load(place_ptr + at, mask=inside, other=-1)
         listed = place >= 0
         others = tl.load(others_ptr + at, mask=listed, other=0.0)
         score = -others
         if rank == _CERTAINTY:
             score = -tl.load(entropy_ptr + at, mask=listed, other=0.0)
+        # the schedule's ranks, which are a block's own
         if rank == _RANDOM:
             drawn = philox.uniform_triton(seed, RULE_NOISE, position + place, step, place * 0)
             score = tl.where(others == float("inf"), -float("inf"), drawn.to(tl.float32))
         if rank == _POSITION:
             score = -place.to(tl.float32)
-        tl.store(scores_ptr + at, tl.where(listed, score, -float("inf")), mask=inside)
+        is_ranked = inside & (at >= ranked_first) & (at < ranked_end)
+        tl.store(scores_ptr + at, tl.where(listed, score, -float("inf")), mask=is_ranked)
         finite = tl.load(finite_ptr + at, mask=listed, other=1) != 0
         broken |= tl.max((listed & ~finite).to(tl.int32), axis=0) > 0
     tl.debug_barrier()
 
-    # of each row, how many go first: the places rise from row to row, so among equal scores the first row does
+    # of each row, how many go first: the positions rise from row to row, so among equal scores the first row does
     end = count * 0 + 2**31 - 1  # what is chosen of the ranking, where a run of it is
-    for start in tl.range(0, count, BLOCK):
+    for start in tl.range(ranked_first, ranked_end, BLOCK):
         row = start + n
-        score = tl.load(scores_ptr + first + row, mask=row < count, other=-float("inf"))
+        score = tl.load(scores_ptr + row, mask=row < ranked_end, other=-float("inf"))
         ahead = tl.zeros([BLOCK], tl.int32)
         entropy = tl.zeros([BLOCK], tl.float64)  # the sum of theirs
-        for other_start in tl.range(0, count, BLOCK):
+        for other_start in tl.range(ranked_first, ranked_end, BLOCK):
             other_row = other_start + n
-            other = tl.load(scores_ptr + first + other_row, mask=other_row < count, other=-float("inf"))[None, :]
+            other = tl.load(scores_ptr + other_row, mask=other_row < ranked_end, other=-float("inf"))[None, :]
             goes_first = (other > score[:, None]) | ((other == score[:, None]) & (other_row[None, :] < row[:, None]))
-            goes_first &= (other_row < count)[None, :]
+            goes_first &= (other_row < ranked_end)[None, :]
             ahead += tl.sum(goes_first.to(tl.int32), axis=1)
             if choice == _ENTROPY:
                 entropy -= tl.sum(tl.where(goes_first, other, 0.0).to(tl.float64), axis=1)
-        tl.store(ahead_ptr + first + row, ahead, mask=row < count)
+        tl.store(ahead_ptr + row, ahead, mask=row < ranked_end)
         if choice > _THRESHOLD:
             enough = (entropy <= value.to(tl.float32).to(tl.float64)) & (tl.abs(score) < float("inf"))
             if choice == _FACTOR:
                 enough = score >= (-value / (ahead + 2).to(tl.float64)).to(tl.float32)
-            end = tl.minimum(end, tl.min(tl.where((row < count) & (ahead > 0) & ~enough, ahead, 2**31 - 1), axis=0))
+            is_cut = (row < ranked_end) & (ahead > 0) & ~enough
+            end = tl.minimum(end, tl.min(tl.where(is_cut, ahead, 2**31 - 1), axis=0))
     tl.debug_barrier()
+    if choice == _TOP:
+        end = scheduled
+    lowest = value.to(tl.float32)
 
-    for start in tl.range(0, count, BLOCK):
-        at = first + start + n
-        inside = start + n < count
+    # where a block must reveal one and has none of those that are chosen of all the window, its best
+    best = count * 0 - 1
+    if (choice != _TOP) & (scheduled > 0) & (window_end - window_first > count):
+        best = count * 0 + 2**31 - 1
+        for start in tl.range(first, first + count, BLOCK):
+            at = start + n
+            listed = tl.load(place_ptr + at, mask=at < first + count, other=-1) >= 0
+            ahead = tl.load(ahead_ptr + at, mask=listed, other=2**31 - 1).to(tl.int64)
+            score = tl.load(scores_ptr + at, mask=listed, other=-float("inf"))
+            best = tl.minimum(best, tl.min(ahead, axis=0))
+            chosen = listed & _is_chosen(choice, ahead, score, end, lowest)
+            # below every row, for good
+            best = tl.where(tl.max(chosen.to(tl.int32), axis=0) > 0, -1, best)
+
+    for start in tl.range(first, first + count, BLOCK):
+        at = start + n
+        inside = at < first + count
         place = tl.load(place_ptr + at, mask=inside, other=-1)
-        ahead = tl.load(ahead_ptr + at, mask=inside, other=0)
-        chosen = ahead < end
-        if choice == _TOP:
-            chosen = ahead < scheduled
-        if choice == _THRESHOLD:
-            score = tl.load(scores_ptr + at, mask=inside, other=0.0)
-            chosen = (ahead == 0) | (score >= (value - 1).to(tl.float32))
+        ahead = tl.load(ahead_ptr + at, mask=inside, other=0).to(tl.int64)
+        score = tl.load(scores_ptr + at, mask=inside, other=0.0)
+        chosen = _is_chosen(choice, ahead, score, end, lowest) | (ahead == best)
         reveal = (place >= 0) & (chosen | reveal_all) & ~broken
         token = tl.load(token_ids_ptr + at, mask=reveal, other=0)
         tl.store(tokens_ptr + state_row + place, token, mask=reveal)
@@ -269,3 +323,9 @@ def _unmask_kernel(
         tl.store(tokens_at + place, tl.load(tokens_ptr + state_row + place, mask=inside, other=0), mask=inside)
     tl.store(result_ptr + 2 * block, broken.to(tl.int64))
     tl.store(result_ptr + 2 * block + 1, left)
+
+
+@triton.jit
+def _is_chosen(choice, ahead, score, end, lowest):
+    """ahead [N]: how many rows go first. end: of a run of the ranking, and lowest: the score that a threshold asks for."""
+    return tl.where(choice == _THRESHOLD, (ahead == 0) | (score >= lowest), ahead < end)

@@ -4,9 +4,11 @@ import pytest
 
 from blockinfer.decoding.modes import MODES, BlockState
 
-FIRST = BlockState(prompt_len=5, block_length=4, canvas_end=15, block_start=5, block_end=9, step=0, num_cached=0)
-SECOND = FIRST._replace(block_start=9, block_end=13, num_cached=5)
-LAST = FIRST._replace(block_start=13, block_end=15, num_cached=9)
+FIRST = BlockState(
+    prompt_len=5, block_length=4, canvas_end=15, block_start=5, block_end=9, suffix_end=9, step=0, num_cached=0
+)
+SECOND = FIRST._replace(block_start=9, block_end=13, suffix_end=13, num_cached=5)
+LAST = FIRST._replace(block_start=13, block_end=15, suffix_end=15, num_cached=9)
 
 EXPECTED = {
     "vanilla": [[(0, 15, 15)], [(0, 15, 15)], [(0, 15, 15)], [(0, 15, 15)]],

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockinfer.decoding.unmasking import RULES, scheduled_count
-from blockinfer.kernels.slots import Choice
 from blockinfer.kernels.unmasking import CHOICES
 
 # probabilities of all other tokens, or entropies: the scores are what is negative of them
 VALUES = [0.0, 1e-30, 1e-12, 0.1, 0.25, 0.5, 0.4999999, 0.75, 0.9, 1.0]
 
 
-def select(rule, *case):
-    return CHOICES[RULES[rule].choice](*case)
+def select(rule, scores, masked, count, value):
+    value = torch.tensor([RULES[rule].choice_option(one) for one in value.tolist()], dtype=torch.float64)
+    return CHOICES[RULES[rule].choice](scores, masked, count, value)
 
 
 @st.composite
@@ -51,8 +51,9 @@ def plain(rule, scores, masked, count, value):
         return set()
     if rule in ("low_confidence", "random", "sequential"):
         return set(order[:count])
-    if rule == "threshold":
-        return {i for i in order if scores[i] >= narrow(value - 1)} | {order[0]}
+    if rule in ("threshold", "entropy_threshold"):
+        most = narrow(1 - value) if rule == "threshold" else narrow(value)
+        return {i for i in order if -scores[i] <= most} | {order[0]}
     number = 1
     if rule == "factor":
         while number < len(order) and scores[order[number]] >= narrow(-value / (number + 2)):
@@ -113,5 +114,5 @@ def test_a_threshold_of_one_reveals_one_position_a_step():
     """Whose confidences all round to 1 in float32, but for those that leave nothing to others."""
     scores, masked, one = -torch.logspace(-30, -9, 8)[None], torch.ones(1, 8, dtype=torch.bool), torch.ones(1)
     assert (1 + scores == 1).all()
-    revealed = CHOICES[Choice.THRESHOLD](scores, masked, one.long(), one.double())
+    revealed = select("threshold", scores, masked, one.long(), one)
     assert revealed[0].nonzero()[:, 0].tolist() == [0]

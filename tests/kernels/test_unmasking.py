@@ -11,7 +11,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.kernels import philox
 from blockinfer.kernels.confidence import Confidence
 from blockinfer.kernels.masked_rows import masked_rows, masked_rows_torch, masked_rows_triton
-from blockinfer.kernels.slots import Blocks, MaskedRows, Rank, SlotOptions, SlotState
+from blockinfer.kernels.slots import Blocks, Choice, MaskedRows, Rank, SlotOptions, SlotState
 from blockinfer.kernels.unmasking import CHOICES, unmask, unmask_torch, unmask_triton
 
 SLOTS, LENGTH = 6, 40
@@ -40,15 +40,23 @@ def options_of(rules, values, seeds, temperatures, flags):
 
 @st.composite
 def steps(draw):
-    """A state, blocks in some of its slots, perhaps padding at the end, and what is predicted for the masked rows.
+    """A state, in some of its slots a block or several in a row, perhaps padding at the end, and what is predicted for
+    the masked rows.
 
     Few different numbers, so that ties are common. masked_counts is what is masked, but for broken sequences, of which
     the host counts less, and for those whose last step was cut short, of which it counts more.
     """
     number = draw(st.integers(1, 4))
-    slots = draw(st.permutations(range(SLOTS - 1)))[:number]
-    lengths = [draw(st.integers(1, 9) | st.sampled_from([16, 33])) for _ in slots]
-    starts = [draw(st.integers(0, LENGTH - length)) for length in lengths]
+    slots, lengths, starts, firsts, lasts = [], [], [], [], []
+    for slot in draw(st.permutations(range(SLOTS - 1)))[:number]:
+        window = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4) | st.sampled_from([[16], [33], [16, 16, 3]]))
+        start, first = draw(st.integers(0, LENGTH - sum(window))), len(slots)
+        slots += [slot] * len(window)
+        firsts += [first] * len(window)
+        lasts += [first + len(window) - 1] * len(window)
+        starts += [start + sum(window[:i]) for i in range(len(window))]
+        lengths += window
+    number = len(slots)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     share = draw(st.sampled_from([0.2, 0.6, 1.0]))
     masked = torch.rand(SLOTS, LENGTH, generator=generator) < share
@@ -58,7 +66,7 @@ def steps(draw):
         left = int(masked[slot, start : start + length].sum())
         counts.append(draw(st.integers(0, left) if broken[slot] else st.sampled_from([left, length])))
     rules = [draw(st.sampled_from([*RULES])) for _ in range(SLOTS)]
-    values = [draw(st.sampled_from([0.0, 0.1, 0.5, 0.92, 1.0, 2.0])) for _ in range(SLOTS)]
+    values = [RULES[rule].choice_option(draw(st.sampled_from([0.0, 0.1, 0.5, 0.92, 1.0, 2.0]))) for rule in rules]
     seeds = [draw(st.integers(-(2**63), 2**63 - 1)) for _ in range(SLOTS)]
     flags = [draw(st.integers(0, 1)) for _ in range(SLOTS)]
     state = SlotState(
@@ -70,7 +78,7 @@ def steps(draw):
     padding = draw(st.integers(0, 2))
     columns = Blocks(
         steps=[draw(st.integers(0, 5)) for _ in slots],
-        counts=[draw(st.integers(1, 4)) for _ in slots],
+        counts=[draw(st.integers(firsts[i] == i, 4 if RULES[rules[slots[i]]].scheduled else 1)) for i in range(number)],
         last_steps=[draw(st.integers(0, 3)) // 3 for _ in slots],
         masked_counts=counts,
         first_masked=[sum(counts[:i]) for i in range(number + padding)],
@@ -80,6 +88,8 @@ def steps(draw):
         first_rows=[3 + 7 * i for i in range(number)],
         output_starts=[11 * i for i in range(number)],
         result_starts=[sum(lengths[:i]) for i in range(number + padding)],
+        window_firsts=[*firsts, *range(number, number + padding)],
+        window_lasts=[*lasts, *range(number, number + padding)],
     )
     blocks = Blocks(*(torch.tensor([*column, *[0] * padding][: number + padding]) for column in columns))
     size = sum(counts) + draw(st.integers(0, 3)) or 1
@@ -138,37 +148,46 @@ def expected_of(step):
     """tokens, masked, broken of all slots and the result, without padding."""
     rules, state, blocks, _, predicted = step
     tokens, masked, broken = (tensor.clone() for tensor in state[:3])
-    heads, results, first = [], [], 0
-    for i, (slot, start, length, count) in enumerate(
-        zip(
-            *(column.tolist() for column in (blocks.slots, blocks.starts, blocks.lengths, blocks.masked_counts)),
-            strict=True,
-        )
-    ):
-        if slot == SLOTS - 1:
+    number = int((blocks.slots < SLOTS - 1).sum())
+    # of each block its masked rows: the places, and the numbers of the rows
+    places, mine = [], []
+    for i in range(number):
+        part = slice(blocks.starts[i], blocks.starts[i] + blocks.lengths[i])
+        places.append(state.masked[blocks.slots[i], part].nonzero()[:, 0][: blocks.masked_counts[i]])
+        mine.append(blocks.first_masked[i] + torch.arange(len(places[i])))
+        broken[blocks.slots[i]] |= bool((~predicted.finite[mine[i]]).any())
+    for i in range(number):
+        slot, window = int(blocks.slots[i]), range(blocks.window_firsts[i], blocks.window_lasts[i] + 1)
+        if broken[slot] or not len(places[i]):
             continue
-        places = state.masked[slot, start : start + length].nonzero()[:, 0][:count]
-        mine = slice(first, first + len(places))
-        first += count
-        broken[slot] |= bool((~predicted.finite[mine]).any())
         rule, options = RULES[rules[slot]], SlotOptions(*state.options[slot : slot + 1].unbind(1))
-        value, position = options.value.contiguous().view(torch.float64), blocks.output_starts[i] + places
-        drawn = philox.uniform(options.seed, philox.RULE_NOISE, position, blocks.steps[i : i + 1], places * 0).float()
-        scores = {
-            Rank.CONFIDENCE: -predicted.others[mine],
-            Rank.CERTAINTY: -predicted.entropy[mine],
-            Rank.RANDOM: torch.where(predicted.others[mine].isinf(), -math.inf, drawn),
-            Rank.POSITION: -places.float(),
-        }[rule.rank]
-        all_masked = torch.ones(1, len(places), dtype=torch.bool)
-        if len(places) and not broken[slot]:
-            chosen = CHOICES[rule.choice](scores[None], all_masked, blocks.counts[i : i + 1], value)[0]
-            chosen |= bool(blocks.last_steps[i])
-            tokens[slot, start + places[chosen]] = predicted.token_ids[mine][chosen]
-            masked[slot, start + places[chosen]] = False
-        block = slice(start, start + length)
-        heads.append([int(broken[slot]), int(masked[slot, block].sum())])
-        results += tokens[slot, block].tolist()
+        value, count = options.value.contiguous().view(torch.float64), blocks.counts[i : i + 1]
+
+        def choose(rows, choice, i=i, rule=rule, options=options, value=value, count=count):
+            position = blocks.output_starts[i] + places[i]
+            drawn = philox.uniform(options.seed, philox.RULE_NOISE, position, blocks.steps[i : i + 1], places[i] * 0)
+            scores = {
+                Rank.CONFIDENCE: lambda: -predicted.others[rows],
+                Rank.CERTAINTY: lambda: -predicted.entropy[rows],
+                Rank.RANDOM: lambda: torch.where(predicted.others[rows].isinf(), -math.inf, drawn.float()),
+                Rank.POSITION: lambda: -places[i].float(),
+            }[rule.rank]()
+            every = torch.ones(1, len(rows), dtype=torch.bool)
+            return rows[CHOICES[choice](scores[None], every, count, value)[0]]
+
+        scheduled = rule.choice == Choice.TOP
+        chosen = choose(mine[i] if scheduled else torch.cat([mine[j] for j in window]), rule.choice)
+        is_chosen = torch.isin(mine[i], chosen)
+        if not is_chosen.any():
+            is_chosen = torch.isin(mine[i], choose(mine[i], Choice.TOP))
+        is_chosen |= bool(blocks.last_steps[i])
+        position = blocks.starts[i] + places[i][is_chosen]
+        tokens[slot, position], masked[slot, position] = predicted.token_ids[mine[i]][is_chosen], False
+    heads, results = [], []
+    for i in range(number):
+        slot, part = blocks.slots[i], slice(blocks.starts[i], blocks.starts[i] + blocks.lengths[i])
+        heads.append([int(broken[slot]), int(masked[slot, part].sum())])
+        results += tokens[slot, part].tolist()
     return tokens, masked, broken, heads, results
 
 
@@ -202,7 +221,7 @@ CLOSE = 1 / (torch.arange(WIDE) * 7 % WIDE / 2 + 1.5)
 def test_one_block_of_any_width(device, name, others, rule):
     """With more positions than the kernel takes at a time, and with two."""
     width = len(others)
-    value = 0.5 if rule == "threshold" else 2.0
+    value = RULES[rule].choice_option(0.5 if "threshold" in rule else 2.0)
     masked = torch.ones(2, width, dtype=torch.bool, device=device)
     state = SlotState(
         tokens=torch.zeros(2, width, dtype=torch.int64, device=device),
