@@ -45,13 +45,13 @@ class SamplingParams:
     mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
     unmasking: the rule: low_confidence, random, sequential, threshold, factor, entropy or entropy_threshold. Every mode
         takes every rule.
-    threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9, 1.0,
-        0.15 nats, 0.5 nats). One that the chosen rule does not read is refused. With threshold 1.0 a step reveals one
-        token, but for those whose probability is 1 even when that of all others is summed in float32.
+    threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9,
+        1.0, 0.15 nats, 0.5 nats). One that the chosen rule does not read is refused. With threshold 1.0 a step reveals
+        one token, but for those whose probability is 1 even when that of all others is summed in float32.
     block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
-        most 64 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a schedule
-        choose among the masked positions of all open blocks as if these were one, and reveal one at least of the first
-        block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
+        most 64 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
+        schedule choose among the masked positions of all open blocks as if these were one, and reveal one at least of
+        the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
     decoded_token_threshold: an open block is active once this share of the one before it is revealed. The schedule
         reveals nothing in a block that is not active, and its steps, which denoising_steps limits, do not count.
     suffix_window: masks behind the last open block that `block` and `block_refresh` keep, up to the canvas's end.

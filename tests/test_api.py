@@ -228,7 +228,9 @@ def test_options_of_a_rule_are_resolved_on_use_and_never_written_back():
 
 
 def test_the_help_names_every_mode_and_rule():
-    described = re.search(r"mode: .*?threshold, factor, entropy_bound:", SamplingParams.__doc__, re.DOTALL)[0]
+    described = re.search(
+        r"mode: .*?threshold, factor, entropy_bound, entropy_threshold:", SamplingParams.__doc__, re.DOTALL
+    )[0]
     assert {*MODES, *RULES} <= set(re.findall(r"\w+", described))
 
 

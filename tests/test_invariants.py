@@ -12,7 +12,7 @@ from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Plan, Sequence
 
 
-def requests(count, seed=0):
+def requests(count, seed=2):
     """Prompts and params of every mode and rule, with different lengths, steps, temperatures and seeds."""
     r = random.Random(seed)
     prompts = [[r.randrange(250) for _ in range(r.randint(1, 40))] for _ in range(count)]
@@ -83,14 +83,15 @@ def test_a_merged_commit_equals_a_separate_one(llm):
     runner = llm.engine.runner
     sequence = Sequence(0, None, prompt, SamplingParams(max_tokens=8, block_length=4), 0, frozenset())
     sequence.slot = 0
-    sequence.finish_block([20, 21, 22, 23])
+    sequence.advance([0])
+    sequence.finish([20, 21, 22, 23], 4)
     runner.start(sequence)
     runner.page_tables[0, :4] = torch.tensor([3, 1, 2, 5])
 
     def forward(segments):
         rows = sum(segment.stop - segment.start for segment in segments)
         with torch.inference_mode():
-            runner._write_inputs([ScheduledSequence(sequence, Plan(segments, rows, segments[-1].kv_len))], rows)
+            runner._write_inputs([ScheduledSequence(sequence, Plan(segments, rows, segments[-1].kv_len, 1))], rows)
             runner._run_layers(rows)
             return torch.cat([runner._attended[:rows], runner._residual[:rows]], dim=1)
 

@@ -1,15 +1,15 @@
 """Several blocks open at once: when a block opens, when it is active, and when it is finished.
 
 The definition is d3LLM's (hao-ai-lab/d3LLM, `generate_multi_block`). Blocks open in order, the first one alone in a
-request's first step. After a step one more opens where enough of the last one is revealed. A block is active once enough
-of the one before it is: then the schedule, and a limit of its steps, count. A block is finished once it and all before
-it are revealed.
+request's first step. After a step one more opens where enough of the last one is revealed. A block is active once
+enough of the one before it is: then the schedule counts, and so does a limit of its steps. A block is finished once it
+and all before it are revealed.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Of one request at once. A request that asks for more at once waits until a block is finished.
+# Of one request at once: a further one opens when one of these is finished.
 MAX_OPEN_BLOCKS = 64
 
 

@@ -16,7 +16,8 @@ def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
         )
     if params.block_add_threshold < 1:
         raise ValueError(
-            f"masked spans are filled a block at a time, got block_add_threshold={params.block_add_threshold}; leave it 1.0"
+            f"masked spans are filled a block at a time, got block_add_threshold={params.block_add_threshold}; "
+            "leave it 1.0"
         )
     if tokens.count(None) > params.max_tokens:
         raise ValueError(

@@ -84,8 +84,8 @@ class RevealedLogprobs:
             kept.copy_(torch.where(revealed[:, None], found, kept))
 
     def read(self, sequence: Sequence) -> list[dict[int, tuple[float, int]]] | None:
-        """Of each position of its open blocks the tokens' log-probabilities and ranks, by id, which mean something where
-        it is revealed; None where nobody asked. Waits for the device."""
+        """Of each position of its open blocks, where it is revealed, the tokens' log-probabilities and ranks, by id;
+        None where nobody asked. Waits for the device."""
         number = sequence.params.logprobs
         if number is None:
             return None

@@ -198,12 +198,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
-        """One step of every scheduled sequence -> what became of each one's blocks, of those that have some, and what is
+        """One step of every scheduled sequence -> what became of the open blocks of each that has some, and what is
         read of the others' logits, where there are any.
 
         Waits for the device only where a block ends, whose tokens may hold a stop token, where a rule has no schedule,
-        where several blocks may be open, and where someone watches a canvas. Otherwise the step is still under way or queued behind others, on one
-        stream: what is done next to slots and pages, which may be another sequence's by then, is done after it.
+        where several blocks may be open, and where someone watches a canvas. Otherwise the step is still under way or
+        queued behind others, on one stream: what is done next to slots and pages, which may be another sequence's by
+        then, is done after it.
         """
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)

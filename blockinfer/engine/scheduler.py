@@ -129,6 +129,8 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             sequence.shadow_slot = self._free_slots.pop() if sequence.guided else None
             sequence.last_out = self._steps
+            # behind those that are there, so that a stream of new ones does not keep an old one out
+            sequence.last_run = max((other.last_run for other in self.running), default=-1)
             admitted.append(sequence)
         for sequence in admitted:
             del self._waiting[sequence.request_id]

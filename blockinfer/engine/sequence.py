@@ -296,11 +296,10 @@ class Sequence(Resident):
 
     def _with_next(self, window: Window) -> Window:
         """With one more block, where there is one and enough of the last is revealed."""
-        if len(window) - num_finished(window) < MAX_OPEN_BLOCKS and window[-1].is_revealed(
-            self.params.block_add_threshold
-        ):
-            following = self._block_from(window[-1].stop)
-            window += () if following is None else (following._replace(is_active=False),)
+        may_open = len(window) - num_finished(window) < MAX_OPEN_BLOCKS
+        following = self._block_from(window[-1].stop) if may_open else None
+        if following is not None and window[-1].is_revealed(self.params.block_add_threshold):
+            window += (following._replace(is_active=False),)
         return activated(window, self.params.decoded_token_threshold)
 
     def finish(
@@ -309,8 +308,8 @@ class Sequence(Resident):
         number: int,
         logprobs: list[dict[int, tuple[float, int]]] | None = None,
     ) -> None:
-        """The first `number` positions of the open blocks are final. Of all of these token_ids, None where one is masked,
-        and logprobs, where they are asked for."""
+        """The first `number` positions of the open blocks are final. token_ids: of all of these, None where one is
+        masked; logprobs: likewise, where they are asked for."""
         final = [block for block in self.window if block.stop <= self.block_start + number]
         self._leaving += tuple((block.stop, self.params.commit_delay) for block in final)
         self._leave()

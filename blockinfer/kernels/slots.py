@@ -23,8 +23,8 @@ class Choice(IntEnum):
     """Which positions, ranked so, are revealed.
 
     TOP: the scheduled number of the best of each block (LLaDA's remasking, arXiv 2502.09992, section 2.4). The others
-    have an option, and choose among all open blocks of a sequence as if these were one. THRESHOLD: all whose score is at
-    least the option, and always the best one (of confidences Fast-dLLM, arXiv 2505.22618, section 3.3; of entropies
+    have an option, and choose among all open blocks of a sequence as if these were one. THRESHOLD: all whose score is
+    at least the option, and always the best one (of confidences Fast-dLLM, arXiv 2505.22618, section 3.3; of entropies
     d3LLM's repository). FACTOR: the longest run of the n best in which the i-th's confidence is at least
     1 - option / (i + 1), for i >= 2, and at least one (Fast-dLLM's section 3.3: with option 1 its Theorem 1, for each
     n). ENTROPY: the most certain positions whose entropies, but for the largest, sum to at most the option (arXiv
@@ -67,8 +67,8 @@ class SlotState(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks that a step works on, each [B] int64; those of a sequence follow each other. Where there are fewer, the
-    rest is 0, each a window of its own, and all of the scrap slot.
+    """The blocks that a step works on, each [B] int64; those of a sequence follow each other. Where there are fewer,
+    the rest is 0, each a window of its own, and all of the scrap slot.
 
     What changes from step to step of a block: steps: the denoising step in it; counts: how many positions the schedule
     reveals or, of rules without one, whether one at least must be revealed, 0 or 1; last_steps: whether all must, 0 or

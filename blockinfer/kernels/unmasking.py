@@ -82,8 +82,8 @@ def _row_in_window(row: torch.Tensor, blocks: Blocks) -> torch.Tensor:
 
 
 def _chosen_of_windows(predicted: Confidence, rows: MaskedRows, options: SlotOptions, blocks: Blocks) -> torch.Tensor:
-    """[B, W], W at least the masked rows of the largest window: which of the rows of each block's window its rule, if it
-    has no schedule, chooses."""
+    """[B, W], W at least the masked rows of the largest window: which of the rows of each block's window its rule
+    chooses, if it has no schedule."""
     first, last = (blocks.first_masked[edge] for edge in (blocks.window_firsts, blocks.window_lasts))
     count = last + blocks.masked_counts[blocks.window_lasts] - first
     number = torch.arange(max(1, int(count.max())), device=first.device)
@@ -327,5 +327,5 @@ def _unmask_kernel(
 
 @triton.jit
 def _is_chosen(choice, ahead, score, end, lowest):
-    """ahead [N]: how many rows go first. end: of a run of the ranking, and lowest: the score that a threshold asks for."""
+    """ahead [N]: how many rows go first. end: of a run of the ranking. lowest: the score that a threshold asks for."""
     return tl.where(choice == _THRESHOLD, (ahead == 0) | (score >= lowest), ahead < end)

@@ -9,6 +9,7 @@ from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.paged_attention import Cutting
+from tests.engine.blocks import finish_block
 
 CUTTING = Cutting(4, 9)
 
@@ -20,7 +21,9 @@ def test_the_room_for_a_packed_step_holds_the_largest(count, blocks_before):
     for slot in range(count):
         sequence = Sequence(slot, None, [1], SamplingParams(max_tokens=2048, block_length=1), 0, frozenset())
         sequence.slot = slot
-        sequence.finish_block([2] * blocks_before)
+        for _ in range(blocks_before):
+            finish_block(sequence)
+        sequence.restart_block()
         scheduled.append(ScheduledSequence(sequence, sequence.plan()))
     rows = sum(entry.plan.rows for entry in scheduled)
     assert rows == count * (blocks_before + 2)
@@ -58,18 +61,20 @@ def test_what_stays_from_step_to_step_need_not_be_packed_again(mode):
             kept += 1
         before, wanted, columns = packed, new, steps
         for sequence in sequences:
-            sequence.advance(sequence.masked_after_step())
-            if not sequence.num_masked:
-                sequence.finish_block([2] * 4)
+            left = sequence.masked_after_step()
+            if left:
+                sequence.advance([left])
+            else:
+                finish_block(sequence)
     assert kept >= 4
 
 
 def test_the_columns_of_a_step():
     """Of two blocks, the second after two of its steps; the third is padding."""
     first, second = request(0, max_tokens=7), request(1)
-    second.advance(3)
-    second.advance(2)
-    first.finish_block([2] * 4)
+    second.advance([3])
+    second.advance([2])
+    finish_block(first)
     scheduled = [ScheduledSequence(sequence, sequence.plan()) for sequence in (first, second)]
     packed = torch.from_numpy(pack(scheduled, 4, 32, 9, CUTTING))
     packed[step_columns(4)] = torch.from_numpy(pack_steps(scheduled, 4))
@@ -86,6 +91,8 @@ def test_the_columns_of_a_step():
         first_rows=[9, 17, 0, 0],
         output_starts=[4, 0, 0, 0],
         result_starts=[0, 3, 7, 7],
+        window_firsts=[0, 1, 2, 3],
+        window_lasts=[0, 1, 2, 3],
     )
 
 
@@ -95,7 +102,7 @@ def other_slot(sequence):
 
 
 def next_block(sequence):
-    sequence.finish_block([2] * 4)
+    finish_block(sequence)
     return sequence
 
 

@@ -12,6 +12,7 @@ from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.sequence import Sequence
 from blockinfer.sampling_params import SamplingParams
+from tests.engine.blocks import finish_block
 
 NUM_PAGES, PAGE_SIZE, MAX_SEQS, MAX_LEN = 12, 4, 4, 40
 
@@ -65,9 +66,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.kv_len <= len(sequence.pages) * PAGE_SIZE
             sequence.on_device = True
             sequence.ran(self.forward)
-            sequence.advance(0)
-            if ends_block:
-                sequence.finish_block([0] * (sequence.block_end - sequence.block_start))
+            if not ends_block:
+                sequence.advance([1])
+            else:
+                finish_block(sequence, 0)
                 if sequence.is_finished():
                     self.scheduler.release(self.alive.pop(sequence.request_id))
 
@@ -138,9 +140,8 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert [entry.sequence for entry in scheduled] == [old, young, later]
     for entry in scheduled:
         entry.sequence.ran(1)
-        entry.sequence.advance(0)
         entry.sequence.on_device = True
-        entry.sequence.finish_block([0] * 4)
+        finish_block(entry.sequence, 0)
     scheduled = scheduler.schedule()  # 3 pages each: room for two
     assert [entry.sequence for entry in scheduled] == [old, young]
     assert (later.preemptions, later.num_cached, later.pages, later.slot, later.on_device) == (1, 0, [], None, False)
@@ -225,4 +226,4 @@ def test_an_answer_waits_for_the_step_that_computes_its_prompt():
         assert [entry.sequence.request_id for entry in scheduled] == expected
         for entry in scheduled:
             entry.sequence.ran(forward)
-            entry.sequence.advance(3)
+            entry.sequence.advance([3])
