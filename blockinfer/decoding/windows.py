@@ -31,7 +31,8 @@ class OpenBlock(NamedTuple):
 
     def is_revealed(self, share: float) -> bool:
         """Whether at least this share of its positions is revealed."""
-        return self.number - self.left >= share * self.number
+        # divided, so that 11 of 20 are .55
+        return (self.number - self.left) / self.number >= share
 
     @property
     def is_last_step(self) -> bool:
