@@ -3,7 +3,8 @@
 At float64 nothing is excused. At float32 a sequence may part from the reference where the reference itself was about to
 do so: within a block its state depends only on the tokens before, so the first block that differs holds the first
 difference, and it fell at or before the step in which the reference revealed a token that differs. One of those steps
-must have had a margin below `margin`; and more than 1 % of such sequences is a fault all the same.
+must have had a margin below `margin`; and more than 1 % of such sequences is a fault all the same. Where several blocks
+are open at once, a step of any block may be to blame.
 """
 
 import math
@@ -65,13 +66,16 @@ def got_is_stop(shown: list[int], expected: Result) -> bool:
 
 
 def least_margin(expected: Result, a: list[int], b: list[int], position: int) -> float:
-    """Of the steps of the block with the first difference, up to the first that revealed a token that differs."""
-    length = expected.settings.block_length
-    start = position // length * length
-    block = range(start, min(start + length, len(a), len(b)))
-    differing = {i for i in block if a[i] != b[i]}
+    """Of the steps that may be to blame, up to the first that revealed a token that differs."""
+    if expected.settings.one_block_at_a_time:
+        length = expected.settings.block_length
+        start = position // length * length
+        steps, positions = expected.blocks[position // length], range(start, min(start + length, len(a), len(b)))
+    else:
+        steps, positions = sum(expected.blocks, []), range(min(len(a), len(b)))
+    differing = {i for i in positions if a[i] != b[i]}
     margin = math.inf
-    for step in expected.blocks[position // length]:
+    for step in steps:
         margin = min(margin, step.margin)
         if differing & set(step.revealed):
             break

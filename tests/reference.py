@@ -88,7 +88,11 @@ class Reference:
 
     def generate(self, prompt_ids: list[int], **settings) -> "Result":
         """Decode one request; `settings` are those of `Settings`."""
-        return generate(self, prompt_ids, Settings(**settings))
+        from tests import reference_windows  # it is built on what is here
+
+        wanted = Settings(**settings)
+        way = generate if wanted.one_block_at_a_time else reference_windows.generate
+        return way(self, prompt_ids, wanted)
 
 
 def cut(kv: KV, start: int, end: int | None = None) -> KV:
@@ -184,6 +188,7 @@ class Settings:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.15
+    entropy_threshold: float = 0.5
     temperature: float = 0.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
@@ -192,6 +197,15 @@ class Settings:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     cfg_scale: float = 0.0
+    block_add_threshold: float = 1.0
+    decoded_token_threshold: float = 1.0
+    suffix_window: int = 0
+    commit_delay: int = 0
+
+    @property
+    def one_block_at_a_time(self) -> bool:
+        """And no row but its own; then nothing depends on decoded_token_threshold."""
+        return self.block_add_threshold == 1.0 and not self.suffix_window and not self.commit_delay
 
 
 @dataclass(frozen=True)
@@ -210,7 +224,10 @@ class Step:
 
 @dataclass
 class Result:
-    """`tokens` holds all final blocks, the stop token and what follows it included; `token_ids` ends before it."""
+    """`tokens` holds all final blocks, the stop token and what follows it included; `token_ids` ends before it.
+
+    `blocks` holds the steps, in order, by the first block that was not finished before them.
+    """
 
     settings: Settings
     tokens: list[int] = field(default_factory=list)
@@ -233,10 +250,10 @@ class Result:
 class Guided:
     """Two decoders side by side, one of which sees mask tokens where anything is given; their logits together."""
 
-    def __init__(self, model: Reference, mode: str, canvas: list[int], given: set[int], P: int, scale: float):
-        self.with_prompt, self.scale, self.given = MODES[mode](model, canvas[:P]), scale, given
+    def __init__(self, model: Reference, mode: type, canvas: list[int], given: set[int], P: int, scale: float):
+        self.with_prompt, self.scale, self.given = mode(model, canvas[:P]), scale, given
         self.mask = model.config["mask_token_id"]
-        self.without = MODES[mode](model, self.hidden(canvas)[:P]) if scale else None
+        self.without = mode(model, self.hidden(canvas)[:P]) if scale else None
 
     def hidden(self, canvas: list[int]) -> list[int]:
         return [self.mask if i in self.given else token for i, token in enumerate(canvas)]
@@ -257,7 +274,7 @@ class Guided:
 def generate(model: Reference, prompt_ids: list[int], settings: Settings) -> Result:
     P = len(prompt_ids)
     canvas = list(prompt_ids) + [model.config["mask_token_id"]] * settings.max_tokens
-    mode = Guided(model, settings.mode, canvas, set(range(P)), P, settings.cfg_scale)
+    mode = Guided(model, MODES[settings.mode], canvas, set(range(P)), P, settings.cfg_scale)
     result = Result(settings)
     for start in range(P, len(canvas), settings.block_length):
         end = min(start + settings.block_length, len(canvas))
@@ -279,7 +296,7 @@ def infill(model: Reference, tokens: list[int | None], settings: Settings) -> Re
     canvas = [model.config["mask_token_id"] if token is None else token for token in tokens]
     left = [i for i, token in enumerate(tokens) if token is None]
     P, last = left[0], left[-1]
-    mode = Guided(model, settings.mode, canvas, set(range(len(tokens))) - set(left), P, settings.cfg_scale)
+    mode = Guided(model, MODES[settings.mode], canvas, set(range(len(tokens))) - set(left), P, settings.cfg_scale)
     result = Result(settings)
     while left:
         start, end = left[0], min(left[0] + settings.block_length, last + 1)
@@ -409,6 +426,8 @@ def reveal(predicted: Prediction, quota: int | None, last: bool, settings: Setti
         chosen, margin = by_factor(predicted.scores, settings.factor)
     elif settings.unmasking == "entropy":
         chosen, margin = by_entropy(predicted.entropy, settings.entropy_bound)
+    elif settings.unmasking == "entropy_threshold":
+        chosen, margin = by_entropy_threshold(predicted.entropy, settings.entropy_threshold)
     else:
         raise ValueError(f"no unmasking rule {settings.unmasking!r}")
     # A token not revealed still decides its position's confidence where it is sampled or where eos is held back.
@@ -469,6 +488,17 @@ def by_entropy(entropy: list[float], bound: float) -> tuple[list[int], float]:
             break
         count += 1
     return order[:count], min(margin, gap_after(ordered, count))
+
+
+def by_entropy_threshold(entropy: list[float], most: float) -> tuple[list[int], float]:
+    """All of at most so much, and the lowest one."""
+    most = float(np.float32(most))
+    margin = min(abs(value - most) for value in entropy)
+    passed = [i for i, value in enumerate(entropy) if value <= most]
+    if passed:
+        return passed, margin
+    best, gap = by_rank([-value for value in entropy], 1)
+    return best, min(margin, gap)
 
 
 def uniform(seed: int, vocabulary_id, position, step: int, purpose: int) -> np.ndarray:

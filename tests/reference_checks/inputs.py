@@ -3,7 +3,7 @@
 import numpy as np
 from safetensors.torch import load_file
 
-RULES = ["low_confidence", "random", "sequential", "threshold", "factor", "entropy"]
+RULES = ["low_confidence", "random", "sequential", "threshold", "factor", "entropy", "entropy_threshold"]
 MASK = 57
 EOS, EOT = 56, 60
 SHAPES = {

@@ -79,6 +79,22 @@ def test_near_ties(margins, output, passes):
         comparison.assert_equivalent([*pairs[:98], (expected, output)], margin=comparison.NEAR_TIE)
 
 
+@pytest.mark.parametrize(
+    "margins, output, passes",
+    [
+        ([1e-5, 1, 1, 1], Output([1, 2, 3, 5]), True),  # a step of any block may be to blame
+        ([1, 1e-5, 1, 1], Output([1, 2, 3, 5]), True),
+        ([1, 1, 1, 1e-5], Output([5, 2, 3, 5]), False),  # but no later one than revealed a token that differs
+        ([1, 1e-5, 1, 1], Output([1, 2, 5, 5]), False),
+    ],
+)
+def test_near_ties_with_several_blocks_open(margins, output, passes):
+    settings = Settings(max_tokens=4, block_length=2, stop_ids=(9,), block_add_threshold=0.5)
+    steps = [Step([i], margin) for i, margin in zip([2, 0, 3, 1], margins, strict=True)]
+    expected = Result(settings, [1, 2, 3, 4], [1, 2, 3, 4], blocks=[steps])
+    assert (comparison.difference(expected, output).margin < comparison.NEAR_TIE) is passes
+
+
 def test_a_genuine_near_tie_passes(tmp_path, folders):
     """Two vocabulary rows of the LM head almost the same: the reference says by how little it chose."""
     tensors = load_all(folders["dense"])

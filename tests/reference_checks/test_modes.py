@@ -64,15 +64,24 @@ def rows_and_mask(mode, stale, canvas, P, start, end, length):
         old, new = range(len(canvas)), range(start, end)
     else:
         old, new = range(start if mode == "block" else end), range(start, end)
-    level = torch.tensor([0 if i < P else 1 + (i - P) // length for i in old] or [0])
+    tokens = [stale[i] for i in old] + [canvas[i] for i in new]
+    return tokens, torch.tensor([*old, *new]), sight(old, new, [P, length] if mode == "block" else None)
+
+
+def sight(old: range, new: range, staircase: list[int] | None) -> torch.Tensor:
+    """Which row (second axis) each row sees: the old ones, held from before, and those of a step that replaces some.
+
+    With a staircase (the first block's start, block_length) each old block sees what is up to its own end.
+    """
     sees = torch.ones(len(old) + len(new), len(old) + len(new), dtype=torch.bool)
     sees[: len(old), len(old) :] = False  # what was computed before knows nothing of what came later
-    if mode == "block":
+    if staircase:
+        P, length = staircase
+        level = torch.tensor([0 if i < P else 1 + (i - P) // length for i in old] or [0])
         sees[: len(old), : len(old)] = level[:, None] >= level[None, :]
     for column, i in enumerate(old):
         sees[len(old) :, column] = i not in new
-    tokens = [stale[i] for i in old] + [canvas[i] for i in new]
-    return tokens, torch.tensor([*old, *new]), sees
+    return sees
 
 
 def masked_logits(model: Reference, tokens: list[int], positions: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:

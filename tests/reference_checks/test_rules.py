@@ -12,6 +12,7 @@ from tests.reference import (
     Reference,
     Settings,
     by_entropy,
+    by_entropy_threshold,
     by_factor,
     by_threshold,
     philox4x32,
@@ -120,6 +121,17 @@ def test_entropy_rule():
     assert by_entropy([math.inf, math.inf], 9.0)[0] == [0]
 
 
+def test_entropy_threshold_rule():
+    entropy = [0.3, 0.05, 0.2, 0.02]
+    assert by_entropy_threshold(entropy, 0.1) == ([1, 3], pytest.approx(0.05))
+    assert by_entropy_threshold(entropy, 0.01) == ([3], pytest.approx(0.01))  # the lowest one
+    assert by_entropy_threshold(entropy, 9.0)[0] == [0, 1, 2, 3]
+    assert by_entropy_threshold([float(np.float32(0.2)), 0.3], 0.2)[0] == [0]  # at most, not below, at float32
+    assert by_entropy_threshold([0.4, 0.3, 0.3], 0.2) == ([1], 0.0)
+    assert by_entropy_threshold([math.inf, 0.4], 0.2)[0] == [1]
+    assert by_entropy_threshold([math.inf, math.inf], 9.0)[0] == [0]
+
+
 def test_margins_on_hand_made_confidences():
     settings = Settings(unmasking="low_confidence")
     predicted = Prediction([1, 2, 3], [0.5, 0.004, 0.001], [0.6, 0.59, 0.2], [0.0] * 3)
@@ -155,7 +167,7 @@ def test_ids_that_do_not_compete(folders):
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "sequential"])
 def test_eos_and_eot_are_revealed_last(rule):
     predicted = Prediction([EOS, 3, EOT], [1.0] * 3, [-math.inf, 0.1, -math.inf], [math.inf, 2.0, math.inf])
-    settings = Settings(unmasking=rule, threshold=0.0, factor=50.0, entropy_bound=50.0)
+    settings = Settings(unmasking=rule, threshold=0.0, factor=50.0, entropy_bound=50.0, entropy_threshold=50.0)
     assert reveal(predicted, 1, False, settings)[0] == [1]
     only_held = Prediction([EOS, EOT], [1.0] * 2, [-math.inf] * 2, [math.inf] * 2)
     assert reveal(only_held, 1, False, settings)[0] == [0]
