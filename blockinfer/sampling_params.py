@@ -49,7 +49,7 @@ class SamplingParams:
         1.0, 0.15 nats, 0.5 nats). One that the chosen rule does not read is refused. With threshold 1.0 a step reveals
         one token, but for those whose probability is 1 even when that of all others is summed in float32.
     block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
-        most 64 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
+        most 128 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
         schedule choose among the masked positions of all open blocks as if these were one, and reveal one at least of
         the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
     decoded_token_threshold: an open block is active once this share of the one before it is revealed. The schedule

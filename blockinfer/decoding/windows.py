@@ -9,8 +9,8 @@ and all before it are revealed.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Of one request at once: a further one opens when one of these is finished.
-MAX_OPEN_BLOCKS = 64
+# Of one request at once, all that 4,096 tokens have in blocks of 32: a further one opens when one is finished.
+MAX_OPEN_BLOCKS = 128
 
 
 class OpenBlock(NamedTuple):
