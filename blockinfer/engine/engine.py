@@ -185,8 +185,8 @@ class Engine:
         return sorted(outputs, key=lambda output: output.request_id)
 
     def _launch_ahead(self, scheduled: list[ScheduledSequence]) -> None:
-        """Where the step was waited for and the next one has the same rows, its layers at once: the device need not wait
-        for what the host does meanwhile. Who comes now joins the step after it."""
+        """Where the step was waited for and the next one has the same rows, its layers at once: the device need not
+        wait for what the host does meanwhile. Who comes now joins the step after it."""
         everyone = len(scheduled) == len(self.scheduler.running) and not self.scheduler.waiting
         if everyone and all(not sequence.broken and sequence.plan() == plan for sequence, plan in scheduled):
             self.runner.launch(scheduled)
