@@ -19,7 +19,7 @@ from blockinfer.engine.limits import Limits
 from blockinfer.engine.model_runner import ModelRunner, most_blocks
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.prompts import Prompt, PromptReader, ReadPrompt
-from blockinfer.engine.scheduler import ScheduledSequence, Scheduler
+from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.scoring import Scores, ScoringRow
 from blockinfer.engine.sequence import BLOCKS, DENOISE, Resident, Sequence
 from blockinfer.memory import free_memory, num_pages
@@ -151,8 +151,7 @@ class Engine:
 
     def _step(self) -> list[RequestOutput | ScoringOutput]:
         self._check_failed()
-        launched, self._ahead = self._ahead, []
-        scheduled = launched or self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
         if not scheduled:
             return self._collect(0)
         for sequence, _ in scheduled:
@@ -160,7 +159,7 @@ class Engine:
                 self.runner.start(sequence)
                 sequence.on_device = True
             sequence.first_run_at = sequence.first_run_at or time.perf_counter()
-        results, scores = self.runner.run(scheduled, is_launched=bool(launched))
+        results, scores = self.runner.run(scheduled)
         if scores is not None:
             self._launched(scores)
         came_on: list[Sequence] = []
@@ -177,20 +176,10 @@ class Engine:
             elif sequence.stream == DENOISE:
                 canvases[sequence.request_id] = tuple(token_ids)
                 came_on.append(sequence)
-        if any(result.token_ids for result in results):
-            self._launch_ahead(scheduled)
         outputs = self._tell(came_on, canvases)
         # what was launched before, while the device is busy
         outputs += self._collect(1 if scores is not None else 0)
         return sorted(outputs, key=lambda output: output.request_id)
-
-    def _launch_ahead(self, scheduled: list[ScheduledSequence]) -> None:
-        """Where the step was waited for and the next one has the same rows, its layers at once: the device need not
-        wait for what the host does meanwhile. Who comes now joins the step after it."""
-        everyone = len(scheduled) == len(self.scheduler.running) and not self.scheduler.waiting
-        if everyone and all(not sequence.broken and sequence.plan() == plan for sequence, plan in scheduled):
-            self.runner.launch(scheduled)
-            self._ahead = scheduled
 
     def _canvas(self, token_ids: list[int]) -> list[int | None]:
         """None where a position is masked: a mask is never predicted."""
@@ -282,7 +271,6 @@ class Engine:
     def _drop(self, request_id: int) -> None:
         # one that ended in a call that was cut short is not there any more
         if request_id in self._sequences:
-            self._ahead = []
             for sequence in self._sequences[request_id].siblings:
                 self.scheduler.release(sequence)
                 self._sequences.pop(sequence.request_id, None)
@@ -319,7 +307,6 @@ class Engine:
                 scheduler.add(sequence)
         self._failures = {i: failure for i, failure in self._failures.items() if i in sequences}
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
-        self._ahead: list[ScheduledSequence] = []
         self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 

@@ -197,29 +197,22 @@ class ModelRunner:
         write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
 
     @torch.inference_mode()
-    def launch(self, scheduled: list[ScheduledSequence]) -> None:
-        """The layers of a step of every scheduled sequence, which are not waited for."""
-        padded = self._layers.padded(sum(entry.plan.rows for entry in scheduled))
-        self._write_page_tables(scheduled)
-        self._write_inputs(scheduled, padded)
-        self._layers(padded)
-
-    @torch.inference_mode()
-    def run(
-        self, scheduled: list[ScheduledSequence], is_launched: bool = False
-    ) -> tuple[list[BlockResult], Scores | None]:
+    def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
         """One step of every scheduled sequence -> what became of the open blocks of each that has some, and what is
-        read of the others' logits, where there are any. is_launched: `launch` was called for these, and nothing since.
+        read of the others' logits, where there are any.
 
         Waits for the device only where a block ends, whose tokens may hold a stop token, where a rule has no schedule,
         where several blocks may be open, and where someone watches a canvas. Otherwise the step is still under way or
         queued behind others, on one stream: what is done next to slots and pages, which may be another sequence's by
         then, is done after it.
         """
-        if not is_launched:
-            self.launch(scheduled)
+        rows = sum(entry.plan.rows for entry in scheduled)
+        padded = self._layers.padded(rows)
+        self._write_page_tables(scheduled)
+        self._write_inputs(scheduled, padded)
+        self._layers(padded)
         self.stats.forwards += 1
-        self.stats.rows += sum(entry.plan.rows for entry in scheduled)
+        self.stats.rows += rows
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
         for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
