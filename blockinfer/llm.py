@@ -45,11 +45,11 @@ class LLM:
         Or a torch.dtype.
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
-        may then also be "llada-8b", the published shape.
+        may then also be a published shape's name: "llada-8b", "illada-8b".
     tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model; a local folder has none.
     mask_token_id: overrides the config's and the tokenizer's.
-    max_model_len: prompt and max_tokens together, at most the config's max_sequence_length, which is the default.
+    max_model_len: prompt and max_tokens together, at most what the config allows, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
     page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
         more than kv_cache_memory bytes; by default 90 % of the GPU memory that weights and a step leave free, or half

@@ -1,5 +1,6 @@
 """From a checkpoint to a network that can run."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -9,15 +10,15 @@ from blockinfer.checkpoint import load_tokenizer, read_config
 from blockinfer.checks import reason
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.memory import check_fits
-from blockinfer.models.llada import LLaDA
-from blockinfer.models.registry import model_class
+from blockinfer.models.registry import model_class, read_model_config
+from blockinfer.models.transformer import Transformer
 from blockinfer.weights import find_weights, load_weights, randomize
 
 
 class Loaded(NamedTuple):
     """A network with its weights; config is resolved: what was "auto" is known. tokenizer: None where there is none."""
 
-    network: LLaDA
+    network: Transformer
     model_config: ModelConfig
     config: EngineConfig
     tokenizer: PreTrainedTokenizerBase | None
@@ -26,9 +27,12 @@ class Loaded(NamedTuple):
 def load(config: EngineConfig) -> Loaded:
     """Everything is checked before any memory is taken. Raises ValueError as `LLM` does."""
     folder, raw, source = read_config(config)
-    model_config = ModelConfig.from_dict(raw, source)
+    model_config = read_model_config(raw, source)
     make_model = model_class(model_config.architecture, source)
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if not model_config.eos_token_ids and eos is not None:
+        model_config = dataclasses.replace(model_config, eos_token_ids=(eos,))
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
     stored = find_weights(model_config, folder) if config.load_format == "auto" else None
     check_fits(model_config, resolved)
@@ -41,7 +45,7 @@ def load(config: EngineConfig) -> Loaded:
     return Loaded(network, model_config, resolved, tokenizer)
 
 
-def _allocate(make_model: type[LLaDA], model_config: ModelConfig, config: EngineConfig) -> LLaDA:
+def _allocate(make_model: type[Transformer], model_config: ModelConfig, config: EngineConfig) -> Transformer:
     try:
         return make_model(model_config, config.dtype, config.device, config.max_model_len)
     except RuntimeError as error:  # torch's own, where memory that was free is not there

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from blockinfer.config import EngineConfig, ModelConfig
-from blockinfer.models.llada import num_parameters
+from blockinfer.models.published import num_parameters
+from blockinfer.models.registry import published
 
 # A page's and a slot's bookkeeping in Python; a layer's modules.
 _PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
@@ -19,7 +20,7 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
     """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
     kv_cache_memory or else the least, one page."""
     free = free_memory(config.device)
-    weights = num_parameters(model) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
+    weights = num_parameters(published(model)) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
     pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
     cache = pages * page_bytes(model, config)

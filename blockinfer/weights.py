@@ -9,12 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockinfer.checks import reason, shown
-from blockinfer.config import ModelConfig
+from blockinfer.extras import check_harmless, harmless_shape
 from blockinfer.files import is_file, is_plain_name, read_json
-from blockinfer.models.llada import LLaDA, published_shapes
+from blockinfer.model_config import ModelConfig
+from blockinfer.models.registry import published
+from blockinfer.models.transformer import Transformer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_EMBEDDINGS, _HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 class StoredTensor(NamedTuple):
@@ -26,21 +27,22 @@ class StoredTensor(NamedTuple):
 
 
 def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of `folder`'s safetensors by name: those that the config asks for, and, where embeddings are tied, a
-    head of their shape besides. Only the files' headers are read, and nothing is built.
+    """The tensors of `folder`'s safetensors by name: those that the config asks for, and besides what may turn out to
+    change nothing (`extras`). Only the files' headers are read, and nothing is built.
 
     Raises ValueError where a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen or
     not floating point; the message names the files and tensors.
     """
     stored = _stored_tensors(folder)
-    if config.n_layers > len(stored):
-        raise ValueError(
-            f"{folder}: the config asks for n_layers={config.n_layers}, and there are {len(stored)} tensors"
-        )
-    wanted = _published_shapes(config)
-    optional = {_HEAD: wanted[_EMBEDDINGS]} if config.weight_tying else {}
+    groups = published(config)
+    for group in groups:
+        # a few missing ones are named below; so many would take memory to count up
+        if group.number > 10 * len(stored):
+            raise ValueError(f"{folder}: the config asks for {group.asked}, and there are {len(stored)} tensors")
+    wanted = dict(tensor for group in groups for tensor in group.tensors())
     problems = _named("missing", wanted.keys() - stored.keys())
-    wanted |= optional
+    extras = ((name, harmless_shape(name, config)) for name in stored.keys() - wanted.keys())
+    wanted |= {name: shape for name, shape in extras if shape is not None}
     problems += _named("unexpected", stored.keys() - wanted.keys())
     for name in sorted(wanted.keys() & stored.keys()):
         path, shape, dtype = stored[name]
@@ -54,11 +56,11 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def load_weights(model: LLaDA, stored: dict[str, StoredTensor]) -> None:
+def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
     """Fills the model from what `find_weights` found, converting to the model's dtype.
 
-    Raises ValueError where a tensor is not finite in the model's dtype, where a head beside tied embeddings differs
-    from them, or where a file cannot be read after all.
+    Raises ValueError where a tensor is not finite in the model's dtype, where one beside the network's own would change
+    what it computes, or where a file cannot be read after all.
     """
     wanted = model.checkpoint_tensors()
     for path in sorted({tensor.path for tensor in stored.values()}):
@@ -69,14 +71,14 @@ def load_weights(model: LLaDA, stored: dict[str, StoredTensor]) -> None:
             if not torch.stack(wanted[name].aminmax()).isfinite().all():
                 raise ValueError(f"{path}: {name} has values that are NaN or infinite in {wanted[name].dtype}")
     for name in stored.keys() - wanted.keys():
-        (head,) = _read(stored[name].path, [name])
-        if not torch.equal(head.to(model.wte), model.wte):
-            raise ValueError(
-                f"{stored[name].path}: {name} differs from {_EMBEDDINGS}, and the config's weight_tying is true"
-            )
+        (extra,) = _read(stored[name].path, [name])
+        try:
+            check_harmless(name, extra, model)
+        except ValueError as error:
+            raise ValueError(f"{stored[name].path}: {error}") from None
 
 
-def randomize(model: LLaDA, seed: int) -> None:
+def randomize(model: Transformer, seed: int) -> None:
     """Normal weights of deviation 0.02, norms 1: the published shape's speed without its weights."""
     generator = torch.Generator(device=model.wte.device).manual_seed(seed)
     for parameter in model.parameters():
@@ -84,14 +86,6 @@ def randomize(model: LLaDA, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
-
-
-def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    model, layer = published_shapes(config)
-    shapes = {f"model.transformer.{name}.weight": shape for name, shape in model.items()}
-    for i in range(config.n_layers):
-        shapes |= {f"model.transformer.blocks.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:

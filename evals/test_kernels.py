@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from blockinfer import LLM
-from blockinfer.config import ModelConfig
 from blockinfer.kernels.activation import silu_mul, silu_mul_torch
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import RowOptions, Vocabulary, token_confidence, token_confidence_torch
@@ -29,7 +28,7 @@ from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
 from blockinfer.kernels.paged_attention import Cutting, SegmentTable, cut, make_scratch, paged_attention
 from blockinfer.models.llada import LLaDALayer
-from blockinfer.models.registry import SHAPES
+from blockinfer.models.registry import SHAPES, read_model_config
 from evals.conftest import close_suite, settings_of
 from evals.runs.machine import device_name
 from evals.timing.kernels import Work, about, copies, figures, make_round, measure_ceilings, num_sets
@@ -332,7 +331,7 @@ def test_layer(measure, randn, device, sizes, rows):
     """
     width, dtype = sizes.heads * sizes.head_dim, sizes.dtype
     shape = dict(d_model=width, n_heads=sizes.heads, n_kv_heads=sizes.heads, mlp_hidden_size=sizes.mlp_width)
-    config = ModelConfig.from_dict(SHAPES["llada-8b"] | shape, "llada-8b")
+    config = read_model_config(SHAPES["llada-8b"] | shape, "llada-8b")
     matrices = (4 * width + 3 * sizes.mlp_width) * width
     moved = (matrices + 4 * rows * width) * dtype.itemsize
     layers = [LLaDALayer(config, dtype, torch.device(device)) for _ in range(num_sets(moved, device))]

@@ -134,7 +134,7 @@ def test_sampling_params(options, error, message):
         ({"mask_token_id": -1}, ValueError, "mask_token_id must be at least 0, got -1"),
         ({"mask_token_id": 300}, ValueError, "mask_token_id=300 is outside the 300 embeddings"),
         ({"max_model_len": 0}, ValueError, "max_model_len must be at least 1, got 0"),
-        ({"max_model_len": 257}, ValueError, "max_model_len=257 exceeds the config's max_sequence_length=256"),
+        ({"max_model_len": 257}, ValueError, "max_model_len=257 exceeds the 256 positions of the model's config"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1, got 0"),
         ({"max_num_seqs": None}, ValueError, "max_num_seqs must be an integer, got None"),
         ({"max_num_batched_tokens": 255}, ValueError, "max_num_batched_tokens=255 must be at least max_model_len=256"),

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams, memory
-from blockinfer.config import ModelConfig
-from blockinfer.models.llada import LLaDA, num_parameters, published_shapes
-from blockinfer.models.registry import SHAPES
+from blockinfer.models.published import num_parameters
+from blockinfer.models.registry import SHAPES, model_class, published, read_model_config
 from tests.checkpoints import write_checkpoint
 
 GB = 10**9
@@ -81,20 +80,33 @@ def test_the_default_cache_takes_half_of_what_weights_leave(tmp_path, monkeypatc
             memory.num_pages(llm.model_config, llm.config, 2 * page - 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2}, {"weight_tying": True}, {"embedding_size": 64}])
-def test_arithmetic_agrees_with_the_model(options):
-    shape = SHAPES["llada-8b"] | {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48}
-    shape |= {"vocab_size": 61, "embedding_size": 61, "eos_token_id": 1, "mask_token_id": 2}
-    config = ModelConfig.from_dict(shape | options, "")
-    model = LLaDA(config, torch.float32, torch.device("meta"), 16)
-    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
-    of_model, of_layer = published_shapes(config)
-    tensors = model.checkpoint_tensors()
-    assert len(tensors) == len(of_model) + 3 * len(of_layer)
-    for name, size in of_model.items():
-        assert tensors[f"model.transformer.{name}.weight"].shape == size
-    for name, size in of_layer.items():
-        assert tensors[f"model.transformer.blocks.2.{name}.weight"].shape == size
+SMALL = {
+    "llada-8b": {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48}
+    | {"vocab_size": 61, "embedding_size": 61, "eos_token_id": 1, "mask_token_id": 2},
+    "illada-8b": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | {"intermediate_size": 48, "vocab_size": 61},
+}
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ("llada-8b", {}),
+        ("llada-8b", {"n_kv_heads": 2}),
+        ("llada-8b", {"weight_tying": True}),
+        ("llada-8b", {"embedding_size": 64}),
+        ("illada-8b", {}),
+        ("illada-8b", {"tie_word_embeddings": False}),
+    ],
+)
+def test_arithmetic_agrees_with_the_model(shape, options):
+    config = read_model_config(SHAPES[shape] | SMALL[shape] | options, "")
+    model = model_class(config.architecture, "")(config, torch.float32, torch.device("meta"), 16)
+    groups = published(config)
+    assert num_parameters(groups) == sum(parameter.numel() for parameter in model.parameters())
+    expected = dict(tensor for group in groups for tensor in group.tensors())
+    assert sum(group.number for group in groups) == len(expected)
+    assert expected == {name: tuple(tensor.shape) for name, tensor in model.checkpoint_tensors().items()}
 
 
 def test_a_page_s_bytes_are_what_is_allocated(llm):

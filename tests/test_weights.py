@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blockinfer import LLM, SamplingParams
 from tests.checkpoints import write_checkpoint
@@ -38,10 +38,9 @@ def test_every_tensor_is_copied_to_its_place(tmp_path, options):
 
 
 def test_the_published_names_and_count():
-    from blockinfer.config import ModelConfig
-    from blockinfer.models.registry import SHAPES, model_class
+    from blockinfer.models.registry import SHAPES, model_class, read_model_config
 
-    config = ModelConfig.from_dict(SHAPES["llada-8b"], "llada-8b")
+    config = read_model_config(SHAPES["llada-8b"], "llada-8b")
     model = model_class(config.architecture, "llada-8b")(config, torch.bfloat16, torch.device("meta"), 16)
     tensors = model.checkpoint_tensors()
     assert len(tensors) == 3 + 32 * 9
@@ -79,3 +78,41 @@ def test_a_config_that_only_gives_mlp_ratio_and_multi_query_attention(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with LLM(folder, device="cpu") as llm:
         assert (llm.model_config.n_kv_heads, llm.model_config.mlp_hidden_size) == (1, 128)
+
+
+FREQUENCIES = 500000.0 ** -(torch.arange(0, 8, 2) / 8)
+
+
+def add_tensors(folder, extra):
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_fine_tuned_llada_checkpoints_have_besides(tmp_path, dtype):
+    """RoPE's frequencies, and fields of the config that change nothing: as if they were not there."""
+    expected = outputs(write_checkpoint(tmp_path / "plain"))
+    harmless = dict(_name_or_path="x", dtype="float32", flash_attention=True, use_cache=True, precision="amp_fp16")
+    harmless |= dict(embedding_dropout=0.1, rope_scaling=None, quantization_config=None, transformers_version="5.0.0")
+    folder = write_checkpoint(tmp_path / "tuned", **harmless)
+    names = ["rotary_emb.inv_freq", *(f"model.transformer.blocks.{i}.rotary_emb.inv_freq" for i in range(2))]
+    add_tensors(folder, {name: FREQUENCIES.to(dtype, copy=True) for name in names})
+    assert [o.outputs for o in outputs(folder)] == [o.outputs for o in expected]
+
+
+@pytest.mark.parametrize(
+    "name, frequencies, message",
+    [
+        ("rotary_emb.inv_freq", FREQUENCIES * 1.01, "rotary_emb.inv_freq differs from the frequencies of .*=500000$"),
+        ("rotary_emb.inv_freq", torch.ones(4), "differs from the frequencies of the config's rope_theta"),
+        ("rotary_emb.inv_freq", FREQUENCIES * torch.nan, "differs from the frequencies"),
+        ("a.rotary_emb.inv_freq", FREQUENCIES[:3], r"has shape \[3\], the config asks for \[4\]"),
+        ("a.rotary_emb.inv_freq", FREQUENCIES.long(), "has dtype I64, which is not a plain floating point type"),
+        ("my_rotary_emb.inv_freq", FREQUENCIES, "1 unexpected: my_rotary_emb.inv_freq"),
+        ("lm_head.weight", torch.zeros(61, 32), "1 unexpected: lm_head.weight"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(tmp_path, name, frequencies, message):
+    folder = write_checkpoint(tmp_path)
+    add_tensors(folder, {name: frequencies.clone()})
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, device="cpu")

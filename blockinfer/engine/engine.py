@@ -23,7 +23,7 @@ from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.scoring import Scores, ScoringRow
 from blockinfer.engine.sequence import BLOCKS, DENOISE, Resident, Sequence
 from blockinfer.memory import free_memory, num_pages
-from blockinfer.models.llada import LLaDA
+from blockinfer.models.transformer import Transformer
 from blockinfer.outputs import RequestOutput, ScoringOutput
 from blockinfer.sampling_params import SamplingParams, answer_seed
 from blockinfer.scoring_params import ScoringParams
@@ -40,7 +40,7 @@ class Engine:
     start of its block, as a preemption does: no tokens change and no output is lost.
     """
 
-    def __init__(self, model: LLaDA, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, model: Transformer, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.model = model
         self.config = config
         self.tokenizer = tokenizer

@@ -35,7 +35,7 @@ from blockinfer.kernels.masked_rows import masked_rows
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.slots import SlotOptions, SlotState
 from blockinfer.kernels.unmasking import unmask
-from blockinfer.models.llada import LLaDA
+from blockinfer.models.transformer import Transformer
 
 # Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for
 # every token, 0.13 GB at 126,464 columns.
@@ -86,7 +86,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LLaDA, config: EngineConfig, num_pages: int, eos_ids: list[int], last_ids: list[int]
+        self, model: Transformer, config: EngineConfig, num_pages: int, eos_ids: list[int], last_ids: list[int]
     ) -> None:
         self.model = model
         self.config = config
@@ -341,13 +341,13 @@ def most_blocks(max_num_seqs: int) -> int:
     return (max_num_seqs + MAX_OPEN_BLOCKS) // 2 * 2
 
 
-def page_shape(model: LLaDA, page_size: int) -> tuple[int, int, int, int, int]:
+def page_shape(model: Transformer, page_size: int) -> tuple[int, int, int, int, int]:
     """(layers, 2, P, HK, D): what one page of the KV cache holds, in elements of the model's dtype."""
     config = model.config
     return config.n_layers, 2, page_size, config.n_kv_heads, config.head_dim
 
 
-def _allocate_pages(model: LLaDA, config: EngineConfig, num_pages: int) -> torch.Tensor:
+def _allocate_pages(model: Transformer, config: EngineConfig, num_pages: int) -> torch.Tensor:
     """[layers, 2, pages, P, HK, D], not filled. Raises ValueError where the memory is not there."""
     layers, two, *page = page_shape(model, config.page_size)
     shape = (layers, two, num_pages, *page)

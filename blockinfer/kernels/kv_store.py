@@ -13,9 +13,13 @@ def rope_tables(head_dim: int, length: int, theta: float, dtype: torch.dtype, de
     The angles are computed in float32, as the published models were trained with, and in float64 for a float64 model.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=wide, device=device) / head_dim)
-    angles = torch.arange(length, dtype=wide, device=device)[:, None] * inverse
+    angles = torch.arange(length, dtype=wide, device=device)[:, None] * rope_frequencies(head_dim, theta, wide, device)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def rope_frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Radians a position by which each pair of dimensions is turned, [head_dim // 2]."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
 
 
 def rope_store_kv(
@@ -27,7 +31,8 @@ def rope_store_kv(
 ) -> torch.Tensor:
     """Rotates q and k, writes k and v to their pages, and returns the rotated q [T, H, D].
 
-    qkv [T, H + 2 HK, D]: queries, keys, values. cos_sin [T, 2, D // 2]: the rows of `rope_tables` for these tokens.
+    qkv [T, H + 2 HK, D]: queries, keys, values. cos_sin [T, 2, D // 2]: the rows of `rope_tables` for these tokens, in
+    float32 at least or in qkv's dtype, to which products and sums are rounded.
     k_pages, v_pages [pages, P, HK, D], written in place. kv_slots [T] int64: page * P + offset, all different.
     """
     implementation = rope_store_kv_triton if runs_triton(qkv) else rope_store_kv_torch
@@ -124,8 +129,8 @@ def _rope_store_kv_kernel(
     b = tl.load(where + HALF, mask=inside, other=0.0)
     cos = tl.load(cos_sin_ptr + row * D + d, mask=d < HALF, other=0.0)[None, :]
     sin = tl.load(cos_sin_ptr + row * D + HALF + d, mask=d < HALF, other=0.0)[None, :]
-    turned_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
-    turned_b = (b.to(tl.float32) * cos + a.to(tl.float32) * sin).to(a.dtype)
+    turned_a = (_product(a, cos) - _product(b, sin)).to(a.dtype)
+    turned_b = (_product(b, cos) + _product(a, sin)).to(a.dtype)
 
     is_q = inside & (head < HEADS)[:, None]
     q_at = q_ptr + (row * HEADS + head)[:, None] * D + d[None, :]
@@ -142,3 +147,9 @@ def _rope_store_kv_kernel(
     v_at = v_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * D + d[None, :]
     tl.store(v_at, a, mask=is_v)
     tl.store(v_at + HALF, b, mask=is_v)
+
+
+@triton.jit
+def _product(x, table):
+    """Rounded to the table's dtype, as float32."""
+    return (x.to(tl.float32) * table.to(tl.float32)).to(table.dtype).to(tl.float32)

@@ -1,39 +1,35 @@
 """Which class serves which checkpoint, by the config's `architectures`, and shapes known by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from blockinfer.checks import shown
+from blockinfer.model_config import ModelConfig, architecture
+from blockinfer.models.illada import ILLADA_8B, ILLaDA
 from blockinfer.models.llada import LLaDA
+from blockinfer.models.llada_config import LLADA_8B
+from blockinfer.models.published import TensorGroup
+from blockinfer.models.transformer import Transformer
 
-MODELS: dict[str, type[LLaDA]] = {"LLaDAModelLM": LLaDA}
+MODELS: dict[str, type[Transformer]] = {"LLaDAModelLM": LLaDA, "ILLaDAForCausalLM": ILLaDA}
 
-# The published config of GSAI-ML/LLaDA-8B-Instruct, for random weights of its shape (load_format="dummy").
-SHAPES: dict[str, dict[str, Any]] = {
-    "llada-8b": {
-        "architectures": ["LLaDAModelLM"],
-        "d_model": 4096,
-        "n_layers": 32,
-        "n_heads": 32,
-        "n_kv_heads": 32,
-        "mlp_hidden_size": 12288,
-        "vocab_size": 126464,
-        "embedding_size": 126464,
-        "max_sequence_length": 4096,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-        "weight_tying": False,
-        "eos_token_id": 126081,
-        "mask_token_id": 126336,
-        "torch_dtype": "bfloat16",
-    }
-}
+# Published configs, for random weights of their shapes (load_format="dummy").
+SHAPES: dict[str, dict[str, Any]] = {"llada-8b": LLADA_8B, "illada-8b": ILLADA_8B}
 
 
-def model_class(architecture: str, source: str) -> type[LLaDA]:
+def model_class(name: str, source: str) -> type[Transformer]:
     """Raises ValueError for an architecture that is not implemented, naming those that are."""
-    if architecture not in MODELS:
+    if name not in MODELS:
         # no nearest name: a checkpoint's is hardly mistyped, and LLaDA's relatives differ in one syllable
-        raise ValueError(
-            f"{source}: architecture {shown(architecture)} is not implemented, only {', '.join(MODELS)} is"
-        )
-    return MODELS[architecture]
+        raise ValueError(f"{source}: architecture {shown(name)} is not implemented, only {', '.join(MODELS)} are")
+    return MODELS[name]
+
+
+def read_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """A config.json's content, by its family; `source` names it in errors. Raises ValueError as `read_config` does."""
+    return model_class(architecture(raw, source), source).read_config(raw, source)
+
+
+def published(config: ModelConfig) -> list[TensorGroup]:
+    """The tensors of a checkpoint with this config."""
+    return model_class(config.architecture, "").published(config)

@@ -67,6 +67,22 @@ def test_kernel(device, guarded_empty, seed, rows, heads, dim, page_size, dtype)
     guarded_empty.check()
 
 
+@pytest.mark.parametrize("implementation", [rope_store_kv_torch, rope_store_kv_triton])
+def test_tables_in_half_precision_round_each_product(device, implementation):
+    """As Hugging Face's apply_rotary_pos_emb does in that dtype, to the bit; float16, which the interpreter rounds."""
+    g = torch.Generator().manual_seed(3)
+    qkv = torch.randn(50, 3, 64, generator=g).half().to(device)
+    table = rope_tables(64, 50, THETA, torch.float16, torch.device("cpu")).to(device)
+    pages = torch.zeros(2, 7, 8, 1, 64, dtype=torch.float16, device=device)
+    slots = torch.arange(50, device=device)
+    q = implementation(qkv, table.half(), pages[0], pages[1], slots)[:, 0]
+    (a, b), (cos, sin) = qkv[:, 0].chunk(2, dim=-1), table.half().unbind(1)
+    expected = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    assert torch.equal(q, expected)
+    wide = implementation(qkv, table, pages[0], pages[1], slots)[:, 0]
+    assert (wide != expected).float().mean() > 0.2
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -1,0 +1,151 @@
+"""What a checkpoint is: its shape, as the engine knows it whatever the family, and the reading of a config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blockinfer.checks import is_finite, shown
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# Far beyond any model; a layer's modules take time and memory whatever their size.
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a dense network, named as in LLaDA's config.json; a family that needs more adds to it.
+
+    embedding_size: rows of the embeddings and of the head, of which the first vocab_size are tokens. eos_token_ids:
+    empty where the config names none. usual_mask_token_id: the family's, for a checkpoint that names none at all.
+    dtype: the checkpoint's, None where it says none.
+    """
+
+    architecture: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+    embedding_size: int
+    max_sequence_length: int
+    rope_theta: float
+    rms_norm_eps: float
+    weight_tying: bool
+    eos_token_ids: tuple[int, ...]
+    mask_token_id: int | None
+    usual_mask_token_id: int | None = None
+    dtype: torch.dtype | None
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Of a head's dimensions the first ones, which RoPE turns."""
+        return self.head_dim
+
+
+def architecture(raw: Mapping[str, Any], source: str) -> str:
+    """The one name of a config's `architectures`; model_type is not used, since LLaDA-MoE shares it."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f'{source}: architectures must be a list of one name, as ["LLaDAModelLM"], got {shown(names)}')
+    return names[0]
+
+
+class ConfigReader:
+    """Typed access to config.json, with errors that name the file and the field."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw, self.source = raw, source
+
+    def refuse_others(self, implemented: Mapping[str, tuple[object, ...]]) -> None:
+        """What the network computes, by field. A config that says otherwise is refused; one that is silent is taken to
+        agree."""
+        for name, allowed in implemented.items():
+            if name in self.raw and self.raw[name] not in allowed:
+                value = shown(self.raw[name])
+                raise ValueError(f"{self.source}: {name}={value} is not implemented, only {allowed[0]!r} is")
+
+    def integer(self, name: str, maximum: int = 2**31 - 1, *, default: int | None = None, minimum: int = 1) -> int:
+        value = self._present(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            kind = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+            raise ValueError(f"{self.source}: {name} must be {kind}, got {shown(value)}")
+        if value > maximum:
+            raise ValueError(f"{self.source}: {name} must be at most {maximum}, got {shown(value)}")
+        return value
+
+    def positive(self, name: str, *, default: float | None = None) -> float:
+        value = self._present(name, default)
+        if not is_finite(value) or value <= 0:
+            raise ValueError(f"{self.source}: {name} must be a positive number, got {shown(value)}")
+        return float(value)
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        value = self.raw.get(name)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ValueError(
+                f"{self.source}: {name} must be a token id (or a list of them for EOS), got {shown(value)}"
+            )
+        return tuple(ids)
+
+    def mask_token_id(self) -> int | None:
+        if isinstance(self.raw.get("mask_token_id"), list):
+            raise ValueError(
+                f"{self.source}: mask_token_id must be one token id, got {shown(self.raw['mask_token_id'])}"
+            )
+        return next(iter(self.token_ids("mask_token_id")), None)
+
+    def boolean(self, name: str) -> bool:
+        value = False if self.raw.get(name) is None else self.raw[name]
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.source}: {name} must be true or false, got {shown(value)}")
+        return value
+
+    def dtype(self) -> torch.dtype | None:
+        name = self.raw.get("dtype", self.raw.get("torch_dtype"))
+        if name is not None and (not isinstance(name, str) or name not in DTYPES):
+            raise ValueError(f"{self.source}: dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
+        return DTYPES[name] if name is not None else None
+
+    def _present(self, name: str, default: float | None = None) -> Any:
+        value = default if self.raw.get(name) is None else self.raw[name]
+        if value is None:
+            raise ValueError(f"{self.source}: {name} is missing")
+        return value
+
+
+def check_heads(source: str, names: tuple[str, str, str], d_model: int, n_heads: int, n_kv_heads: int) -> None:
+    """names: what the config calls these three."""
+    width, heads, kv_heads = names
+    if d_model % n_heads or d_model // n_heads % 2:
+        raise ValueError(f"{source}: {width}={d_model} must split into {heads}={n_heads} heads of an even size")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"{source}: {heads}={n_heads} is not a multiple of {kv_heads}={n_kv_heads}")
+
+
+def check_tokens(source: str, config: ModelConfig) -> None:
+    """The special tokens must have embeddings."""
+    for name, ids in (("eos_token_id", config.eos_token_ids), ("mask_token_id", (config.mask_token_id,))):
+        for token_id in ids:
+            if token_id is not None and token_id >= config.embedding_size:
+                raise ValueError(
+                    f"{source}: {name}={shown(token_id)} is outside the {config.embedding_size} embeddings"
+                )
+
+
+def if_embedded(token_id: int, embeddings: int) -> int | None:
+    """A family's usual token, which a model of so many embeddings may not have."""
+    return token_id if token_id < embeddings else None

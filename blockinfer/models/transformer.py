@@ -1,0 +1,90 @@
+"""What the networks here have in common: embeddings, layers over a paged KV cache, a last norm and a head."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from blockinfer.kernels.linear import linear
+from blockinfer.kernels.norm import add_rms_norm
+from blockinfer.kernels.paged_attention import SegmentTable
+from blockinfer.model_config import ModelConfig
+from blockinfer.models.published import TensorGroup
+
+
+class Transformer(nn.Module):
+    """A network; logits at a position predict the token at that position, without a shift.
+
+    layers: each has an `attend` and a `finish`, as those of `models.llada.LLaDALayer`. cos_sin: `rope_tables` of all
+    positions.
+    EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the field of the config that makes them one.
+    """
+
+    EMBEDDINGS: ClassVar[str]
+    HEAD: ClassVar[str]
+    TIED_BY: ClassVar[str]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Iterable[nn.Module],
+        cos_sin: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = unfilled(config.embedding_size, config.d_model, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(layers)
+        self.ln_f = unfilled(config.d_model, dtype=dtype, device=device)
+        self.lm_head = self.wte if config.weight_tying else unfilled(*self.wte.shape, dtype=dtype, device=device)
+        self.cos_sin = cos_sin
+
+    @staticmethod
+    @abstractmethod
+    def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+        """Reads a config.json's content; `source` names it in errors.
+
+        Raises ValueError for a missing or impossible size and for a value that the network does not implement.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def published(config: ModelConfig) -> list[TensorGroup]:
+        """The tensors of a checkpoint: what `checkpoint_tensors` has."""
+
+    @abstractmethod
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """The published tensor names and the part of a parameter that each fills, in the published shape."""
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pages: torch.Tensor,
+        table: SegmentTable,
+        attended: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. All up to the last layer's
+        attention, which every row needs; what `logits` goes on with, attended and residual [T, d], is written."""
+        torch.index_select(self.wte, 0, token_ids, out=residual)
+        x = torch.zeros_like(residual)
+        cos_sin = self.cos_sin[positions]
+        *others, last = zip(self.layers, kv_pages, strict=True)
+        for layer, layer_pages in others:
+            x = layer.finish(layer.attend(x, residual, cos_sin, layer_pages, table), residual)
+        last[0].attend(x, residual, cos_sin, last[1], table, attended)
+
+    def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """attended, residual [T, d], as `forward` wrote them; rows [N] int64 -> their logits, [N, embedding_size]."""
+        attended, residual = attended[rows], residual[rows]
+        x = self.layers[-1].finish(attended, residual)
+        return linear(add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0], self.lm_head)
+
+
+def unfilled(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter that `weights.py` fills."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
