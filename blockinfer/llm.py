@@ -45,7 +45,8 @@ class LLM:
         Or a torch.dtype.
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
-        may then also be a published shape's name: "llada-8b", "illada-8b".
+        may then also be a published shape's name: "llada-8b", "illada-8b",
+        "llada-moe-7b".
     tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model; a local folder has none.
     mask_token_id: overrides the config's and the tokenizer's.

@@ -31,6 +31,7 @@ def load(config: EngineConfig) -> Loaded:
     make_model = model_class(model_config.architecture, source)
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
     eos = getattr(tokenizer, "eos_token_id", None)
+    eos = model_config.usual_eos_token_id if eos is None else eos
     if not model_config.eos_token_ids and eos is not None:
         model_config = dataclasses.replace(model_config, eos_token_ids=(eos,))
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))

@@ -68,9 +68,10 @@ def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """The widest moment of a layer, gate and up, their product, and a few hidden states; and the LM head's."""
-    width = 3 * model.mlp_hidden_size + 10 * model.d_model
-    return config.max_num_batched_tokens * width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
+    """The widest moment of a layer, and the LM head's."""
+    return (
+        config.max_num_batched_tokens * model.step_width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
+    )
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:

@@ -24,8 +24,9 @@ class ModelConfig:
     """The shape of a dense network, named as in LLaDA's config.json; a family that needs more adds to it.
 
     embedding_size: rows of the embeddings and of the head, of which the first vocab_size are tokens. eos_token_ids:
-    empty where the config names none. usual_mask_token_id: the family's, for a checkpoint that names none at all.
-    dtype: the checkpoint's, None where it says none.
+    empty where the config names none. usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose
+    tokenizer names none either. block_length: of a block-causal network, whose positions see no later block,
+    counted from position 0; None where all see each other. dtype: the checkpoint's, None where it says none.
     """
 
     architecture: str
@@ -43,6 +44,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     mask_token_id: int | None
     usual_mask_token_id: int | None = None
+    usual_eos_token_id: int | None = None
+    block_length: int | None = None
     dtype: torch.dtype | None
 
     @property
@@ -53,6 +56,15 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Of a head's dimensions the first ones, which RoPE turns."""
         return self.head_dim
+
+    @property
+    def step_width(self) -> int:
+        """Numbers that a row has at a layer's widest moment: gate and up, their product, and a few hidden states."""
+        return 3 * self.mlp_hidden_size + 10 * self.d_model
+
+    def mlp_elements(self, rows: float) -> float:
+        """Of a layer's MLP, on average over the layers, the weights that a forward of so many rows reads."""
+        return 3 * self.d_model * self.mlp_hidden_size
 
 
 def architecture(raw: Mapping[str, Any], source: str) -> str:

@@ -28,7 +28,8 @@ from blockinfer.outputs import RequestOutput, ScoringOutput
 from blockinfer.sampling_params import SamplingParams, answer_seed
 from blockinfer.scoring_params import ScoringParams
 
-_EOT = "<|eot_id|>"
+# What ends a message, in a chat template of one family or the other.
+_EOTS = ("<|eot_id|>", "<|role_end|>")
 # More than a token can stand for.
 _MAX_CHARACTERS = 1000
 
@@ -45,7 +46,8 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         eos_ids = list(model.config.eos_token_ids)
-        eot_ids = [tokenizer.convert_tokens_to_ids(_EOT)] if tokenizer and _EOT in tokenizer.get_vocab() else []
+        known = tokenizer.get_vocab() if tokenizer else {}
+        eot_ids = [known[token] for token in _EOTS if token in known]
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)

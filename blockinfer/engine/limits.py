@@ -19,6 +19,8 @@ class Limits(NamedTuple):
 
     def check_fits(self, given: int, max_tokens: int, guided: bool) -> None:
         """given: tokens of the prompt; guided: with a shadow beside it."""
+        if self.model.block_length is not None:
+            raise ValueError("this model is block-causal, and decoding of such models is not implemented yet")
         if guided and self.config.max_num_seqs < 2:
             raise ValueError("cfg_scale needs max_num_seqs of at least 2, got 1: its shadow runs beside a request")
         lanes = 2 if guided else 1

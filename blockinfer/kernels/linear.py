@@ -40,6 +40,18 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return silu_mul(F.linear(x, weight))
 
 
+def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K], weight [N, K] of few columns -> x @ weight.T in float32 at least, unrounded, as [T, N] or as parts
+    [S, T, N], of which it is the sum."""
+    if _is_skinny(x):
+        splits = min(num_processors(x.device) // triton.cdiv(weight.shape[0], 64), x.shape[1] // 128)
+        return skinny_linear_triton(x, weight, Tiling(64, 128, max(2, splits)))
+    if runs_triton(x) and x.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide))
+
+
 def _is_skinny(x: torch.Tensor) -> bool:
     """float32 stays with cuBLAS: its products there are as exact as the tests ask for, and no faster here."""
     return (

@@ -38,9 +38,9 @@ def hf_reader(raw: Mapping[str, Any], source: str) -> ConfigReader:
     return ConfigReader(lifted, source)
 
 
-def read_hf_shape(read: ConfigReader, *, mlp_size: str, tied: bool) -> dict[str, Any]:
-    """The fields of ModelConfig. mlp_size: what the config calls a dense layer's width; tied: whether the head is the
-    embeddings where the config does not say.
+def read_hf_shape(read: ConfigReader, *, mlp_size: str | None, tied: bool) -> dict[str, Any]:
+    """The fields of ModelConfig. mlp_size: what the config calls a dense layer's width, where there may be one; tied:
+    whether the head is the embeddings where the config does not say.
 
     Raises ValueError as a family's `read_config` does.
     """
@@ -63,7 +63,7 @@ def read_hf_shape(read: ConfigReader, *, mlp_size: str, tied: bool) -> dict[str,
         n_layers=read.integer("num_hidden_layers", MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        mlp_hidden_size=read.integer(mlp_size),
+        mlp_hidden_size=0 if mlp_size is None else read.integer(mlp_size),
         vocab_size=vocab_size,
         embedding_size=vocab_size,
         max_sequence_length=read.integer("max_position_embeddings"),

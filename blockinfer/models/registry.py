@@ -7,14 +7,28 @@ from blockinfer.checks import shown
 from blockinfer.model_config import ModelConfig, architecture
 from blockinfer.models.illada import ILLADA_8B, ILLaDA
 from blockinfer.models.llada import LLaDA
+from blockinfer.models.llada2 import LLADA2_MINI, LLaDA2
 from blockinfer.models.llada_config import LLADA_8B
+from blockinfer.models.llada_moe import LLADA_MOE_7B, LLaDAMoE
 from blockinfer.models.published import TensorGroup
 from blockinfer.models.transformer import Transformer
 
-MODELS: dict[str, type[Transformer]] = {"LLaDAModelLM": LLaDA, "ILLaDAForCausalLM": ILLaDA}
+MODELS: dict[str, type[Transformer]] = {
+    "LLaDAModelLM": LLaDA,
+    "ILLaDAForCausalLM": ILLaDA,
+    "LLaDAMoEModelLM": LLaDAMoE,
+    # the base model's
+    "LLaDAMoEModel": LLaDAMoE,
+    "LLaDA2MoeModelLM": LLaDA2,
+}
 
 # Published configs, for random weights of their shapes (load_format="dummy").
-SHAPES: dict[str, dict[str, Any]] = {"llada-8b": LLADA_8B, "illada-8b": ILLADA_8B}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llada-8b": LLADA_8B,
+    "illada-8b": ILLADA_8B,
+    "llada-moe-7b": LLADA_MOE_7B,
+    "llada2-mini": LLADA2_MINI,
+}
 
 
 def model_class(name: str, source: str) -> type[Transformer]:

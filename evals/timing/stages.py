@@ -27,6 +27,7 @@ from evals.runs.machine import gpu_name
 from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
+EXPERTS, ROUTER = "products of experts", "router"
 # The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
 # products may end with SiLU x up, norms begin with the sum of a product's parts.
 _STAGES = [
@@ -35,10 +36,12 @@ _STAGES = [
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
     ("_silu_mul_kernel", "SiLU x up"),
+    ("_grouped_linear_kernel", EXPERTS),
+    ("_route_kernel|_expert_(count|order)_kernel", ROUTER),
     ("_(tile|noise|log_probability)_kernel", CONFIDENCE),
     (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
 ]
-STAGES = [PRODUCTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", CONFIDENCE, OTHERS]
+STAGES = [PRODUCTS, EXPERTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", ROUTER, CONFIDENCE, OTHERS]
 
 
 class Kernel(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockinfer.kernels.kv_store import rope_store_kv_torch, rope_store_kv_triton, rope_tables
+from blockinfer.kernels.kv_store import HeadNorms, rope_store_kv_torch, rope_store_kv_triton, rope_tables
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-9, atol=1e-9),
@@ -17,16 +17,17 @@ TOLERANCE = {
 LENGTH, THETA = 128, 10_000.0
 
 
-def turned(x, positions):
-    """The definition: each pair (x_j, x_{j + D/2}) is turned by position / theta^(2j / D). [T, H, D] -> float64."""
+def turned(x, positions, dim=None):
+    """The definition: each pair (x_j, x_{j + R/2}) is turned by position / theta^(2j / R). [T, H, D] -> float64."""
     x = x.double().cpu()
-    dim = x.shape[-1]
+    dim = dim or x.shape[-1]
+    x, rest = x[..., :dim], x[..., dim:]
     angles = positions.double().cpu()[:, None] * THETA ** (-torch.arange(0, dim, 2).double() / dim)
     pairs = torch.complex(*x.split(dim // 2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
+    return torch.cat([pairs.real, pairs.imag, rest], dim=-1)
 
 
-def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, dtype):
+def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, dtype, rotary=None, normed=False):
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim, generator=g).to(dtype).to(device)
     before = qkv.clone()
@@ -34,10 +35,16 @@ def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, d
     pages = -(-rows // page_size) + 2
     slots = torch.randperm(pages * page_size, generator=g)[:rows].to(device)
     k_pages, v_pages = (torch.full((pages, page_size, kv_heads, dim), 7.0, dtype=dtype, device=device) for _ in "kv")
-    cos_sin = rope_tables(dim, LENGTH, THETA, dtype, torch.device("cpu"))[positions].to(device)
-    q = implementation(qkv, cos_sin, k_pages, v_pages, slots)
+    cos_sin = rope_tables(rotary or dim, LENGTH, THETA, dtype, torch.device("cpu"))[positions].to(device)
+    of_q, of_k = (1 + torch.rand(2, dim, generator=g)).to(dtype).to(device)
+    norms = HeadNorms(of_q, of_k, 1e-3) if normed else None
+    q = implementation(qkv, cos_sin, k_pages, v_pages, slots, norms)
     assert q.dtype == dtype and torch.equal(qkv, before)
-    expected = turned(before, positions).to(dtype)
+    x = before.double()
+    if normed:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+        x = torch.cat([x[:, :heads] * of_q.double(), x[:, heads : heads + kv_heads] * of_k.double()], dim=1)
+    expected = turned(x, positions, rotary).to(dtype)
     torch.testing.assert_close(q.cpu(), expected[:, :heads], **TOLERANCE[dtype])
     k_flat, v_flat = k_pages.view(-1, kv_heads, dim), v_pages.view(-1, kv_heads, dim)
     torch.testing.assert_close(k_flat[slots].cpu(), expected[:, heads : heads + kv_heads], **TOLERANCE[dtype])
@@ -58,6 +65,20 @@ shapes = dict(
 @given(**shapes, dim=st.integers(1, 20).map(lambda half: 2 * half), dtype=st.sampled_from([*TOLERANCE]))
 def test_twin(seed, rows, heads, dim, page_size, dtype):
     check(rope_store_kv_torch, "cpu", seed, rows, *heads, dim, page_size, dtype)
+
+
+parts = st.sampled_from([(64, 32), (128, 64), (12, 2), (8, 8), (20, 14), (128, 128)])
+
+
+@given(**shapes, dims=parts, normed=st.booleans(), dtype=st.sampled_from([*TOLERANCE]))
+def test_norms_and_a_part_that_is_turned_twin(seed, rows, heads, dims, page_size, dtype, normed):
+    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dims[0], page_size, dtype, dims[1], normed)
+
+
+@given(**shapes, dims=parts, normed=st.booleans(), dtype=st.sampled_from([*TOLERANCE][1:]))
+def test_norms_and_a_part_that_is_turned(device, guarded_empty, seed, rows, heads, dims, page_size, dtype, normed):
+    check(rope_store_kv_triton, device, seed, rows, *heads, dims[0], page_size, dtype, dims[1], normed)
+    guarded_empty.check()
 
 
 @given(**shapes, dim=st.sampled_from([2, 8, 12, 64, 128]), dtype=st.sampled_from([*TOLERANCE][1:]))
@@ -90,6 +111,8 @@ def test_tables_in_half_precision_round_each_product(device, implementation):
         (dict(qkv=torch.zeros(3, 6, 16)[:, :, ::2]), "contiguous"),
         (dict(v_pages=torch.zeros(2, 4, 2, 10)), r"\(2, 4, 2, 10\)"),
         (dict(cos_sin=torch.zeros(2, 2, 4)), r"T = 3, got \(2, 2, 4\)"),
+        (dict(cos_sin=torch.zeros(3, 2, 5)), r"R <= D, and kv_slots .T., with T = 3, got \(3, 2, 5\)"),
+        (dict(norms=HeadNorms(torch.ones(8), torch.ones(4), 1e-6)), r"with D = 8, got \(8,\) and \(4,\)"),
         (dict(kv_slots=torch.zeros(4, dtype=torch.int64)), r"T = 3, got .* and \(4,\)"),
     ],
 )

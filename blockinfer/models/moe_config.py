@@ -1,0 +1,87 @@
+"""The shape of a network with mixtures of experts, and what the configs of such families have in common."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from blockinfer.kernels.router import RouterRule
+from blockinfer.model_config import ConfigReader, ModelConfig
+
+# The kernels hold a row's experts at once.
+_MAX_EXPERTS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(ModelConfig):
+    """dense_layers: so many first layers have one MLP, of mlp_hidden_size. The others have num_experts experts of
+    expert_hidden_size each, and behind them those that all rows share; rule says who goes where, with biases where
+    router_bias is set. rotary_size: `rotary_dim`."""
+
+    dense_layers: int
+    num_experts: int
+    expert_hidden_size: int
+    rule: RouterRule
+    router_bias: bool
+    rotary_size: int
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.rotary_size
+
+    @property
+    def all_experts(self) -> int:
+        """With those that are shared."""
+        return self.num_experts + self.rule.shared
+
+    @property
+    def step_width(self) -> int:
+        """A row's pairs, before and behind the second product, besides what a dense network has."""
+        pairs = self.rule.top_k + self.rule.shared
+        return max(super().step_width, pairs * (self.expert_hidden_size + self.d_model) + 10 * self.d_model)
+
+    def mlp_elements(self, rows: float) -> float:
+        """Where each row's experts are drawn alike: of the shared ones, and of the others those that some row has."""
+        touched = self.num_experts * (1 - (1 - self.rule.top_k / self.num_experts) ** rows) + self.rule.shared
+        of_experts = 3 * touched * self.d_model * self.expert_hidden_size + self.num_experts * self.d_model
+        share = self.dense_layers / self.n_layers
+        return share * super().mlp_elements(rows) + (1 - share) * of_experts
+
+
+def read_rotary_size(read: ConfigReader, head_dim: int) -> int:
+    """Of the partial_rotary_factor, with which a rotary_dim must agree."""
+    factor = read.positive("partial_rotary_factor", default=1.0)
+    size = int(head_dim * factor)
+    if factor > 1 or size < 2 or size % 2:
+        raise ValueError(
+            f"{read.source}: partial_rotary_factor={factor:g} of {head_dim} dimensions must be an even number of them"
+        )
+    if read.raw.get("rotary_dim") not in (None, size):
+        raise ValueError(
+            f"{read.source}: rotary_dim={read.raw['rotary_dim']!r} is not what partial_rotary_factor={factor:g} makes "
+            f"of {head_dim} dimensions, {size}"
+        )
+    return size
+
+
+def read_experts(read: ConfigReader, size_name: str) -> dict[str, Any]:
+    """num_experts, expert_hidden_size. size_name: what the config calls the latter."""
+    return dict(
+        num_experts=read.integer("num_experts", _MAX_EXPERTS), expert_hidden_size=read.integer(size_name, minimum=1)
+    )
+
+
+def check_router(source: str, experts: int, rule: RouterRule, names: tuple[str, str]) -> None:
+    """names: what the config calls the groups, and those that are kept."""
+    groups, kept = names
+    if experts % rule.groups:
+        raise ValueError(f"{source}: num_experts={experts} does not split into {groups}={rule.groups} groups")
+    per = experts // rule.groups
+    if rule.groups > 1 and per < 2:
+        raise ValueError(
+            f"{source}: {groups}={rule.groups} of num_experts={experts} are groups of one, where two count"
+        )
+    if rule.groups_kept > rule.groups:
+        raise ValueError(f"{source}: {kept}={rule.groups_kept} is more than {groups}={rule.groups}")
+    if rule.top_k > rule.groups_kept * per:
+        raise ValueError(
+            f"{source}: num_experts_per_tok={rule.top_k} is more than the {rule.groups_kept * per} experts of groups"
+        )
