@@ -62,8 +62,9 @@ class ModelConfig:
         """Numbers that a row has at a layer's widest moment: gate and up, their product, and a few hidden states."""
         return 3 * self.mlp_hidden_size + 10 * self.d_model
 
-    def mlp_elements(self, rows: float) -> float:
-        """Of a layer's MLP, on average over the layers, the weights that a forward of so many rows reads."""
+    @property
+    def mlp_elements(self) -> float:
+        """Of a layer's MLP, on average over the layers, the weights that a row is multiplied by."""
         return 3 * self.d_model * self.mlp_hidden_size
 
 

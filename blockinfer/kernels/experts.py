@@ -3,6 +3,10 @@
 A row and one of its experts are a pair. Pairs are put in the order of their experts and cut into tiles, on the device,
 so that one CUDA graph serves every routing: the grid has as many tiles as there can be, and those that there are not
 end at once. As in `linear`, the weights are the tall operand of the matrix units.
+
+torch's grouped_mm, with what it needs around it but without ordering and weighing the pairs, takes 378 us a layer where
+these take 237 (LLaDA2-mini, 32 rows of random experts, H200: the weights that are touched are read in 238), 565 where
+they take 415 (1,024 rows), and 802 where they take 734 (4,096).
 """
 
 from typing import NamedTuple
@@ -54,15 +58,16 @@ class ExpertTiling(NamedTuple):
 
 
 def expert_tilings(pairs: int, experts: int) -> tuple[ExpertTiling, ExpertTiling]:
-    """For gate and up, and for down; of one block_t, so many that an expert's pairs are mostly one tile."""
+    """For gate and up, and for down; of one block_t, so many that an expert's pairs are mostly one tile (measured on an
+    H200, at LLaDA2-mini's and LLaDA-MoE's shapes)."""
     mean = pairs / experts
     if mean <= 12:
-        return ExpertTiling(16, 64, 128), ExpertTiling(16, 128, 128)
-    if mean <= 24:
-        return ExpertTiling(32, 64, 128), ExpertTiling(32, 128, 64)
-    if mean <= 96:
-        return ExpertTiling(64, 64, 64), ExpertTiling(64, 128, 64)
-    return ExpertTiling(128, 64, 64, num_warps=8), ExpertTiling(128, 128, 64, num_warps=8)
+        return ExpertTiling(16, 64, 128, num_stages=3), ExpertTiling(16, 128, 64, num_stages=5)
+    if mean <= 32:
+        return ExpertTiling(32, 64, 64, num_stages=5), ExpertTiling(32, 128, 64, num_stages=5)
+    if mean <= 136:
+        return ExpertTiling(64, 64, 64), ExpertTiling(64, 128, 64, num_warps=8)
+    return ExpertTiling(128, 128, 64, num_warps=8, num_stages=3), ExpertTiling(128, 128, 64)
 
 
 def mixture_triton(

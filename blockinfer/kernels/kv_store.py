@@ -132,6 +132,8 @@ def rope_store_kv_triton(
         BLOCK_H=block_h,
         BLOCK_HALF=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        # a product and a difference in half precision would become one operation, which does not round the product
+        enable_fp_fusion=cos_sin.dtype == torch.float32,
         **launch_options(qkv.device),
     )
     return q

@@ -38,12 +38,12 @@ class MoEConfig(ModelConfig):
         pairs = self.rule.top_k + self.rule.shared
         return max(super().step_width, pairs * (self.expert_hidden_size + self.d_model) + 10 * self.d_model)
 
-    def mlp_elements(self, rows: float) -> float:
-        """Where each row's experts are drawn alike: of the shared ones, and of the others those that some row has."""
-        touched = self.num_experts * (1 - (1 - self.rule.top_k / self.num_experts) ** rows) + self.rule.shared
-        of_experts = 3 * touched * self.d_model * self.expert_hidden_size + self.num_experts * self.d_model
+    @property
+    def mlp_elements(self) -> float:
+        experts = self.rule.top_k + self.rule.shared
+        of_experts = 3 * experts * self.d_model * self.expert_hidden_size + self.num_experts * self.d_model
         share = self.dense_layers / self.n_layers
-        return share * super().mlp_elements(rows) + (1 - share) * of_experts
+        return share * super().mlp_elements + (1 - share) * of_experts
 
 
 def read_rotary_size(read: ConfigReader, head_dim: int) -> int:

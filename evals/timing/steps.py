@@ -128,15 +128,14 @@ def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
 def least_ms(run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings) -> dict[str, float]:
     """What a step of these counts takes the device at least, by the ceilings that stand beside it: ms to read the
     weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
-    attention's own left out. Of a mixture's experts as many are read as rows of random experts touch."""
+    attention's own left out. Of a mixture's experts those of one row are read at least; how many more are, the weights say."""
     kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
-    qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements(1)
-    read_after = width * width + config.mlp_elements(run.rows / run.forwards)
+    qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements
     head = width * config.embedding_size
     # after its attention the last layer, like the LM head, computes the masked rows alone
     flops = 2 * config.n_layers * qkv * run.rows + 2 * head * run.lm_head_rows
     flops += 2 * after * ((config.n_layers - 1) * run.rows + run.lm_head_rows)
-    read = (config.n_layers * (qkv + read_after) + head) * run.forwards + 2 * config.n_layers * kv_width * run.keys
+    read = (config.n_layers * (qkv + after) + head) * run.forwards + 2 * config.n_layers * kv_width * run.keys
     return {
         "least_read_ms": 1000 * read * itemsize / ceilings.read / run.forwards,
         "least_products_ms": 1000 * flops / ceilings.sustained_matmul / run.forwards,

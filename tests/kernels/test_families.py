@@ -27,9 +27,8 @@ KERNELS = {
 def test_logits(device, tmp_path, monkeypatch, config, network, skinny):
     folder = write_family(tmp_path, config)
     tokens = random.Random(1).choices(range(61), k=11)
-    with LLM(folder, device="cpu", mask_token_id=57) as llm:
-        model = llm.engine.model.to(device)
-    model.cos_sin = model.cos_sin.to(device)
+    with LLM(folder, device=device, dtype="float32", enforce_eager=True, mask_token_id=57) as llm:
+        model = llm.engine.model
     called = set()
     monkeypatch.setattr(linear, "_is_skinny", lambda x: skinny)
     monkeypatch.setattr(linear, "choose_tiling", lambda *args, **options: linear.Tiling(16, 16, 1 if options else 2))
