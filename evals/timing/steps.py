@@ -128,7 +128,8 @@ def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
 def least_ms(run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings) -> dict[str, float]:
     """What a step of these counts takes the device at least, by the ceilings that stand beside it: ms to read the
     weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
-    attention's own left out. Of a mixture's experts those of one row are read at least; how many more are, the weights say."""
+    attention's own left out. Of a mixture's experts those of one row are read at least; the weights say how many more.
+    """
     kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
     qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements
     head = width * config.embedding_size
