@@ -46,7 +46,7 @@ class LLM:
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also be a published shape's name: "llada-8b", "illada-8b",
-        "llada-moe-7b".
+        "llada-moe-7b", "llada2-mini".
     tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model; a local folder has none.
     mask_token_id: overrides the config's and the tokenizer's.

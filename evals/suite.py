@@ -13,6 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tqdm.auto import tqdm
 
 from blockinfer import LLM, RequestOutput
+from blockinfer.engine.block_causal import check_block_causal
 from evals.questions.graders import grade
 from evals.questions.rows import encode
 from evals.results.record import environment, extra_info, loading
@@ -43,6 +44,12 @@ class Suite:
         timed: Sequence[Case] = (),
         samples: Samples | None = None,
     ) -> None:
+        if llm.model_config.block_length is not None:
+            for case in settings.cases:
+                try:
+                    check_block_causal(case.params)
+                except ValueError as error:
+                    raise ValueError(f"{llm.config.model}: {error}: --mode block") from error
         self.llm = llm
         self.reference = None
         if any(case.mode == REFERENCE_IMPL for case in settings.cases):

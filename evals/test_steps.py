@@ -183,6 +183,8 @@ def check(request, llm, environment):
     """check(name, case) -> the case. Skips the test where the model takes no requests so long."""
 
     def check(name, case):
+        if llm.model_config.block_length is not None and case.mode != "block":
+            pytest.skip(f"{llm.config.model} is block-causal, and {case.mode} is not")
         longest = max(map(sum, case.lengths))
         if longest > llm.config.max_model_len:
             pytest.skip(f"{llm.config.model} takes {llm.config.max_model_len} tokens in all, this case has {longest}")

@@ -13,6 +13,7 @@ from blockinfer.config import EngineConfig
 from blockinfer.decoding.likelihood import Mask
 from blockinfer.engine.answers import Canvases, request_output, scoring_output, search_stop
 from blockinfer.engine.batch import denoised
+from blockinfer.engine.block_causal import BlockCausalSequence, check_block_causal
 from blockinfer.engine.graphs import ROW_TILE
 from blockinfer.engine.infilling import InfillSequence, check_infilling
 from blockinfer.engine.limits import Limits
@@ -81,8 +82,12 @@ class Engine:
         read = prompt if isinstance(prompt, ReadPrompt) else self.prompts.read(prompt)
         if read.tokens is not None and stream is not None:
             raise ValueError("masked spans are filled between text that stays, and cannot be streamed")
+        block_causal = self.model.config.block_length is not None
+        if block_causal:
+            check_block_causal(params)
         if read.tokens is None:
-            self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0)
+            whole = params.block_length if block_causal else 1
+            self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0, whole)
         else:
             check_infilling(read.tokens, params)
             self._limits.check_fits(len(read.tokens), 0, params.cfg_scale > 0)
@@ -92,10 +97,11 @@ class Engine:
             stops |= self.stop_token_ids
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         siblings: list[Sequence] = []
+        make = BlockCausalSequence if block_causal else Sequence
         for i in range(params.n):
             rest = params, answer_seed(seed, i), frozenset(stops), siblings
             if read.tokens is None:
-                Sequence(self._next_id + i, read.text, read.token_ids, *rest)
+                make(self._next_id + i, read.text, read.token_ids, *rest)
             else:
                 InfillSequence(self._next_id + i, read.text, read.tokens, *rest, read.token_ids)
             siblings[i].stream = stream
@@ -112,8 +118,13 @@ class Engine:
         """Queues forwards of a canvas, each with other positions of the answer masked, and returns their request's id;
         `step` gives a ScoringOutput. reads: of each forward (position, token id), whose log-probability is asked for.
 
-        Raises ValueError where the canvas does not fit.
+        Raises ValueError where the canvas does not fit, and for a block-causal network: the estimates are of one whose
+        positions all see each other.
         """
+        if self.model.config.block_length is not None:
+            raise ValueError(
+                "likelihoods are not defined here for a block-causal model, and this one is; generate instead"
+            )
         self._limits.check_fits(len(token_ids), 0, params.cfg_scale > 0)
         siblings: list[ScoringRow] = []
         for i, (mask, wanted) in enumerate(zip(masked, reads, strict=True)):
@@ -176,7 +187,7 @@ class Engine:
                 sequence.finish(token_ids, final, result.logprobs)
                 came_on.append(sequence)
             elif sequence.stream == DENOISE:
-                canvases[sequence.request_id] = tuple(token_ids)
+                canvases[sequence.request_id] = tuple(token_ids[sequence.output_part(len(token_ids))])
                 came_on.append(sequence)
         outputs = self._tell(came_on, canvases)
         # what was launched before, while the device is busy

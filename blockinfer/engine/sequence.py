@@ -230,18 +230,23 @@ class Sequence(Resident):
         return sum(block.left for block in self.window)
 
     def _segments(self) -> list[Segment]:
-        return MODES[self.mode](
-            BlockState(
-                prompt_len=self.prompt_len,
-                block_length=self.params.block_length,
-                canvas_end=self.canvas_end,
-                block_start=self.window_start,
-                block_end=self.block_end,
-                suffix_end=min(self.block_end + self.params.suffix_window, self.canvas_end),
-                step=self.step,
-                num_cached=self.num_cached,
-            )
+        return MODES[self.mode](self._state())
+
+    def _state(self) -> BlockState:
+        return BlockState(
+            prompt_len=self.prompt_len,
+            block_length=self.params.block_length,
+            canvas_end=self.canvas_end,
+            block_start=self.window_start,
+            block_end=self.block_end,
+            suffix_end=min(self.block_end + self.params.suffix_window, self.canvas_end),
+            step=self.step,
+            num_cached=self.num_cached,
         )
+
+    def output_part(self, number: int) -> slice:
+        """Of the first `number` positions of the open blocks those that the output has."""
+        return slice(number)
 
     def block_steps(self) -> list[tuple[int, int, bool, int]]:
         """Of each open block, as `kernels.slots.Blocks` has them: steps, counts, last_steps and masked_counts."""
@@ -315,15 +320,15 @@ class Sequence(Resident):
         self._leave()
         window = self._with_next(self.window)[len(final) :]
         window_start = self.window_start if self._leaving or not window else window[0].start
-        logprobs = logprobs or []
+        logprobs, part = logprobs or [], self.output_part(number)
         for i in range(min(len(logprobs), len(self._saved.token_ids))):
             # after a preemption the step that revealed it is not repeated
             logprobs[i] = logprobs[i] if self._saved.token_ids[i] is None else self._saved.logprobs[i]
         # in one statement, which Ctrl-C comes before or after
         vars(self).update(
             first_block_at=self.first_block_at or time.perf_counter(),
-            logprobs=self.logprobs + logprobs[:number],
-            output_token_ids=self.output_token_ids + token_ids[:number],
+            logprobs=self.logprobs + logprobs[part],
+            output_token_ids=self.output_token_ids + token_ids[part],
             _saved=Saved(
                 *(window_start, self._leaving, window, self.denoising_steps),
                 *(token_ids[number:], logprobs[number:]),

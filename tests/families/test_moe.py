@@ -230,10 +230,3 @@ def test_llada_moe_decodes_in_every_mode(tmp_path):
         canvas[best] = int(tokens[best])
     with LLM(folder, device="cpu", mask_token_id=57, dtype="float64") as llm:
         assert llm.generate([6, 7, 8], whole[0], use_tqdm=False)[0].outputs[0].token_ids == canvas[3:]
-
-
-def test_llada2_does_not_decode_yet(tmp_path):
-    with LLM(write_family(tmp_path, LLADA2), device="cpu", mask_token_id=57) as llm:
-        for ask in (lambda: llm.generate([1, 2], use_tqdm=False), lambda: llm.score([1], [2], use_tqdm=False)):
-            with pytest.raises(ValueError, match="this model is block-causal, and decoding of such models is not impl"):
-                ask()

@@ -1,0 +1,62 @@
+"""Requests of a block-causal network, whose positions see their own block and those before, counted from position 0."""
+
+from blockinfer.decoding.modes import BlockState
+from blockinfer.decoding.windows import OpenBlock
+from blockinfer.engine.sequence import Saved, Sequence
+from blockinfer.sampling_params import SamplingParams
+
+# The mode that is exact there: each block sees itself and what was committed. The others show it what comes after.
+EXACT_MODE = "block"
+
+
+def check_block_causal(params: SamplingParams) -> None:
+    """Raises ValueError for what has a position see later blocks, which the network was not trained for."""
+    if params.mode != EXACT_MODE:
+        raise ValueError(
+            f"mode {params.mode!r} computes positions that see later blocks, and this model is block-causal: "
+            f"use {EXACT_MODE!r}, which is exact there"
+        )
+    for name, alone in (("block_add_threshold", 1.0), ("suffix_window", 0), ("commit_delay", 0)):
+        if getattr(params, name) != alone:
+            raise ValueError(
+                f"{name}={getattr(params, name)} has blocks see later ones, and this model is block-causal; "
+                f"leave it {alone}"
+            )
+
+
+class BlockCausalSequence(Sequence):
+    """Blocks begin at multiples of block_length, so the first one may hold the prompt's last tokens, which are given.
+    What of the prompt is before it is computed as blocks too. The last block is whole, whatever of it is output.
+    """
+
+    def _begin(self) -> None:
+        length = self.params.block_length
+        self.canvas_end = -(-self.canvas_end // length) * length
+        start = self.prompt_len // length * length
+        self._saved = Saved(start, (), (self._block_from(start),), 0, [], [])
+        self._go_on()
+
+    def _block_from(self, start: int) -> OpenBlock | None:
+        stop = start + self.params.block_length
+        return self._open(start, stop, stop - max(start, self.prompt_len)) if start < self.canvas_end else None
+
+    def _state(self) -> BlockState:
+        # with no part that is computed as a whole
+        return super()._state()._replace(prompt_len=0)
+
+    def output_part(self, number: int) -> slice:
+        first = max(0, self.prompt_len - self.block_start)
+        return slice(first, min(number, self.prompt_len + self.params.max_tokens - self.block_start))
+
+    def known_token_ids(self) -> list[int]:
+        return super().known_token_ids()[: self.block_start]
+
+    def given_after(self) -> list[int | None]:
+        given = self.prompt_token_ids[self.block_start :]
+        return given + [None] * (self.canvas_end - self.prompt_len) if given else []
+
+    def shadow_token_ids(self) -> list[int | None]:
+        return super().shadow_token_ids()[: self.block_start]
+
+    def prompt_holder(self) -> None:
+        """None: the prompt's last tokens are in a block of each answer's own."""
