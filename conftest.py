@@ -71,7 +71,7 @@ def pytest_addoption(parser):
     add("--denoising-steps", type=_at_least(1), help="steps per block (32; threshold, factor, entropy: no limit)")
     add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
-    add("--threshold", type=float, help="of the rule threshold (0.9)")
+    add("--threshold", type=float, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
     model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
     add("--model", type=text_argument, help=model)

@@ -43,11 +43,12 @@ class SamplingParams:
         `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
         is left. More steps than positions means one token a step.
     mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
-    unmasking: the rule: low_confidence, random, sequential, threshold, factor, entropy or entropy_threshold. Every mode
-        takes every rule.
+    unmasking: the rule: low_confidence, random, sequential, threshold, factor, entropy, entropy_threshold or
+        scheduled_threshold. Every mode takes every rule.
     threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9,
-        1.0, 0.15 nats, 0.5 nats). One that the chosen rule does not read is refused. With threshold 1.0 a step reveals
-        one token, but for those whose probability is 1 even when that of all others is summed in float32.
+        1.0, 0.15 nats, 0.5 nats). scheduled_threshold reads threshold too, by default 0.95. One that the chosen rule
+        does not read is refused. With threshold 1.0 a step reveals one token, but for those whose probability is 1
+        even when that of all others is summed in float32.
     block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
         most 128 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
         schedule choose among the masked positions of all open blocks as if these were one, and reveal one at least of
@@ -56,6 +57,9 @@ class SamplingParams:
         reveals nothing in a block that is not active, and its steps, which denoising_steps limits, do not count.
     suffix_window: masks behind the last open block that `block` and `block_refresh` keep, up to the canvas's end.
     commit_delay: steps for which `block` computes a finished block on, beside the open ones, before it is committed.
+    editing_threshold: None, or the confidence above which a token of the open block that is revealed is replaced, by
+        what the step predicts there (LLaDA2.1, whose own is 0.9; 0.0 replaces every token that differs). A block then
+        ends when a step that found no mask changes nothing. max_post_steps: or after so many such steps; None is 16.
     temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
         samples from their softmax at that temperature. At most 1e6.
     seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
@@ -97,6 +101,8 @@ class SamplingParams:
     decoded_token_threshold: float = 1.0
     suffix_window: int = 0
     commit_delay: int = 0
+    editing_threshold: float | None = None
+    max_post_steps: int | None = None
     temperature: float = 0.0
     seed: int | None = None
     cfg_scale: float = 0.0
@@ -123,6 +129,7 @@ class SamplingParams:
         check_choice("unmasking", self.unmasking, RULES)
         self._check_rule_options()
         self._check_window()
+        self._check_editing()
         check_real("temperature", self.temperature, 0.0, 1e6)
         check_real("cfg_scale", self.cfg_scale, 0.0, 1e6)
         check_seed(self.seed)
@@ -149,6 +156,30 @@ class SamplingParams:
             if value and self.mode not in modes:
                 readers = f"only {' and '.join(modes)} {'do' if len(modes) > 1 else 'does'}"
                 raise ValueError(f"mode {self.mode!r} does not read {name} ({readers}), got {name}={value}")
+
+    def _check_editing(self) -> None:
+        if self.max_post_steps is not None:
+            check_int("max_post_steps", self.max_post_steps, 0)
+        if self.editing_threshold is None:
+            if self.max_post_steps is not None:
+                raise ValueError(f"max_post_steps={self.max_post_steps} is of editing, and editing_threshold is None")
+            return
+        check_real("editing_threshold", self.editing_threshold, 0.0, 1.0)
+        if self.block_add_threshold < 1:
+            raise ValueError(
+                f"tokens are edited in one block at a time, got block_add_threshold={self.block_add_threshold} with "
+                f"editing_threshold={self.editing_threshold}; leave it 1.0"
+            )
+        if self.logprobs is not None:
+            raise ValueError(
+                f"logprobs are of the step that reveals a token, which editing_threshold={self.editing_threshold} lets "
+                "others replace; leave one of them None"
+            )
+
+    @property
+    def post_steps(self) -> int:
+        """max_post_steps with its default filled in."""
+        return 16 if self.max_post_steps is None else self.max_post_steps
 
     def _check_stop_strings(self) -> None:
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
@@ -181,7 +212,11 @@ class SamplingParams:
             check_real(name, value, 0.0, maximum)
             if rule.option != name:
                 readers = [other for other, spec in RULES.items() if spec.option == name]
-                read_by = f"only {' and '.join(readers)} does" if readers else "no rule does"
+                read_by = (
+                    f"only {' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}"
+                    if readers
+                    else "no rule does"
+                )
                 raise ValueError(
                     f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={shown(value)}"
                 )
@@ -198,5 +233,5 @@ class SamplingParams:
     def block_steps(self, length: int) -> int | None:
         """The step limit of a block of `length` positions; None is no limit."""
         if self.denoising_steps is None:
-            return length if RULES[self.unmasking].scheduled else None
+            return length if RULES[self.unmasking].has_schedule else None
         return min(length, -(-self.denoising_steps * length // self.block_length))

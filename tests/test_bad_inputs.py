@@ -23,7 +23,11 @@ from blockinfer import LLM, SamplingParams
         ({"mode": None}, ValueError, "mode must be one of .*got None"),
         ({"unmasking": "treshold"}, ValueError, "got 'treshold'; did you mean 'threshold'?"),
         ({"unmasking": ["threshold"]}, ValueError, "unmasking must be one of"),
-        ({"threshold": 0.9}, ValueError, "'low_confidence' does not read threshold .only threshold does., got thresh"),
+        (
+            {"threshold": 0.9},
+            ValueError,
+            "'low_confidence' does not read threshold .only threshold and scheduled_threshold do., got",
+        ),
         ({"unmasking": "threshold", "factor": 1.0}, ValueError, "'threshold' does not read factor .only factor does."),
         ({"unmasking": "factor", "entropy_bound": 0.1}, ValueError, "does not read entropy_bound .only entropy does."),
         ({"unmasking": "threshold", "threshold": 1.1}, ValueError, "threshold must be between 0.0 and 1.0, got 1.1"),

@@ -6,7 +6,7 @@ reveals nothing but masked positions of open blocks, and at least one of the fir
 
 from typing import NamedTuple
 
-from blockinfer.kernels.slots import Choice, Rank
+from blockinfer.kernels.slots import OF_A_BLOCK, Choice, Rank
 
 
 class Rule(NamedTuple):
@@ -22,9 +22,14 @@ class Rule(NamedTuple):
     option: str | None = None
     default: float = 0.0
 
+    @property
+    def has_schedule(self) -> bool:
+        """Whether it counts what the schedule says, alone or beside a threshold."""
+        return self.choice in OF_A_BLOCK
+
     def choice_option(self, value: float) -> float:
         """What the choice reads, where the rule's option has this value: of a threshold the lowest score."""
-        if self.choice != Choice.THRESHOLD:
+        if self.choice not in (Choice.THRESHOLD, Choice.SCHEDULED_THRESHOLD):
             return value
         # minus what all other tokens have, or minus the entropy
         return value - 1 if self.rank == Rank.CONFIDENCE else -value
@@ -47,5 +52,8 @@ RULES: dict[str, Rule] = {
     "entropy": Rule(Rank.CERTAINTY, Choice.ENTROPY, scheduled=False, option="entropy_bound", default=0.15),
     "entropy_threshold": Rule(
         Rank.CERTAINTY, Choice.THRESHOLD, scheduled=False, option="entropy_threshold", default=0.5
+    ),
+    "scheduled_threshold": Rule(
+        Rank.CONFIDENCE, Choice.SCHEDULED_THRESHOLD, scheduled=False, option="threshold", default=0.95
     ),
 }

@@ -19,6 +19,10 @@ def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
             f"masked spans are filled a block at a time, got block_add_threshold={params.block_add_threshold}; "
             "leave it 1.0"
         )
+    if params.editing_threshold is not None:
+        raise ValueError(
+            f"what fills masked spans is not edited, got editing_threshold={params.editing_threshold}; leave it None"
+        )
     if tokens.count(None) > params.max_tokens:
         raise ValueError(
             f"the masked spans have {tokens.count(None)} positions, more than max_tokens={params.max_tokens}; raise it"

@@ -20,6 +20,7 @@ from blockinfer.engine.batch import (
     slot_options,
     step_columns,
 )
+from blockinfer.engine.editing import edit, edited_rows
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
 from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
@@ -230,7 +231,11 @@ class ModelRunner:
         masked = sum(sequence.num_masked for sequence in sequences)
         write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
         observed = self._logprobs.before(scheduled)
-        size = self._reveal.padded(masked)
+        edited = edited_rows(scheduled)
+        if edited:
+            edit(edited, self._reveal.padded(len(edited)), self.state, self._predict)
+            self.stats.lm_head_rows += len(edited)
+        size = self._reveal.padded(max(1, masked))
         guided = [sequence for sequence in sequences if sequence.guided]
         if guided:
             self._run_reveal(size, guidance_of_blocks(scheduled, size, self.device))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Container
 from typing import NamedTuple
 
+from blockinfer.decoding.editing import BlockEdits
 from blockinfer.decoding.modes import MODES, PROMPT_ALONE, BlockState, Segment
 from blockinfer.decoding.unmasking import RULES, scheduled_count
 from blockinfer.decoding.windows import MAX_OPEN_BLOCKS, OpenBlock, Window, activated, after_step, num_finished
@@ -163,6 +164,7 @@ class Sequence(Resident):
         self.stop_token_ids = stop_token_ids
         self.has_several_blocks = params.block_add_threshold < 1  # whether one may open before the last is finished
         self._is_scheduled = RULES[params.unmasking].scheduled
+        self._has_schedule = RULES[params.unmasking].has_schedule
         # tokens of finished blocks, stop tokens and what follows them included
         self.output_token_ids: list[int] = []
         self.logprobs: list[dict[int, tuple[float, int]]] = []  # of these tokens, where the request asks for them
@@ -182,6 +184,7 @@ class Sequence(Resident):
         """As it was saved."""
         self.window_start, self._leaving, self.window, self.denoising_steps, *_ = self._saved
         self.step = 0  # since the window's start last moved
+        self.edits = BlockEdits(self.output_part(0).start or 0) if self.params.editing_threshold is not None else None
         self._plan: Plan | None = None
 
     def _block_from(self, start: int) -> OpenBlock | None:
@@ -256,14 +259,14 @@ class Sequence(Resident):
         ]
 
     def _must_reveal(self, block: OpenBlock, number: int) -> int:
-        if not self._is_scheduled:
+        if not self._has_schedule:
             # the first open block is not finished
             return int(number == 0)
         return scheduled_count(block.number, block.limit, block.active_step) if block.is_active else 0
 
     def masked_after_step(self) -> int | None:
         """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
-        if not self._is_scheduled or self.has_several_blocks:
+        if not self._is_scheduled or self.has_several_blocks or self.edits is not None:
             return None
         return max(0, self.num_masked - self._must_reveal(self.window[0], 0))
 
@@ -279,6 +282,13 @@ class Sequence(Resident):
         self.prompt_source = None
         self._plan = None
         self._leaving = tuple((stop, steps - 1) for stop, steps in self._leaving)
+        if self.edits is not None:
+            self.edits, ends = self.edits.after_step(tuple(token_ids), self.params.post_steps)
+            if final and not ends:
+                # nothing is masked, and it stays open
+                self.window = window
+                self._leave()
+                return 0
         stopped = self._stopped_within(token_ids) if self.has_several_blocks else 0
         if stopped or final:
             self.window = window

@@ -28,13 +28,20 @@ class Choice(IntEnum):
     d3LLM's repository). FACTOR: the longest run of the n best in which the i-th's confidence is at least
     1 - option / (i + 1), for i >= 2, and at least one (Fast-dLLM's section 3.3: with option 1 its Theorem 1, for each
     n). ENTROPY: the most certain positions whose entropies, but for the largest, sum to at most the option (arXiv
-    2505.24857). Where a block must reveal one and got nothing by these, its best one is revealed.
+    2505.24857). SCHEDULED_THRESHOLD, of each block: all whose score is above the option, where they are as many as the
+    schedule says, and else the so many best (LLaDA2.0, arXiv 2512.15745). Where a block must reveal one and got nothing
+    by these, its best one is revealed.
     """
 
     TOP = 0
     THRESHOLD = 1
     FACTOR = 2
     ENTROPY = 3
+    SCHEDULED_THRESHOLD = 4
+
+
+# These count of each block what the schedule says.
+OF_A_BLOCK = (Choice.TOP, Choice.SCHEDULED_THRESHOLD)
 
 
 class SlotOptions(NamedTuple):

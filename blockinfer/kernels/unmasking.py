@@ -12,6 +12,7 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
 from blockinfer.kernels.confidence import Confidence
 from blockinfer.kernels.slots import (
+    OF_A_BLOCK,
     Blocks,
     Choice,
     MaskedRows,
@@ -52,11 +53,14 @@ def unmask_torch(
     last = predicted.others[row].isposinf()
     scores = torch.where(ranks == Rank.RANDOM, drawn.float().masked_fill(last, -torch.inf), scores)
     scores = torch.where(ranks == Rank.POSITION, -places.float(), scores)
-    reveal = (choices == Choice.TOP)[:, None] & _top(scores, listed, blocks.counts)
-    if (choices != Choice.TOP).any():
+    of_block = sum(choices == choice for choice in OF_A_BLOCK).bool()[:, None]
+    reveal = of_block & _top(scores, listed, blocks.counts)
+    above = listed & (scores > options.value.contiguous().view(torch.float64).float()[:, None])
+    reveal |= (choices == Choice.SCHEDULED_THRESHOLD)[:, None] & above
+    if not of_block.all():
         of_window = _chosen_of_windows(predicted, rows, options, blocks)
-        others = (choices != Choice.TOP)[:, None] & listed & of_window.gather(1, _row_in_window(row, blocks))
-        forced = _top(scores, listed, blocks.counts) & (choices != Choice.TOP)[:, None] & ~others.any(-1, keepdim=True)
+        others = ~of_block & listed & of_window.gather(1, _row_in_window(row, blocks))
+        forced = _top(scores, listed, blocks.counts) & ~of_block & ~others.any(-1, keepdim=True)
         reveal |= others | forced
     reveal |= listed & (blocks.last_steps > 0)[:, None]
     reveal &= ~broken[:, None]
@@ -119,6 +123,10 @@ def _threshold(scores, masked, count, value):
     return best | (masked & (scores >= value.float()[:, None]))
 
 
+def _scheduled_threshold(scores, masked, count, value):
+    return _top(scores, masked, count) | (masked & (scores > value.float()[:, None]))
+
+
 def _factor(scores, masked, count, value):
     order = _order(scores, masked)
     ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -137,7 +145,13 @@ def _entropy(scores, masked, count, value):
 
 
 # The twins of the choices: (scores [B, L] float32, masked [B, L], count [B], value [B] float64) -> what is revealed.
-CHOICES = {Choice.TOP: _top, Choice.THRESHOLD: _threshold, Choice.FACTOR: _factor, Choice.ENTROPY: _entropy}
+CHOICES = {
+    Choice.TOP: _top,
+    Choice.THRESHOLD: _threshold,
+    Choice.FACTOR: _factor,
+    Choice.ENTROPY: _entropy,
+    Choice.SCHEDULED_THRESHOLD: _scheduled_threshold,
+}
 
 
 def unmask_triton(
@@ -178,7 +192,7 @@ _RANK, _CHOICE, _VALUE, _SEED = (
     tl.constexpr(SlotOptions._fields.index(name)) for name in ("rank", "choice", "value", "seed")
 )
 _CONFIDENCE, _CERTAINTY, _RANDOM, _POSITION = (tl.constexpr(int(rank)) for rank in Rank)
-_TOP, _THRESHOLD, _FACTOR, _ENTROPY = (tl.constexpr(int(choice)) for choice in Choice)
+_TOP, _THRESHOLD, _FACTOR, _ENTROPY, _SCHEDULED_THRESHOLD = (tl.constexpr(int(choice)) for choice in Choice)
 
 
 @triton.jit
@@ -230,7 +244,7 @@ def _unmask_kernel(
     tokens_at = result_ptr + 2 * tl.num_programs(0) + tl.load(result_starts_ptr + block)
     # the rows that are ranked
     ranked_first, ranked_end = first, first + count
-    if choice != _TOP:
+    if (choice != _TOP) & (choice != _SCHEDULED_THRESHOLD):
         ranked_first, ranked_end = window_first, window_end
     # no kernel of the step makes what was read so far, so it is read while the one before still runs
     begin(PDL)
@@ -276,14 +290,14 @@ def _unmask_kernel(
             if choice == _ENTROPY:
                 entropy -= tl.sum(tl.where(goes_first, other, 0.0).to(tl.float64), axis=1)
         tl.store(ahead_ptr + row, ahead, mask=row < ranked_end)
-        if choice > _THRESHOLD:
+        if (choice == _FACTOR) | (choice == _ENTROPY):
             enough = (entropy <= value.to(tl.float32).to(tl.float64)) & (tl.abs(score) < float("inf"))
             if choice == _FACTOR:
                 enough = score >= (-value / (ahead + 2).to(tl.float64)).to(tl.float32)
             is_cut = (row < ranked_end) & (ahead > 0) & ~enough
             end = tl.minimum(end, tl.min(tl.where(is_cut, ahead, 2**31 - 1), axis=0))
     tl.debug_barrier()
-    if choice == _TOP:
+    if (choice == _TOP) | (choice == _SCHEDULED_THRESHOLD):
         end = scheduled
     lowest = value.to(tl.float32)
 
@@ -328,4 +342,5 @@ def _unmask_kernel(
 @triton.jit
 def _is_chosen(choice, ahead, score, end, lowest):
     """ahead [N]: how many rows go first. end: of a run of the ranking. lowest: the score that a threshold asks for."""
-    return tl.where(choice == _THRESHOLD, (ahead == 0) | (score >= lowest), ahead < end)
+    in_run = (ahead < end) | ((choice == _SCHEDULED_THRESHOLD) & (score > lowest))
+    return tl.where(choice == _THRESHOLD, (ahead == 0) | (score >= lowest), in_run)

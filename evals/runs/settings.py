@@ -184,8 +184,10 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
-    if option("--threshold") is not None and "threshold" not in rules:
-        raise pytest.UsageError(f"--threshold is read by --unmasking threshold alone, got {', '.join(rules)}")
+    if option("--threshold") is not None and not {"threshold", "scheduled_threshold"} & {*rules}:
+        raise pytest.UsageError(
+            f"--threshold is read by --unmasking threshold and scheduled_threshold alone, got {', '.join(rules)}"
+        )
     cases = []
     for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
@@ -203,7 +205,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
 def _params(config: pytest.Config, mode: str, block_length: int, rule: str, ignore_eos: bool) -> SamplingParams:
     """A rule is given only what it reads; the step limit of a rule without a schedule only where it was asked for."""
     steps = config.getoption("--denoising-steps")
-    if steps is None and RULES[rule].scheduled:
+    if steps is None and RULES[rule].has_schedule:
         steps = 32
     block_wise = SamplingParams(
         max_tokens=config.getoption("--max-tokens"),
@@ -211,7 +213,7 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         denoising_steps=steps,
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
-        threshold=config.getoption("--threshold") if rule == "threshold" else None,
+        threshold=config.getoption("--threshold") if RULES[rule].option == "threshold" else None,
         ignore_eos=ignore_eos,
     )
     if mode != STANDARD:

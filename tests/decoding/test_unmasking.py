@@ -51,6 +51,9 @@ def plain(rule, scores, masked, count, value):
         return set()
     if rule in ("low_confidence", "random", "sequential"):
         return set(order[:count])
+    if rule == "scheduled_threshold":
+        above = {i for i in order if -scores[i] < -narrow(value - 1)}
+        return above if len(above) >= count else set(order[:count])
     if rule in ("threshold", "entropy_threshold"):
         most = narrow(1 - value) if rule == "threshold" else narrow(value)
         return {i for i in order if -scores[i] <= most} | {order[0]}

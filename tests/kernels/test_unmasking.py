@@ -75,10 +75,11 @@ def steps(draw):
         broken=broken,
         options=options_of(rules, values, seeds, [0.5 * flag for flag in flags], flags),
     )
+    most = [4 if RULES[rule].has_schedule else 1 for rule in rules]
     padding = draw(st.integers(0, 2))
     columns = Blocks(
         steps=[draw(st.integers(0, 5)) for _ in slots],
-        counts=[draw(st.integers(firsts[i] == i, 4 if RULES[rules[slots[i]]].scheduled else 1)) for i in range(number)],
+        counts=[draw(st.integers(firsts[i] == i, most[slots[i]])) for i in range(number)],
         last_steps=[draw(st.integers(0, 3)) // 3 for _ in slots],
         masked_counts=counts,
         first_masked=[sum(counts[:i]) for i in range(number + padding)],
@@ -175,7 +176,7 @@ def expected_of(step):
             every = torch.ones(1, len(rows), dtype=torch.bool)
             return rows[CHOICES[choice](scores[None], every, count, value)[0]]
 
-        scheduled = rule.choice == Choice.TOP
+        scheduled = rule.has_schedule
         chosen = choose(mine[i] if scheduled else torch.cat([mine[j] for j in window]), rule.choice)
         is_chosen = torch.isin(mine[i], chosen)
         if not is_chosen.any():

@@ -35,8 +35,9 @@ def test_a_rule_is_passed_only_what_it_reads(settings):
     cases = settings(unmasking=["all"], mode=["block"], threshold=0.7).cases
     assert [c.unmasking for c in cases] == list(RULES)
     by_rule = {c.unmasking: c.params for c in cases}
-    assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold"}
-    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {"threshold", "factor", "entropy"}
+    assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold", "scheduled_threshold"}
+    unlimited = {"threshold", "factor", "entropy", "entropy_threshold"}
+    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == unlimited
     limited = settings(unmasking=["threshold"], denoising_steps=4).cases
     assert {c.params.denoising_steps for c in limited} == {4, 16}
 
@@ -90,7 +91,10 @@ def test_what_stands_on_the_tests_command_line_is_for_the_evals_alone(settings, 
         ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
         ({"dataset": "nothing.jsonl"}, "the dataset 'nothing.jsonl' cannot be read"),
         ({"skip_sample": 4}, "of 4 rows none is left"),
-        ({"threshold": 0.5}, "--threshold is read by --unmasking threshold alone, got low_confidence"),
+        (
+            {"threshold": 0.5},
+            "--threshold is read by --unmasking threshold and scheduled_threshold alone, got low_conf",
+        ),
         ({"unmasking": ["threshold"], "threshold": 2.0}, "threshold must be between 0.0 and 1.0, got 2.0"),
         ({"mode": ["vanilla"], "skip_vanilla": True}, "--skip-vanilla leaves no mode"),
     ],

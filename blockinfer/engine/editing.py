@@ -1,0 +1,75 @@
+"""Editing (LLaDA2.1): what a block has revealed is replaced where the network has come to another token, surely enough.
+
+The rows of a step's revealed positions go through the LM head beside those of its masked ones, so that a step without
+such a request launches nothing more. Their tokens are written before the masked positions' are: neither sees the other.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from blockinfer.engine.batch import block_rows
+from blockinfer.engine.scheduler import ScheduledSequence
+from blockinfer.engine.sequence import Sequence
+from blockinfer.engine.transfer import on_device
+from blockinfer.kernels.confidence import Confidence, RowOptions
+from blockinfer.kernels.guidance import Guidance
+from blockinfer.kernels.slots import SlotOptions, SlotState
+
+Predict = Callable[[torch.Tensor, RowOptions, Guidance | None], Confidence]
+
+
+class EditedRow(NamedTuple):
+    """A revealed position of a step: its row in the forward, its slot, where it is, its place in the output, the
+    block's step; the confidence above which it is replaced; and its guidance, a row's distance and the scale."""
+
+    row: int
+    slot: int
+    position: int
+    output_position: int
+    step: int
+    above: float
+    shift: int
+    scale: float
+
+
+def edited_rows(scheduled: list[ScheduledSequence]) -> list[EditedRow]:
+    """Of the sequences that edit, every position of the block that is neither masked nor given."""
+    rows = []
+    open_blocks = [(s, plan, block) for s, plan in scheduled if isinstance(s, Sequence) for block in s.window]
+    for (sequence, plan, block), first_row in zip(open_blocks, block_rows(scheduled), strict=True):
+        if sequence.edits is None:
+            continue
+        shift, scale = (plan.rows // sequence.lanes, sequence.params.cfg_scale) if sequence.guided else (0, 0.0)
+        for place in sequence.edits.revealed:
+            position = block.start + place
+            at = sequence.slot, position, position - sequence.prompt_len, block.step
+            rows.append(EditedRow(first_row + place, *at, sequence.params.editing_threshold, shift, scale))
+    return rows
+
+
+def edit(rows: list[EditedRow], size: int, state: SlotState, predict: Predict) -> None:
+    """Writes the tokens that replace others. size: so many rows, at least as many as there are, are predicted."""
+    device = state.tokens.device
+    padded = rows + rows[:1] * (size - len(rows))
+    columns = np.array(padded).T
+    integers = on_device(columns[[0, 1, 2, 3, 4, 6]].astype(np.int64), device)
+    row, slot, position, output_position, step, shift = integers.unbind(0)
+    above, scale = on_device(np.ascontiguousarray(columns[[5, 7]]), device).unbind(0)
+    options = SlotOptions(*state.options[slot].unbind(1))
+    asked = RowOptions(
+        temperature=options.temperature.contiguous().view(torch.float64),
+        seed=options.seed.contiguous(),
+        position=output_position,
+        step=step,
+        forbid_eos=options.forbid_eos > 0,
+        eos_last=options.eos_last > 0,
+    )
+    predicted = predict(row, asked, Guidance(shift, scale) if any(row.shift for row in rows) else None)
+    # minus what all other tokens have, as the rules compare
+    is_sure = predicted.finite & (-predicted.others > (above - 1).float())
+    state.tokens[slot, position] = torch.where(is_sure, predicted.token_ids, state.tokens[slot, position])
+    broken = torch.zeros_like(state.broken).index_put_((slot,), ~predicted.finite, accumulate=True)
+    state.broken.logical_or_(broken)
