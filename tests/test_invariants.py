@@ -60,7 +60,7 @@ def test_preemption_and_sitting_out_change_no_tokens(checkpoint, alone, page_siz
         together = llm.generate(*requests(60), use_tqdm=False)
         assert llm.engine.pool.num_free == llm.engine.pool.num_pages
     assert tokens(together) == tokens(alone)
-    assert sum(o.metrics.preemptions for o in together) >= 5
+    assert sum(o.metrics.preemptions for o in together) >= 3
     preempted = [(a, b) for a, b in zip(together, alone, strict=True) if a.metrics.preemptions]
     assert all(a.metrics.denoising_steps == b.metrics.denoising_steps for a, b in preempted)
     assert any(a.metrics.nfe > b.metrics.nfe for a, b in preempted)
