@@ -324,7 +324,7 @@ def denoise(
         step = len(steps)
         logits = mode.logits(canvas, start, end, step)[[i - start for i in masked]]
         last = limit is not None and step == limit - 1
-        quota = quota_at(step, number, limit) if settings.unmasking in STATIC else None
+        quota = quota_at(step, number, limit) if settings.unmasking in COUNTED else None
         predicted = predict(logits, [i - P for i in masked], step, model.config, settings)
         chosen, margin = reveal(predicted, quota, last, settings)
         for i in chosen:
@@ -347,7 +347,7 @@ def log_distribution(logits: torch.Tensor, model: Reference, settings: Settings)
 def step_limit(n: int, settings: Settings) -> int | None:
     """Steps for a block of n positions; None: as many as it takes."""
     if settings.denoising_steps is None:
-        return n if settings.unmasking in STATIC else None
+        return n if settings.unmasking in COUNTED else None
     return min(math.ceil(settings.denoising_steps * n / settings.block_length), n)
 
 
@@ -407,6 +407,8 @@ def top_two_gap(scores: list[float]) -> float:
 
 
 STATIC = ("low_confidence", "random", "sequential")
+# these have a quota in every step
+COUNTED = (*STATIC, "scheduled_threshold")
 
 
 def reveal(predicted: Prediction, quota: int | None, last: bool, settings: Settings) -> tuple[list[int], float]:
@@ -420,6 +422,8 @@ def reveal(predicted: Prediction, quota: int | None, last: bool, settings: Setti
         chosen, margin = by_rank(predicted.scores, quota)
         # the `random` rule's ranks hold no rounding error
         margin = margin if settings.unmasking == "low_confidence" else math.inf
+    elif settings.unmasking == "scheduled_threshold":
+        chosen, margin = by_scheduled_threshold(predicted.scores, min(quota, n), settings.threshold)
     elif settings.unmasking == "threshold":
         chosen, margin = by_threshold(predicted.scores, settings.threshold)
     elif settings.unmasking == "factor":
@@ -460,6 +464,17 @@ def by_threshold(scores: list[float], threshold: float) -> tuple[list[int], floa
     if passed:
         return passed, margin
     best, gap = by_rank(scores, 1)
+    return best, min(margin, gap)
+
+
+def by_scheduled_threshold(scores: list[float], quota: int, threshold: float) -> tuple[list[int], float]:
+    """All that leave less than 1 - threshold to others, or, where they are fewer than the quota, the best ones."""
+    most = -float(np.float32(threshold - 1))
+    margin = min(abs(score + most) for score in scores)
+    passed = [i for i, score in enumerate(scores) if -score < most]
+    if len(passed) >= quota:
+        return passed, margin
+    best, gap = by_rank(scores, quota)
     return best, min(margin, gap)
 
 

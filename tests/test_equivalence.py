@@ -17,8 +17,10 @@ from tests.comparison import NEAR_TIE, assert_equivalent
 from tests.reference import Reference, Result
 
 MODES = ["vanilla", "prefix_cache", "dual_cache", "block", "block_refresh"]
-RULES = ["low_confidence", "random", "sequential", "threshold", "factor", "entropy"]
-PARAMETER = {"threshold": [0.0, 0.3, 0.5, 0.7, 1.0], "factor": [0.5, 1.0, 2.0, 9.0], "entropy": [0.0, 0.5, 2.0, 99.0]}
+RULES = ["low_confidence", "random", "sequential", "threshold", "factor", "entropy", "scheduled_threshold"]
+OPTION = {"entropy": "entropy_bound", "scheduled_threshold": "threshold"}
+PARAMETER = {"scheduled_threshold": [0.0, 0.3, 0.5, 0.7, 1.0]}
+PARAMETER |= {"threshold": [0.0, 0.3, 0.5, 0.7, 1.0], "factor": [0.5, 1.0, 2.0, 9.0], "entropy": [0.0, 0.5, 2.0, 99.0]}
 PER_CELL = 4  # sequences per shape, mode and rule
 DEVICES = [
     "cpu",
@@ -74,7 +76,7 @@ def draw_case(draw: random.Random, shape: str, mode: str, rule: str, index: int)
         confidence_eos_eot_inf=rule != "sequential" and draw.random() < 0.3,
     )
     if rule in PARAMETER:
-        options["entropy_bound" if rule == "entropy" else rule] = draw.choice(PARAMETER[rule])
+        options[OPTION.get(rule, rule)] = draw.choice(PARAMETER[rule])
     # a literal mask token among them now and then
     prompt = tuple(
         draw.randrange(VOCAB) for _ in range(draw.choice([1, 2, draw.randint(3, 40), draw.randint(41, 100)]))
