@@ -10,6 +10,9 @@ one of the repository, at sizes that show only that all of this runs. One LLM wi
 serves all cases, those of a single request too. Random weights have flat confidences: the rule `threshold` then reveals
 one token a step, as the others do, and a token tips more easily than a trained model's (test_agreement).
 
+Random weights send the masks of a block, which differ by their positions alone, to nearly the same experts of a
+mixture: a trained model's rows touch more of them, and a step of few rows reads more weights than here.
+
 other_gb is the GPU's memory at the peak of a case besides weights and KV cache: intermediate tensors, and what CUDA
 graphs keep, those of earlier cases too. Only the first case's is that of its requests alone.
 """

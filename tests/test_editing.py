@@ -117,7 +117,7 @@ def test_tokens_and_steps(model, options):
     assert beside.outputs[0].token_ids == decoded(model, PROMPTS[1], 13, threshold=1.0)[0]
 
 
-@pytest.mark.parametrize("unmasking", ["low_confidence", "threshold", "random", "entropy"])
+@pytest.mark.parametrize("unmasking", ["low_confidence", "threshold"])
 def test_every_rule_may_be_edited(model, unmasking):
     """The same alone and in a batch, also where pages are taken; more forwards than without."""
     shared = dict(mode=model.mode, max_tokens=13, block_length=B, ignore_eos=True, unmasking=unmasking, seed=3)

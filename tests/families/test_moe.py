@@ -230,3 +230,13 @@ def test_llada_moe_decodes_in_every_mode(tmp_path):
         canvas[best] = int(tokens[best])
     with LLM(folder, device="cpu", mask_token_id=57, dtype="float64") as llm:
         assert llm.generate([6, 7, 8], whole[0], use_tqdm=False)[0].outputs[0].token_ids == canvas[3:]
+
+
+def test_what_a_row_is_multiplied_by():
+    """Of LLaDA2-mini: one dense layer, and 19 of eight experts and a shared one with their router."""
+    config = read_model_config(SHAPES["llada2-mini"], "llada2-mini")
+    dense, sparse = 3 * 2048 * 5120, 9 * 3 * 2048 * 512 + 256 * 2048
+    assert config.mlp_elements == pytest.approx((dense + 19 * sparse) / 20)
+    # a prefill's largest tensors: pairs behind the first product and behind the second
+    assert config.step_width >= 9 * (512 + 2048)
+    assert read_model_config(SHAPES["llada-8b"], "").mlp_elements == 3 * 4096 * 12288
