@@ -56,7 +56,8 @@ def decoded(model, prompt, new, *, threshold, steps=None, editing=None, max_post
     start, made, edits = len(prompt) // B * B if model.aligned else len(prompt), 0, 0
     while start < end:
         stop = min(start + B, end)
-        number, step, post_steps = len([i for i in masked if i < stop]), 0, 0
+        # of a block-causal network the schedule is a whole block's, whatever is given of it
+        number, step, post_steps = B if model.aligned else len([i for i in masked if i < stop]), 0, 0
         limit = min(number, -(-(steps or B) * number // B))
         while True:
             left = [i for i in range(start, stop) if i in masked]

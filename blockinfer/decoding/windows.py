@@ -14,7 +14,8 @@ MAX_OPEN_BLOCKS = 128
 
 
 class OpenBlock(NamedTuple):
-    """Positions start..stop-1, of which `number` are masked when it opens, and `left` still are.
+    """Positions start..stop-1, of which `number` are masked when it opens, or are given and count as if they had been,
+    and of which `left` still are.
 
     limit: of its active steps, the last of which reveals all; None is none. step: steps made since it was opened.
     active_step: those of them in which it was active.

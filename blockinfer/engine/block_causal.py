@@ -37,8 +37,12 @@ class BlockCausalSequence(Sequence):
         self._go_on()
 
     def _block_from(self, start: int) -> OpenBlock | None:
-        stop = start + self.params.block_length
-        return self._open(start, stop, stop - max(start, self.prompt_len)) if start < self.canvas_end else None
+        """Its schedule is that of a whole block, whatever is given of it, as the published decoder has it."""
+        length = self.params.block_length
+        if start >= self.canvas_end:
+            return None
+        given = max(0, self.prompt_len - start)
+        return self._open(start, start + length, length)._replace(left=length - given)
 
     def _state(self) -> BlockState:
         # with no part that is computed as a whole

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.activation import silu_mul_torch
-from blockinfer.kernels.backend import begin, launch_options, runs_triton
+from blockinfer.kernels.backend import begin, launch_options, runs_triton, shared_memory
 from blockinfer.kernels.router import Routing
 
 
@@ -47,6 +47,10 @@ class PairOrder(NamedTuple):
     tiles: torch.Tensor
 
 
+# what the largest of the tiles below takes
+_SHARED_MEMORY = 150 * 1024
+
+
 class ExpertTiling(NamedTuple):
     """Pairs, columns and depth of a program's tile, powers of two, at least 16."""
 
@@ -57,10 +61,13 @@ class ExpertTiling(NamedTuple):
     num_stages: int = 4
 
 
-def expert_tilings(pairs: int, experts: int) -> tuple[ExpertTiling, ExpertTiling]:
+def expert_tilings(pairs: int, experts: int, memory: int = _SHARED_MEMORY) -> tuple[ExpertTiling, ExpertTiling]:
     """For gate and up, and for down; of one block_t, so many that an expert's pairs are mostly one tile (measured on an
-    H200, at LLaDA2-mini's and LLaDA-MoE's shapes)."""
+    H200, at LLaDA2-mini's and LLaDA-MoE's shapes). memory: bytes that a processor's programs share."""
     mean = pairs / experts
+    if memory < _SHARED_MEMORY:
+        small = ExpertTiling(16 if mean <= 12 else 64, 64, 64, num_stages=2)
+        return small, small
     if mean <= 12:
         return ExpertTiling(16, 64, 128, num_stages=3), ExpertTiling(16, 128, 64, num_stages=5)
     if mean <= 32:
@@ -88,7 +95,7 @@ def mixture_triton(
     if not all(tensor.is_contiguous() for tensor in (x, gate_up, down, *routing)):
         raise ValueError("x, the weights and the routing must be contiguous")
     places = routing.experts.shape[1]
-    first, second = tilings or expert_tilings(rows * places, experts)
+    first, second = tilings or expert_tilings(rows * places, experts, shared_memory(x.device))
     pairs = order_pairs(routing.experts, experts, first.block_t)
     hidden = torch.empty((rows * places, columns), dtype=x.dtype, device=x.device)
     _grouped_linear(x, gate_up, None, hidden, pairs, places, first)

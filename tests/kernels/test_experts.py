@@ -105,8 +105,13 @@ def test_a_row_s_output_depends_on_no_other(device):
 @pytest.mark.parametrize("pairs", [1, 288, 2304, 9216, 73728])
 @pytest.mark.parametrize("experts", [64, 257])
 def test_both_products_have_tiles_of_as_many_pairs(pairs, experts):
-    first, second = expert_tilings(pairs, experts)
-    assert first.block_t == second.block_t
+    for memory in (100 * 1024, 228 * 1024):
+        first, second = expert_tilings(pairs, experts, memory)
+        assert first.block_t == second.block_t
+        # gate and up, and the rows, in half precision
+        for tiling, matrices in ((first, 2), (second, 1)):
+            columns = matrices * tiling.block_n + tiling.block_t
+            assert 2 * tiling.num_stages * tiling.block_k * columns <= memory
 
 
 @pytest.mark.parametrize(
