@@ -39,7 +39,12 @@ def drawn(seed, mode, rule, **more):
     options |= dict(
         temperature=draw.choice([0.0, 0.6]), seed=draw.randrange(2**63), denoising_steps=draw.choice([None, 3])
     )
-    options |= {"threshold": {"threshold": 0.4}, "entropy": {"entropy_bound": 0.5}}.get(rule, {})
+    given = {
+        "threshold": {"threshold": 0.4},
+        "scheduled_threshold": {"threshold": 0.4},
+        "entropy": {"entropy_bound": 0.5},
+    }
+    options |= given.get(rule, {})
     return options | more
 
 
