@@ -21,12 +21,14 @@ import torch.nn.functional as F
 
 from blockinfer import LLM
 from blockinfer.kernels.activation import silu_mul, silu_mul_torch
+from blockinfer.kernels.attention import attend
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import RowOptions, Vocabulary, token_confidence, token_confidence_torch
 from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
-from blockinfer.kernels.paged_attention import Cutting, SegmentTable, cut, make_scratch, paged_attention
+from blockinfer.kernels.paged_attention import Cutting, SegmentTable, count_tiles, cut, make_scratch, paged_attention
+from blockinfer.kernels.whole_attention import with_whole
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES, read_model_config
 from evals.conftest import close_suite, settings_of
@@ -44,10 +46,10 @@ KNOWN_ON_H200 = {
     "test_attention[1x32-1024-32]": 10.5,
     "test_attention[1x32-3200-32]": 20.3,
     "test_attention[8x32-3200-32]": 109,
-    "test_attention[1x1024-1024-32]": 52,
-    "test_attention[8x384-384-32]": 79,
-    "test_confidence[greedy-32]": 7.6,
-    "test_confidence[greedy-256]": 31,
+    "test_attention[1x1024-1024-32]": 34,
+    "test_attention[8x384-384-32]": 45,
+    "test_confidence[greedy-32]": 7.9,
+    "test_confidence[greedy-256]": 25,
 }
 
 
@@ -156,40 +158,50 @@ def assert_close(made, expected):
     assert error < BOUND[made.dtype], f"relative error {error:.1e}"
 
 
-def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim):
-    """Of segments of so many rows and keys each, one a slot, as a step of no other rows has it."""
+def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim, dtype=None):
+    """Of segments of so many rows and keys each, one a slot, as a step of no other rows has it in dtype; where none is
+    named all are served from pages."""
     device = page_tables.device
     cutting, total = Cutting.of(heads, kv_heads, device), slots * rows
+    if dtype is not None:
+        cutting = with_whole(cutting, dim, dtype, device)
     columns = (np.full(slots, value) for value in (rows, keys))
-    tiles = torch.from_numpy(cut(np.arange(slots), *columns, cutting, total)).to(device)
+    tiles = cut(np.arange(slots), *columns, cutting, total)
+    counts = count_tiles(tiles)
     scratch = make_scratch(cutting, heads, kv_heads, dim, device) if cutting.may_split(total) else None
-    return SegmentTable(tiles, torch.tensor([len(tiles)], device=device), page_tables, kv_slots, scratch)
+    tensors = torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
+    return SegmentTable(*tensors, page_tables, kv_slots, scratch, may_be_whole=counts[1] > 0)
 
 
 @pytest.mark.benchmark(group="kernels: attention")
 def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads):
-    """One layer's attention over pages in any order. Bytes: the queries, K and V, and the output, once each."""
+    """One layer's attention over pages in any order, or of whole segments. Bytes: the queries, K and V, and the output,
+    once each."""
     heads, dim = sizes.heads, sizes.head_dim
     moved = segments * (2 * rows * heads + 2 * keys * kv_heads) * dim * sizes.dtype.itemsize
     sets, pages = num_sets(moved, device), -(-keys // PAGE_SIZE)
     q = randn(sets, segments * rows, heads, dim)
-    k_pages, v_pages = randn(2, sets * segments * pages, PAGE_SIZE, kv_heads, dim)
-    order = torch.randperm(len(k_pages), device=device).view(sets, segments, pages)
+    kv_pages = randn(2, sets * segments * pages, PAGE_SIZE, kv_heads, dim)
+    order = torch.randperm(sets * segments * pages, device=device).view(sets, segments, pages)
     # each at an address of its own, as aligned as the others
     of_heads = heads, kv_heads, dim
-    tables = [segment_table(segments, rows, keys, ids.clone(), None, *of_heads) for ids in order]
+    tables = [segment_table(segments, rows, keys, ids.clone(), None, *of_heads, sizes.dtype) for ids in order]
 
     def dense(pages, table):
         """[segments, HK, keys, D]"""
         return pages[table.page_tables].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
 
-    calls = [partial(paged_attention, one, k_pages, v_pages, table) for one, table in zip(q, tables, strict=True)]
+    def call(one, table):
+        k, v = (dense(pages, table).transpose(1, 2).flatten(0, 1) for pages in kv_pages)
+        one, v = (torch.cat([one, k], dim=1), v.contiguous()) if table.may_be_whole else (one, None)
+        return partial(attend, one, v, kv_pages, table)
+
+    calls = [call(one, table) for one, table in zip(q, tables, strict=True)]
     beside = [
         partial(
             F.scaled_dot_product_attention,
             one.view(segments, rows, heads, dim).transpose(1, 2).contiguous(),
-            dense(k_pages, table),
-            dense(v_pages, table),
+            *(dense(pages, table) for pages in kv_pages),
             enable_gqa=kv_heads != heads,
         )
         for one, table in zip(q, tables, strict=True)

@@ -10,7 +10,7 @@ import torch
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
-from blockinfer.kernels.paged_attention import TILE_COLUMNS, Cutting, cut
+from blockinfer.kernels.paged_attention import TILE_COLUMNS, Cutting, count_tiles, cut
 from blockinfer.kernels.slots import Blocks, SlotOptions
 
 _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
@@ -19,9 +19,9 @@ _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
 class StepInputs(NamedTuple):
     """A step's indices, int64, on the model's device: views of what `pack` made.
 
-    num_tiles [1], tiles [I, TILE_COLUMNS]: of attention (kernels.paged_attention), of which the first num_tiles are
-    meant. blocks: what is known of each open block, each [B], B at least as many. slots, positions [T]:
-    each row's, T at least the rows; those that pad it are of the scrap slot.
+    num_tiles [2], tiles [I, TILE_COLUMNS]: of attention (kernels.paged_attention), of both kinds so many are meant.
+    blocks: what is known of each open block, each [B], B at least as many. slots, positions [T]: each row's, T at least
+    the rows; those that pad it are of the scrap slot.
     """
 
     num_tiles: torch.Tensor
@@ -36,7 +36,7 @@ class StepInputs(NamedTuple):
         start = _header(blocks)
         tiles = packed[start + 2 * rows :]
         return cls(
-            num_tiles=packed[:1],
+            num_tiles=packed[:2],
             blocks=Blocks(*packed[2:start].view(_FIELDS, blocks)),
             slots=packed[start : start + rows],
             positions=packed[start + rows : start + 2 * rows],
@@ -50,8 +50,8 @@ def _header(blocks: int) -> int:
 
 
 def packed_size(blocks: int, rows: int, cutting: Cutting) -> int:
-    """The most numbers that a step of so many blocks and rows packs: each row may be a tile, or few tiles be split."""
-    return _header(blocks) + 2 * rows + TILE_COLUMNS.value * max(rows, cutting.enough)
+    """The most numbers that a step of so many blocks and rows packs: each row may be a tile, and few tiles be split."""
+    return _header(blocks) + 2 * rows + TILE_COLUMNS.value * (rows + cutting.enough)
 
 
 def step_columns(blocks: int) -> slice:
@@ -109,7 +109,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     tiles = cut(slots, lengths, kv_lens, cutting, rows)
     start = _header(blocks)
     packed = np.zeros(start + 2 * rows + tiles.size, dtype=np.int64)
-    packed[0] = len(tiles)
+    packed[:2] = count_tiles(tiles)
     columns = packed[step_columns(blocks).stop : start].reshape(-1, blocks)
     columns[0] = scrap_slot
     columns[6:] = np.arange(blocks)

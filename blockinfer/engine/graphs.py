@@ -1,8 +1,9 @@
 """CUDA graphs of a step: one launch for some three hundred, which at few rows take longer than the GPU's work.
 
-A step is two functions: the layers, of so many rows, and what follows, of so many masked rows. Each is captured at a
-few sizes, all while the model is loaded, and a step is padded up to the next size of each; what else it depends on lies
-in memory. So no request waits for a graph to be captured or a kernel to be compiled.
+A step is two functions: the layers, of so many rows, without or with whole segments, whose attention is another kernel,
+and what follows, of so many masked rows. Each is captured at a few sizes, all while the model is loaded, and a step is
+padded up to the next size of each; what else it depends on lies in memory. So no request waits for a graph to be
+captured or a kernel to be compiled.
 """
 
 from bisect import bisect_left

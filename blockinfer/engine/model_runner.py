@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from blockinfer.kernels.masked_rows import masked_rows
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.slots import SlotOptions, SlotState
 from blockinfer.kernels.unmasking import unmask
+from blockinfer.kernels.whole_attention import with_whole
 from blockinfer.models.transformer import Transformer
 
 # Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for
@@ -119,6 +121,7 @@ class ModelRunner:
         rows = -(-config.max_num_batched_tokens // ROW_TILE) * ROW_TILE
         self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
         self._layout: tuple[int, list] | None = None
+        self._any_whole = False
         # what the layers leave for what follows, and what that leaves for the host
         self._attended, self._residual = torch.zeros(
             (2, rows, model.config.d_model), dtype=config.dtype, device=self.device
@@ -126,15 +129,19 @@ class ModelRunner:
         self._result = torch.zeros(2 * self._blocks + config.max_num_seqs * length, **ints)
         sizes = self._capture_sizes()
         self._layers, self._reveal = StepGraphs(self._run_layers, sizes), StepGraphs(self._run_reveal, sizes)
+        # For steps with whole segments: the kernel of these takes others 1.5 us a layer though it has no work there.
+        whole_sizes = [size for size in sizes if self._cutting.whole_rows and size >= self._cutting.least_whole]
+        self._layers_with_whole = StepGraphs(partial(self._run_layers, may_be_whole=True), whole_sizes)
         if sizes:
-            self._capture(len(sizes))
+            self._capture(2 * len(sizes) + len(whole_sizes))
 
     def _make_attention(self) -> tuple[Cutting, Scratch | None]:
-        if not runs_triton(self.kv_pages):
-            # the twin takes each segment whole
-            return Cutting(self.config.max_num_batched_tokens, 1), None
         shape = self.model.config
-        cutting = Cutting.of(shape.n_heads, shape.n_kv_heads, self.device)
+        of_model = shape.head_dim, self.config.dtype, self.device
+        if not runs_triton(self.kv_pages):
+            # the twin takes each segment at once
+            return with_whole(Cutting(self.config.max_num_batched_tokens, 1), *of_model), None
+        cutting = with_whole(Cutting.of(shape.n_heads, shape.n_kv_heads, self.device), *of_model)
         return cutting, make_scratch(cutting, shape.n_heads, shape.n_kv_heads, shape.head_dim, self.device)
 
     def _capture_sizes(self) -> list[int]:
@@ -144,20 +151,22 @@ class ModelRunner:
         return self.config.cudagraph_capture_sizes or default_sizes(self.config.max_num_batched_tokens)
 
     @torch.inference_mode()
-    def _capture(self, sizes: int) -> None:
+    def _capture(self, number: int) -> None:
         """Runs all that any step may run, and captures what may be, on indices that name no tile and no block."""
         start = time.perf_counter()
         # what steps of more rows need is there before graphs are
         rows = len(self._attended)
         self._run_layers(rows)
+        if self._cutting.whole_rows:
+            self._run_layers(rows, may_be_whole=True)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
         self._scores.log_probabilities([0], [0], None)
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
-        with tqdm(total=2 * sizes, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
-            for graphs in (self._layers, self._reveal):
+        with tqdm(total=number, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
+            for graphs in (self._layers, self._layers_with_whole, self._reveal):
                 graphs.capture(pool, progress.update)
-        self.stats.graphs = 2 * sizes
+        self.stats.graphs = number
         self.stats.graph_bytes = free - self._free_memory()
         self.stats.capture_seconds = time.perf_counter() - start
 
@@ -211,7 +220,7 @@ class ModelRunner:
         padded = self._layers.padded(rows)
         self._write_page_tables(scheduled)
         self._write_inputs(scheduled, padded)
-        self._layers(padded)
+        (self._layers_with_whole if self._any_whole else self._layers)(padded)
         self.stats.forwards += 1
         self.stats.rows += rows
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
@@ -271,6 +280,7 @@ class ModelRunner:
         self._layout = None  # should Ctrl-C come before the last line
         packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
         write(self._packed[: len(packed)], packed)
+        self._any_whole = bool(packed[1])
         self._layout = wanted
 
     def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
@@ -286,8 +296,9 @@ class ModelRunner:
             write(self.page_tables[slot, known : len(pages)], pages[known:])
             self._num_pages_known[slot] = len(pages)
 
-    def _run_layers(self, rows: int) -> None:
+    def _run_layers(self, rows: int, may_be_whole: bool = False) -> None:
         """All layers on the step's rows, padded to so many, up to the last one's attention: K and V are written.
+        may_be_whole: whether there may be tiles of whole segments.
 
         Launches the same kernels for the same number and never waits for the device, so that it can be captured.
         """
@@ -300,6 +311,7 @@ class ModelRunner:
             page_tables=self.page_tables,
             kv_slots=pages * page_size + inputs.positions % page_size,
             scratch=self._scratch if self._cutting.may_split(rows) else None,
+            may_be_whole=may_be_whole,
         )
         token_ids = self.state.tokens[inputs.slots, inputs.positions]
         attended, residual = self._attended[:rows], self._residual[:rows]

@@ -107,9 +107,9 @@ def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options
 
 
 def token_confidence_triton(
-    logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int = 2048
+    logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int = 4096
 ) -> Confidence:
-    """The kernels, in tiles of `block` columns, a power of two, at least 2.
+    """The kernels, in tiles of `block` columns, a power of two, at least 2; those of noise have 2,048 at most.
 
     Raises ValueError where logits are not [N, V] with adjacent columns and a V that the vocabulary fits, where there is
     no candidate, or where the options are not contiguous tensors [N].
@@ -139,7 +139,17 @@ def token_confidence_triton(
     _tile_kernel[(rows, tiles)](*row, *last, parts, **launch)
     # most often no row asks for noise: then many rows need not be told so by many programs each
     programs = max(1, min(tiles, _NOISE_PROGRAMS, 1024 // max(1, rows)))
-    _noise_kernel[(rows, programs)](*row, *options[:4], parts, tiles, PURPOSE=philox.TOKEN_NOISE, num_warps=8, **launch)
+    noise_block = min(block, 2048)
+    _noise_kernel[(rows, programs)](
+        *row,
+        *options[:4],
+        parts,
+        tiles,
+        triton.cdiv(size, noise_block),
+        PURPOSE=philox.TOKEN_NOISE,
+        num_warps=8,
+        **launch | dict(BLOCK=noise_block),
+    )
     _combine_kernel[(rows,)](
         *row,
         *last,
@@ -149,6 +159,7 @@ def token_confidence_triton(
         programs,
         *(token_ids, others, entropy, finite),
         BLOCK_TILES=triton.next_power_of_2(tiles),
+        num_warps=8,
         **launch,
     )
     return Confidence(token_ids, others, entropy, finite)
@@ -187,19 +198,30 @@ def _read_tile(
     BLOCK: tl.constexpr,
 ):
     """Of this program's row: the logits of BLOCK ids from start on, -inf where there is no candidate."""
-    row = tl.program_id(0).to(tl.int64)
-    forbid_eos = tl.load(forbid_eos_ptr + row)
-    token_id = start + tl.arange(0, BLOCK)
-    # read with the mask token, which would keep its neighbours from being loaded together
-    x = tl.load(logits_ptr + row * row_stride + token_id, mask=token_id < vocab_size, other=-float("inf"))
-    x = x.to(tl.float32)
-    if (mask_token_id >= start) & (mask_token_id < start + BLOCK):
-        x = tl.where(token_id == mask_token_id, -float("inf"), x)
-    if forbid_eos:
+    x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK)
+    if tl.load(forbid_eos_ptr + tl.program_id(0).to(tl.int64)):
+        token_id = start + tl.arange(0, BLOCK)
         for i in range(num_eos):
             # a broken model's NaN or +inf there is still noticed
             forbidden = tl.where(x < float("inf"), -float("inf"), float("nan"))
             x = tl.where(token_id == tl.load(eos_ids_ptr + i), forbidden, x)
+    return x
+
+
+@triton.jit
+def _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK: tl.constexpr):
+    """The same where EOS tokens are candidates. Which ids are candidates is asked only where some are not: it takes as
+    many registers as the logits themselves."""
+    token_id = start + tl.arange(0, BLOCK)
+    at = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride + token_id
+    # read with the mask token, which would keep its neighbours from being loaded together
+    if start + BLOCK <= vocab_size:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=token_id < vocab_size, other=-float("inf"))
+    x = x.to(tl.float32)
+    if (mask_token_id >= start) & (mask_token_id < start + BLOCK):
+        x = tl.where(token_id == mask_token_id, -float("inf"), x)
     return x
 
 
@@ -212,6 +234,54 @@ def _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num
         for i in range(num_last):
             share &= token_id != tl.load(last_ids_ptr + i)
     return share
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _rare_tile(
+    start,
+    logits_ptr,
+    row_stride,
+    vocab_size,
+    mask_token_id,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    eos_last_ptr,
+    last_ids_ptr,
+    num_last,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of BLOCK ids from start on: the largest logit of all candidates and of those with a share in the softmax, the two
+    sums relative to that, and whether a candidate is NaN. CHUNK at a time, since few registers are to spare."""
+    best = tl.full([], -float("inf"), tl.float32)
+    largest = best
+    total = tl.zeros([], tl.float32)
+    weighted = total
+    has_nan = tl.zeros([], tl.int32)
+    for at in tl.range(start, start + BLOCK, CHUNK):
+        x = _read_tile(
+            *(at, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, CHUNK)
+        )
+        has_nan = tl.maximum(has_nan, tl.max((x != x).to(tl.int32), axis=0))
+        x = tl.where(x == x, x, -float("inf"))
+        best = tl.maximum(best, tl.max(x, axis=0))
+        share = _has_share(at, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, CHUNK)
+        known = tl.where(share, x, -float("inf"))
+        new = tl.maximum(largest, tl.max(known, axis=0))
+        below = _below(largest, new)
+        shrink = tl.exp(below)
+        difference = _below(known, new)
+        weight = tl.where(share, tl.exp(difference), 0.0)
+        weighted = (weighted + below * total) * shrink + tl.sum(difference * weight, axis=0)
+        total = total * shrink + tl.sum(weight, axis=0)
+        largest = new
+    return best, largest, total, weighted, has_nan
 
 
 @triton.jit
@@ -232,44 +302,46 @@ def _tile_kernel(
 ):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N, tiles)
-    start = tl.program_id(1) * BLOCK
+    # special tokens stand last in most vocabularies: what takes longer is begun first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    start = tile * BLOCK
+    forbid_eos, eos_last = tl.load(forbid_eos_ptr + row), tl.load(eos_last_ptr + row)
+    x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK)
+    # What is rare is done apart, so that others need not wait for it: a token here that is no candidate or has no share
+    # in the softmax, a largest logit that is infinite or nearly so, and NaN, which the maximum passes over and the
+    # total shows.
     ordinary = True
-    if tl.load(eos_last_ptr + row):
+    if forbid_eos:
+        for i in range(num_eos):
+            token = tl.load(eos_ids_ptr + i)
+            ordinary &= (token < start) | (token >= start + BLOCK)
+    if eos_last:
         for i in range(num_last):
             token = tl.load(last_ids_ptr + i)
             ordinary &= (token < start) | (token >= start + BLOCK)
-    x = _read_tile(
-        *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
-    )
-    # What is rare is done apart, so that others need not wait for it: a token here that has no share in the softmax, a
-    # largest logit that is infinite or nearly so, and NaN, which the maximum passes over and the total shows.
     best = tl.max(x, axis=0)
-    largest, total, weighted, has_nan = best, best, best, False
+    largest, total, weighted, has_nan = best, best, best, tl.zeros([], tl.int32)
     ordinary &= tl.abs(best) < 1e30
     if ordinary:
-        difference = x - best
-        weight = tl.exp(difference)
-        total = tl.sum(weight, axis=0)
-        weighted = tl.sum(tl.maximum(difference, -128.0) * weight, axis=0)  # of -128 the float32 exponential is 0
+        # in powers of two: of -185 the float32 exponential is 0
+        exponent = (x - best) * 1.4426950408889634
+        weight = tl.exp2(exponent)
+        total, weighted = tl.reduce((weight, tl.maximum(exponent, -185.0) * weight), 0, _add_pairs)
+        weighted *= 0.6931471805599453
         ordinary = total == total
     if not ordinary:
-        has_nan = tl.max((x != x).to(tl.int32), axis=0) > 0
-        best = tl.max(tl.where(x == x, x, -float("inf")), axis=0)
-        share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
-        known = tl.where(share & (x == x), x, -float("inf"))
-        largest = tl.max(known, axis=0)
-        difference = _below(known, largest)
-        weight = tl.where(share, tl.exp(difference), 0.0)
-        total = tl.sum(weight, axis=0)
-        weighted = tl.sum(difference * weight, axis=0)
+        best, largest, total, weighted, has_nan = _rare_tile(
+            *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos),
+            *(eos_last_ptr, last_ids_ptr, num_last, BLOCK, BLOCK // 8 if BLOCK >= 128 else BLOCK),
+        )
 
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    part = parts_ptr + row * tl.num_programs(1) + tl.program_id(1)
+    part = parts_ptr + row * tl.num_programs(1) + tile
     tl.store(part + _LARGEST * plane, largest.to(tl.float64))
     tl.store(part + _TOTAL * plane, total.to(tl.float64))
     tl.store(part + _WEIGHTED * plane, weighted.to(tl.float64))
     tl.store(part + _BEST * plane, best.to(tl.float64))
-    tl.store(part + _HAS_NAN * plane, tl.where(has_nan, 1.0, 0.0).to(tl.float64))
+    tl.store(part + _HAS_NAN * plane, has_nan.to(tl.float64))
 
 
 @triton.jit
@@ -287,6 +359,7 @@ def _noise_kernel(
     step_ptr,
     parts_ptr,
     tiles,
+    noise_tiles,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -299,7 +372,7 @@ def _noise_kernel(
     seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
     best = tl.full([BLOCK], -float("inf"), tl.float64)
     token = tl.full([BLOCK], _NO_TOKEN, tl.int32)
-    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1)):
+    for tile in tl.range(tl.program_id(1), noise_tiles, tl.num_programs(1)):
         start = tile * BLOCK
         x = _read_tile(
             *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
@@ -352,7 +425,11 @@ def _combine_kernel(
     part = parts_ptr + row * tiles + tile
     tile_largest = tl.load(part + _LARGEST * plane, mask=inside, other=-float("inf")).to(tl.float32)
     tile_total = tl.load(part + _TOTAL * plane, mask=inside, other=0.0).to(tl.float32)
+    tile_weighted = tl.load(part + _WEIGHTED * plane, mask=inside, other=0.0).to(tl.float32)
     tile_best = tl.load(part + _BEST * plane, mask=inside, other=-float("inf")).to(tl.float32)
+    has_nan = tl.max(tl.load(part + _HAS_NAN * plane, mask=inside, other=0.0), axis=0)
+    forbid_eos, eos_last = tl.load(forbid_eos_ptr + row), tl.load(eos_last_ptr + row)
+    noisy = tl.load(temperature_ptr + row) > 0
     largest = tl.max(tile_largest, axis=0)
     best = tl.max(tile_best, axis=0)
 
@@ -360,7 +437,6 @@ def _combine_kernel(
     # all are at -inf
     home = tl.min(tl.where(inside & (tile_best == best), tile, BLOCK_TILES), axis=0)
     token = tl.full([], _NO_TOKEN, tl.int32)
-    noisy = tl.load(temperature_ptr + row) > 0
     if noisy:
         made = tile < noise_programs
         noise_best = tl.load(part + _NOISY * plane, mask=made, other=-float("inf"))
@@ -368,30 +444,76 @@ def _combine_kernel(
         token = tl.min(tl.where(noise_best == tl.max(noise_best, axis=0), tokens, _NO_TOKEN), axis=0)
         home = token // BLOCK
     start = home * BLOCK
-    x = _read_tile(
-        *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
-    )
-    x = tl.where(x == x, x, -float("inf"))
-    token_id = start + tl.arange(0, BLOCK)
-    if not noisy:
-        candidate = (token_id < vocab_size) & (token_id != mask_token_id)
-        token = tl.min(tl.where(candidate & (x == best), token_id, _NO_TOKEN), axis=0)
-    share = _has_share(start, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, BLOCK)
-    weight = tl.where(share, tl.exp(_below(x, largest)), 0.0)
-
     # relative to the largest of all tiles; the token's tile without the token, so that what is small there is not lost
+    beside = tl.zeros([], tl.float32)
+    has_share = tl.full([], 1, tl.int32)
+    if forbid_eos | eos_last | (tl.abs(best) >= 1e30):
+        token, beside, has_share = _rare_home(
+            *(token, noisy, best, largest, start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr),
+            *(eos_ids_ptr, num_eos, eos_last_ptr, last_ids_ptr, num_last, BLOCK, BLOCK // 8 if BLOCK >= 128 else BLOCK),
+        )
+    else:
+        x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK)
+        x = tl.where(x == x, x, -float("inf"))
+        token_id = start + tl.arange(0, BLOCK)
+        if not noisy:
+            token = tl.min(tl.where(x == best, token_id, _NO_TOKEN), axis=0)
+        beside = tl.sum(tl.where(token_id == token, 0.0, tl.exp(x - largest)), axis=0)
+
     below = _below(tile_largest, largest)
     scale = tl.exp(below)
     total = tl.sum(tile_total * scale, axis=0)
     total = tl.where(total > 0, total, 1.0)  # 0 where no token has a share
-    others = tl.sum(tl.where(tile == home, 0.0, tile_total * scale), axis=0)
-    others += tl.sum(tl.where(token_id == token, 0.0, weight), axis=0)
-    tile_weighted = tl.load(part + _WEIGHTED * plane, mask=inside, other=0.0).to(tl.float32)
+    others = tl.sum(tl.where(tile == home, 0.0, tile_total * scale), axis=0) + beside
     # the sum of (x - largest) e^(x - largest): each tile's is of differences to its own largest
     weighted = tl.sum((tile_weighted + below * tile_total) * scale, axis=0)
-    has_share = tl.max((share & (token_id == token)).to(tl.int32), axis=0) > 0
     tl.store(token_id_ptr + row, token.to(tl.int64))
-    tl.store(others_ptr + row, tl.where(has_share, others / total, float("inf")))
-    tl.store(entropy_ptr + row, tl.where(has_share, tl.log(total) - weighted / total, float("inf")))
-    has_nan = tl.max(tl.load(part + _HAS_NAN * plane, mask=inside, other=0.0), axis=0)
+    tl.store(others_ptr + row, tl.where(has_share > 0, others / total, float("inf")))
+    tl.store(entropy_ptr + row, tl.where(has_share > 0, tl.log(total) - weighted / total, float("inf")))
     tl.store(finite_ptr + row, (has_nan == 0) & (tl.abs(best) != float("inf")))
+
+
+@triton.jit
+def _rare_home(
+    token,
+    noisy,
+    best,
+    largest,
+    start,
+    logits_ptr,
+    row_stride,
+    vocab_size,
+    mask_token_id,
+    forbid_eos_ptr,
+    eos_ids_ptr,
+    num_eos,
+    eos_last_ptr,
+    last_ids_ptr,
+    num_last,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of the token's tile, the BLOCK ids from start on: the token, unless it is noisy and known; the weights of all
+    others; and whether the token has a share in the softmax. CHUNK at a time, as `_rare_tile`."""
+    if not noisy:
+        for at in tl.range(start, start + BLOCK, CHUNK):
+            x = _read_tile(
+                *(at, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, CHUNK)
+            )
+            x = tl.where(x == x, x, -float("inf"))
+            token_id = at + tl.arange(0, CHUNK)
+            candidate = (token_id < vocab_size) & (token_id != mask_token_id)
+            token = tl.minimum(token, tl.min(tl.where(candidate & (x == best), token_id, _NO_TOKEN), axis=0))
+    beside = tl.zeros([], tl.float32)
+    has_share = tl.zeros([], tl.int32)
+    for at in tl.range(start, start + BLOCK, CHUNK):
+        x = _read_tile(
+            *(at, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, CHUNK)
+        )
+        x = tl.where(x == x, x, -float("inf"))
+        token_id = at + tl.arange(0, CHUNK)
+        share = _has_share(at, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, CHUNK)
+        weight = tl.where(share, tl.exp(_below(x, largest)), 0.0)
+        beside += tl.sum(tl.where(token_id == token, 0.0, weight), axis=0)
+        has_share = tl.maximum(has_share, tl.max((share & (token_id == token)).to(tl.int32), axis=0))
+    return token, beside, has_share

@@ -43,15 +43,17 @@ def rope_store_kv(
     v_pages: torch.Tensor,
     kv_slots: torch.Tensor,
     norms: HeadNorms | None = None,
+    with_keys: bool = False,
 ) -> torch.Tensor:
-    """Rotates q and k, writes k and v to their pages, and returns the rotated q [T, H, D].
+    """Rotates q and k, writes k and v to their pages, and returns the rotated q [T, H, D]; with_keys q and k side by
+    side, [T, H + HK, D].
 
     qkv [T, H + 2 HK, D]: queries, keys, values. cos_sin [T, 2, R // 2]: the rows of `rope_tables` for these tokens, in
     float32 at least or in qkv's dtype, to which products and sums are rounded; the first R <= D dimensions are turned.
     k_pages, v_pages [pages, P, HK, D], written in place. kv_slots [T] int64: page * P + offset, all different.
     """
     implementation = rope_store_kv_triton if runs_triton(qkv) else rope_store_kv_torch
-    return implementation(qkv, cos_sin, k_pages, v_pages, kv_slots, norms)
+    return implementation(qkv, cos_sin, k_pages, v_pages, kv_slots, norms, with_keys)
 
 
 def rope_store_kv_torch(
@@ -61,6 +63,7 @@ def rope_store_kv_torch(
     v_pages: torch.Tensor,
     kv_slots: torch.Tensor,
     norms: HeadNorms | None = None,
+    with_keys: bool = False,
 ) -> torch.Tensor:
     """The twin."""
     kv_heads = k_pages.shape[2]
@@ -72,7 +75,7 @@ def rope_store_kv_torch(
     rotated = _rotate(rotated, cos_sin)
     k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, kv_slots, rotated[:, heads:])
     v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, kv_slots, qkv[:, heads + kv_heads :])
-    return rotated[:, :heads]
+    return rotated if with_keys else rotated[:, :heads]
 
 
 def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -95,6 +98,7 @@ def rope_store_kv_triton(
     v_pages: torch.Tensor,
     kv_slots: torch.Tensor,
     norms: HeadNorms | None = None,
+    with_keys: bool = False,
     block_h: int = 8,
 ) -> torch.Tensor:
     """The kernel: a program turns or copies `block_h` heads of a row. Raises ValueError as `paged_attention_triton`."""
@@ -114,11 +118,12 @@ def rope_store_kv_triton(
         raise ValueError(f"the weights of both norms must be [D], with D = {head_dim}, got {shapes}")
     if not all(tensor.is_contiguous() for tensor in (qkv, cos_sin, k_pages, v_pages, kv_slots, *weights)):
         raise ValueError("qkv, cos_sin, k_pages, v_pages, kv_slots and the norms' weights must be contiguous")
-    q = torch.empty((rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    kept = heads + with_keys * kv_heads
+    out = torch.empty((rows, kept, head_dim), dtype=qkv.dtype, device=qkv.device)
     _rope_store_kv_kernel[(rows, triton.cdiv(all_heads, block_h))](
         qkv,
         cos_sin,
-        q,
+        out,
         k_pages,
         v_pages,
         kv_slots,
@@ -126,6 +131,7 @@ def rope_store_kv_triton(
         0.0 if norms is None else norms.eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
+        KEPT=kept,
         HALF=half,
         REST=head_dim - 2 * half,
         NORMED=norms is not None,
@@ -136,14 +142,14 @@ def rope_store_kv_triton(
         enable_fp_fusion=cos_sin.dtype == torch.float32,
         **launch_options(qkv.device),
     )
-    return q
+    return out
 
 
 @triton.jit
 def _rope_store_kv_kernel(
     qkv_ptr,
     cos_sin_ptr,
-    q_ptr,
+    out_ptr,
     k_ptr,
     v_ptr,
     kv_slots_ptr,
@@ -152,6 +158,7 @@ def _rope_store_kv_kernel(
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    KEPT: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     NORMED: tl.constexpr,
@@ -193,10 +200,10 @@ def _rope_store_kv_kernel(
     turned_a = (_product(normed_a, cos) - _product(normed_b, sin)).to(a.dtype)
     turned_b = (_product(normed_b, cos) + _product(normed_a, sin)).to(a.dtype)
 
-    is_q = inside & (head < HEADS)[:, None]
-    q_at = q_ptr + (row * HEADS + head)[:, None] * D + d[None, :]
-    tl.store(q_at, turned_a, mask=is_q)
-    tl.store(q_at + HALF, turned_b, mask=is_q)
+    is_kept = inside & (head < KEPT)[:, None]
+    out_at = out_ptr + (row * KEPT + head)[:, None] * D + d[None, :]
+    tl.store(out_at, turned_a, mask=is_kept)
+    tl.store(out_at + HALF, turned_b, mask=is_kept)
 
     slot = tl.load(kv_slots_ptr + row)
     is_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
@@ -210,10 +217,10 @@ def _rope_store_kv_kernel(
     tl.store(v_at + HALF, b, mask=is_v)
 
     if REST > 0:
-        in_q, in_k = (head < HEADS)[:, None], ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
+        in_out, in_k = (head < KEPT)[:, None], ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
         in_v = (head >= HEADS + KV_HEADS)[:, None]
-        q_at = q_ptr + (row * HEADS + head)[:, None] * D + e[None, :]
-        tl.store(q_at, normed_rest, mask=rest_inside & in_q)
+        out_at = out_ptr + (row * KEPT + head)[:, None] * D + e[None, :]
+        tl.store(out_at, normed_rest, mask=rest_inside & in_out)
         k_at = k_ptr + (slot * KV_HEADS + head - HEADS)[:, None] * D + e[None, :]
         tl.store(k_at, normed_rest, mask=rest_inside & in_k)
         v_at = v_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * D + e[None, :]

@@ -1,4 +1,4 @@
-"""Attention of segments over paged K and V: the one attention that every decoding mode uses.
+"""Attention of segments over paged K and V: all that a decoding mode asks for but whole segments (whole_attention.py).
 
 Paging follows vLLM's PagedAttention (arXiv 2309.06180). There is no mask: a query sees all keys below its segment's
 kv_len. The kernel keeps a running softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691); where queries are
@@ -25,8 +25,9 @@ _BLOCK_M = 64
 _UNSPLIT_KEYS, _LEAST_KEYS, _MOST_PARTS = 256, 64, 16
 
 # A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; which
-# part of them is meant, of how many; where the first part's output is kept.
-_FIRST, _STOP, _SLOT, _KV_LEN, _PART, _PARTS, _PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
+# part of them is meant, of how many; where the first part's output is kept. Of a tile of a whole segment there are no
+# parts, and the last column is the row of its first key.
+FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
 
 
 class Scratch(NamedTuple):
@@ -40,10 +41,11 @@ class Scratch(NamedTuple):
 class SegmentTable(NamedTuple):
     """Segments over T query rows, as tensors on the model's device.
 
-    tiles [I, TILE_COLUMNS] int64, num_tiles [1] int64: what `cut` makes of them; the rest of tiles may hold anything.
+    tiles [I, TILE_COLUMNS] int64: what `cut` makes of them. num_tiles [2] int64: how many are of `paged_attention` and,
+    behind these, of `whole_attention`; the rest of tiles may hold anything.
     page_tables [slots, N] int64: the pages of every slot's sequence in order; entries past ceil(kv_len / P) may hold
     anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset. scratch: from `make_scratch`; None
-    where no tile is in parts.
+    where no tile is in parts. may_be_whole: whether there may be tiles of `whole_attention`.
     """
 
     tiles: torch.Tensor
@@ -51,13 +53,20 @@ class SegmentTable(NamedTuple):
     page_tables: torch.Tensor
     kv_slots: torch.Tensor
     scratch: Scratch | None = None
+    may_be_whole: bool = False
 
 
 class Cutting(NamedTuple):
-    """How segments are cut: query rows of a tile, and so many tiles that all processors have one."""
+    """How segments are cut: query rows of a tile, and so many tiles that all processors have one.
+
+    A segment that holds all keys it attends to, and least_whole of them, is left to `whole_attention`, in tiles of
+    whole_rows; where that is 0, none is.
+    """
 
     rows: int
     enough: int
+    whole_rows: int = 0
+    least_whole: int = 1
 
     @classmethod
     def of(cls, heads: int, kv_heads: int, device: torch.device) -> "Cutting":
@@ -70,31 +79,54 @@ class Cutting(NamedTuple):
 
 
 def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
-    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64.
+    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64, those of whole segments
+    last.
 
     A tile is of one segment. Where tiles are so few that half of what is enough would be idle, and padded_rows, those
     of the step, allow it, those of many keys are split into parts.
     """
-    ends = rows.cumsum()
-    counts = -(-rows // cutting.rows)
+    segments = np.stack([rows.cumsum() - rows, rows, slots, kv_lens], axis=1)
+    is_whole = (rows == kv_lens) & (rows >= cutting.least_whole) & (cutting.whole_rows > 0)
+    tiles = _split(_tiles(segments[~is_whole], cutting.rows), cutting, padded_rows)
+    if not is_whole.any():
+        return tiles
+    whole = _tiles(segments[is_whole], cutting.whole_rows)
+    return np.concatenate([tiles, whole])
+
+
+def count_tiles(tiles: np.ndarray) -> list[int]:
+    """Of those that `cut` made: how many are of `paged_attention`, and of `whole_attention`."""
+    whole = int((tiles[:, PARTS.value] == 0).sum())
+    return [len(tiles) - whole, whole]
+
+
+def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
+    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, as those of whole segments are."""
+    first, rows, slots, kv_lens = segments.T
+    counts = -(-rows // rows_of_tile)
     segment = np.repeat(np.arange(len(rows)), counts)
     index = np.arange(len(segment)) - np.repeat(counts.cumsum() - counts, counts)
-    first = (ends - rows)[segment] + index * cutting.rows
-    kv_len = kv_lens[segment]
     tiles = np.zeros((len(segment), TILE_COLUMNS.value), dtype=np.int64)
-    tiles[:, _FIRST.value] = first
-    tiles[:, _STOP.value] = np.minimum(first + cutting.rows, ends[segment])
-    tiles[:, _SLOT.value] = slots[segment]
-    tiles[:, _KV_LEN.value] = kv_len
+    tiles[:, FIRST.value] = first[segment] + index * rows_of_tile
+    tiles[:, STOP.value] = np.minimum(tiles[:, FIRST.value] + rows_of_tile, (first + rows)[segment])
+    tiles[:, SLOT.value] = slots[segment]
+    tiles[:, KV_LEN.value] = kv_lens[segment]
+    tiles[:, PLACE.value] = first[segment]
+    return tiles
+
+
+def _split(tiles: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
+    """Tiles of `paged_attention`, in parts where that helps."""
+    kv_len = tiles[:, KV_LEN.value]
     most = min(cutting.enough // max(1, len(tiles)), _MOST_PARTS) if cutting.may_split(padded_rows) else 1
     parts = np.where(kv_len > _UNSPLIT_KEYS, np.minimum(kv_len // _LEAST_KEYS, most), 1).clip(1)
-    tiles[:, _PARTS.value] = parts
+    tiles[:, PARTS.value] = parts
+    place = parts.cumsum() - parts if most > 1 else np.zeros_like(parts)
+    tiles[:, PLACE.value] = place
     if most < 2:
         return tiles
-    place = parts.cumsum() - parts
-    tiles[:, _PLACE.value] = place
     tiles = tiles.repeat(parts, axis=0)
-    tiles[:, _PART.value] = np.arange(len(tiles)) - place.repeat(parts)
+    tiles[:, PART.value] = np.arange(len(tiles)) - place.repeat(parts)
     return tiles
 
 
@@ -132,7 +164,7 @@ def paged_attention_torch(
     out = torch.empty_like(q) if out is None else out
     page_size = k_pages.shape[1]
     grouped = q.shape[1] != k_pages.shape[2]
-    for first, stop, slot, kv_len, part, *_ in table.tiles[: int(table.num_tiles)].tolist():
+    for first, stop, slot, kv_len, part, *_ in table.tiles[: int(table.num_tiles[0])].tolist():
         if part > 0:
             continue
         pages = table.page_tables[slot, : -(-kv_len // page_size)]
@@ -274,12 +306,12 @@ def _paged_attention_kernel(
     for work in tl.range(tl.program_id(0), num_tiles * KV_HEADS, tl.num_programs(0), num_stages=1):
         kv_head = work // num_tiles
         tile_ptr = tiles_ptr + (work % num_tiles).to(tl.int64) * TILE_COLUMNS
-        first_row = tl.load(tile_ptr + _FIRST)
-        stop = tl.load(tile_ptr + _STOP)
-        kv_len = tl.load(tile_ptr + _KV_LEN).to(tl.int32)
-        part = tl.load(tile_ptr + _PART).to(tl.int32)
-        parts = tl.load(tile_ptr + _PARTS).to(tl.int32)
-        table_row = page_tables_ptr + tl.load(tile_ptr + _SLOT) * table_stride
+        first_row = tl.load(tile_ptr + FIRST)
+        stop = tl.load(tile_ptr + STOP)
+        kv_len = tl.load(tile_ptr + KV_LEN).to(tl.int32)
+        part = tl.load(tile_ptr + PART).to(tl.int32)
+        parts = tl.load(tile_ptr + PARTS).to(tl.int32)
+        table_row = page_tables_ptr + tl.load(tile_ptr + SLOT) * table_stride
         keys_of_part = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), parts) * BLOCK_N
         first_key = part * keys_of_part
         last_key = tl.minimum(first_key + keys_of_part, kv_len)
@@ -317,7 +349,7 @@ def _paged_attention_kernel(
             if parts > 1:
                 log_sum = tl.where(total > 0, largest + tl.log2(denominator), -float("inf"))
                 log_sum = tl.where(total == total, log_sum, total)  # NaN stays NaN
-                place = (tl.load(tile_ptr + _PLACE) + part) * KV_HEADS + kv_head
+                place = (tl.load(tile_ptr + PLACE) + part) * KV_HEADS + kv_head
                 at = place * BLOCK_M + m
                 tl.store(log_sums_ptr + at, log_sum)
                 tl.store(parts_ptr + at[:, None] * HEAD_DIM + d[None, :], output, mask=inside)
@@ -433,11 +465,11 @@ def _combine_kernel(
     # grid (parts, KV_HEADS, BLOCK_M / 8): the programs of a tile's parts share its rows
     is_tile = tl.program_id(0) < tl.load(num_tiles_ptr)
     tile_ptr = tiles_ptr + tl.program_id(0) * TILE_COLUMNS
-    parts = tl.load(tile_ptr + _PARTS, mask=is_tile, other=1).to(tl.int32)
-    part = tl.load(tile_ptr + _PART, mask=is_tile, other=0).to(tl.int32)
-    first_row = tl.load(tile_ptr + _FIRST, mask=is_tile, other=0)
-    rows = (tl.load(tile_ptr + _STOP, mask=is_tile, other=0) - first_row).to(tl.int32)
-    place = tl.load(tile_ptr + _PLACE, mask=is_tile, other=0)
+    parts = tl.load(tile_ptr + PARTS, mask=is_tile, other=1).to(tl.int32)
+    part = tl.load(tile_ptr + PART, mask=is_tile, other=0).to(tl.int32)
+    first_row = tl.load(tile_ptr + FIRST, mask=is_tile, other=0)
+    rows = (tl.load(tile_ptr + STOP, mask=is_tile, other=0) - first_row).to(tl.int32)
+    place = tl.load(tile_ptr + PLACE, mask=is_tile, other=0)
     begin(PDL)
     if parts == 1:
         return

@@ -5,10 +5,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from blockinfer.kernels.kv_store import rope_store_kv, rope_tables
+from blockinfer.kernels.attention import attention
+from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
-from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.llada_config import read_llada_config
 from blockinfer.models.published import TensorGroup
@@ -42,13 +43,12 @@ class LLaDALayer(nn.Module):
         """x [T, d], or parts of it [S, T, d]: the previous layer's output, which is added to residual [T, d] -> what
         the heads attended to, [T, d], in `out` where it is given.
 
-        kv_pages [2, pages, P, HK, D]: this layer's cache. All K and V are written before any attention reads them.
+        kv_pages [2, pages, P, HK, D]: this layer's cache.
         """
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
-        q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots)
         out = None if out is None else out.unflatten(-1, (-1, self.head_dim))
-        return paged_attention(q, kv_pages[0], kv_pages[1], table, out).flatten(1)
+        return attention(qkv, cos_sin, kv_pages, table, out).flatten(1)
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """attended [T, d], residual [T, d], to which the attention's output is added -> the layer's output, [T, d], or

@@ -5,11 +5,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from blockinfer.kernels.attention import attention
 from blockinfer.kernels.experts import mixture
-from blockinfer.kernels.kv_store import HeadNorms, rope_store_kv
+from blockinfer.kernels.kv_store import HeadNorms
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
-from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.router import route
 from blockinfer.models.moe_config import MoEConfig
 from blockinfer.models.transformer import unfilled
@@ -101,9 +102,8 @@ class MoELayer(nn.Module):
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         norms = HeadNorms(self.q_norm, self.k_norm, self.eps)
-        q = rope_store_kv(qkv, cos_sin, kv_pages[0], kv_pages[1], table.kv_slots, norms)
         out = None if out is None else out.unflatten(-1, (-1, self.head_dim))
-        return paged_attention(q, kv_pages[0], kv_pages[1], table, out).flatten(1)
+        return attention(qkv, cos_sin, kv_pages, table, out, norms).flatten(1)
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """As `models.llada.LLaDALayer.finish`."""

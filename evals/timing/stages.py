@@ -32,7 +32,7 @@ EXPERTS, ROUTER = "products of experts", "router"
 # products may end with SiLU x up, norms begin with the sum of a product's parts.
 _STAGES = [
     ("_skinny_", PRODUCTS),
-    ("_paged_attention_kernel", "attention"),
+    ("_(paged|whole)_attention_kernel", "attention"),
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
     ("_silu_mul_kernel", "SiLU x up"),

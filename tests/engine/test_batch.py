@@ -30,7 +30,8 @@ def test_the_room_for_a_packed_step_holds_the_largest(count, blocks_before):
     packed = torch.from_numpy(pack(scheduled, 32, 2048, 32, CUTTING))
     assert len(packed) <= packed_size(32, 2048, CUTTING)
     inputs = StepInputs.split(packed, 32, 2048)
-    tiles = inputs.tiles[: int(inputs.num_tiles)]
+    assert int(inputs.num_tiles[1]) == 0
+    tiles = inputs.tiles[: int(inputs.num_tiles[0])]
     assert tiles[:, 0].tolist() == list(range(rows)) and (tiles[:, 1] == tiles[:, 0] + 1).all()
     assert inputs.slots[:rows].tolist() == [slot for slot in range(count) for _ in range(blocks_before + 2)]
     assert set(inputs.slots[rows:].tolist()) | set(inputs.blocks.slots[count:].tolist()) <= {32}

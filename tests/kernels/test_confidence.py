@@ -332,11 +332,26 @@ def test_eos_that_is_last_has_no_share_in_the_others_softmax(device):
         assert result.entropy.isposinf().tolist() == [False, True, False] and result.finite.all()
 
 
+def test_a_tile_with_what_is_rare_is_read_in_chunks(device):
+    """Of sixteen columns: logits that rise, fall and do both, with tokens left out in every tile, and a NaN."""
+    columns = torch.arange(265.0)
+    matrix = torch.stack([columns / 9, -columns / 9, columns % 37 / 2, columns % 37 / 2])
+    matrix[3, 60] = torch.nan
+    case = Case(matrix, 260, 130, 0, 128, (5, 250), (40, 200, 259))
+    flags = torch.tensor([False, True, True, True]), torch.tensor([True, True, False, True])
+    options = RowOptions(*plain_options(4, "cpu")[:4], *flags)
+    expected = exact(case, options)
+    tokens = expected.noisy.nan_to_num(nan=-torch.inf).argmax(dim=1)
+    for result in implementations(case, device, RowOptions(*(tensor.to(device) for tensor in options))):
+        check(result, expected)
+        assert result.token_ids.tolist() == tokens.tolist()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_whole_vocabulary_in_the_tiles_of_an_engine(device, guarded_empty, dtype):
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(2, 126_464 + 5, generator=g) * 4).to(dtype)
-    case = Case(logits, 126_464, 126_336, 0, 2048)
+    case = Case(logits, 126_464, 126_336, 0, 4096)
     expected = exact(case, plain_options(2, "cpu"))
     result = next(implementations(case, device))
     check(result, expected)

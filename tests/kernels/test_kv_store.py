@@ -27,7 +27,9 @@ def turned(x, positions, dim=None):
     return torch.cat([pairs.real, pairs.imag, rest], dim=-1)
 
 
-def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, dtype, rotary=None, normed=False):
+def check(
+    implementation, device, seed, rows, heads, kv_heads, dim, page_size, with_keys, dtype, rotary=None, normed=False
+):
     g = torch.Generator().manual_seed(seed)
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim, generator=g).to(dtype).to(device)
     before = qkv.clone()
@@ -38,14 +40,14 @@ def check(implementation, device, seed, rows, heads, kv_heads, dim, page_size, d
     cos_sin = rope_tables(rotary or dim, LENGTH, THETA, dtype, torch.device("cpu"))[positions].to(device)
     of_q, of_k = (1 + torch.rand(2, dim, generator=g)).to(dtype).to(device)
     norms = HeadNorms(of_q, of_k, 1e-3) if normed else None
-    q = implementation(qkv, cos_sin, k_pages, v_pages, slots, norms)
-    assert q.dtype == dtype and torch.equal(qkv, before)
+    out = implementation(qkv, cos_sin, k_pages, v_pages, slots, norms, with_keys)
+    assert out.dtype == dtype and torch.equal(qkv, before)
     x = before.double()
     if normed:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
         x = torch.cat([x[:, :heads] * of_q.double(), x[:, heads : heads + kv_heads] * of_k.double()], dim=1)
     expected = turned(x, positions, rotary).to(dtype)
-    torch.testing.assert_close(q.cpu(), expected[:, :heads], **TOLERANCE[dtype])
+    torch.testing.assert_close(out.cpu(), expected[:, : heads + with_keys * kv_heads], **TOLERANCE[dtype])
     k_flat, v_flat = k_pages.view(-1, kv_heads, dim), v_pages.view(-1, kv_heads, dim)
     torch.testing.assert_close(k_flat[slots].cpu(), expected[:, heads : heads + kv_heads], **TOLERANCE[dtype])
     assert torch.equal(v_flat[slots], before[:, heads + kv_heads :])
@@ -59,32 +61,35 @@ shapes = dict(
     rows=st.integers(0, 9),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1), (9, 3)]),
     page_size=st.integers(1, 17),
+    with_keys=st.booleans(),
 )
 
 
 @given(**shapes, dim=st.integers(1, 20).map(lambda half: 2 * half), dtype=st.sampled_from([*TOLERANCE]))
-def test_twin(seed, rows, heads, dim, page_size, dtype):
-    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dim, page_size, dtype)
+def test_twin(seed, rows, heads, dim, page_size, with_keys, dtype):
+    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dim, page_size, with_keys, dtype)
 
 
 parts = st.sampled_from([(64, 32), (128, 64), (12, 2), (8, 8), (20, 14), (128, 128)])
 
 
 @given(**shapes, dims=parts, normed=st.booleans(), dtype=st.sampled_from([*TOLERANCE]))
-def test_norms_and_a_part_that_is_turned_twin(seed, rows, heads, dims, page_size, dtype, normed):
-    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dims[0], page_size, dtype, dims[1], normed)
+def test_norms_and_a_part_that_is_turned_twin(seed, rows, heads, dims, page_size, with_keys, dtype, normed):
+    check(rope_store_kv_torch, "cpu", seed, rows, *heads, dims[0], page_size, with_keys, dtype, dims[1], normed)
 
 
 @given(**shapes, dims=parts, normed=st.booleans(), dtype=st.sampled_from([*TOLERANCE][1:]))
-def test_norms_and_a_part_that_is_turned(device, guarded_empty, seed, rows, heads, dims, page_size, dtype, normed):
-    check(rope_store_kv_triton, device, seed, rows, *heads, dims[0], page_size, dtype, dims[1], normed)
+def test_norms_and_a_part_that_is_turned(
+    device, guarded_empty, seed, rows, heads, dims, page_size, with_keys, dtype, normed
+):
+    check(rope_store_kv_triton, device, seed, rows, *heads, dims[0], page_size, with_keys, dtype, dims[1], normed)
     guarded_empty.check()
 
 
 @given(**shapes, dim=st.sampled_from([2, 8, 12, 64, 128]), dtype=st.sampled_from([*TOLERANCE][1:]))
-def test_kernel(device, guarded_empty, seed, rows, heads, dim, page_size, dtype):
+def test_kernel(device, guarded_empty, seed, rows, heads, dim, page_size, with_keys, dtype):
     """A tile of eight heads is less than some shapes have, and not a divisor of others."""
-    check(rope_store_kv_triton, device, seed, rows, *heads, dim, page_size, dtype)
+    check(rope_store_kv_triton, device, seed, rows, *heads, dim, page_size, with_keys, dtype)
     guarded_empty.check()
 
 

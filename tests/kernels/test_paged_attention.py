@@ -12,6 +12,7 @@ from blockinfer.kernels.paged_attention import (
     Cutting,
     SegmentTable,
     Tiling,
+    count_tiles,
     cut,
     make_scratch,
     paged_attention_torch,
@@ -224,6 +225,7 @@ def test_a_cut_covers_each_row_and_part_once(sizes, rows, enough, padded_rows):
         places += [place + part] if parts > 1 else []
     expected = np.repeat(np.arange(len(sizes)) + 7, segments)
     assert covered == [(row, slot, 0) for row, slot in enumerate(expected)]
+    assert count_tiles(tiles) == [len(tiles), 0]
     # each part has a place of its own among those that there are
     assert len(set(places)) == len(places) and all(place < enough for place in places)
 

@@ -1,0 +1,38 @@
+"""A layer's attention between its products: RoPE, the store of K and V, and what each segment attends to."""
+
+import torch
+
+from blockinfer.kernels.kv_store import HeadNorms, rope_store_kv
+from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.kernels.whole_attention import whole_attention
+
+
+def attention(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv_pages: torch.Tensor,
+    table: SegmentTable,
+    out: torch.Tensor | None = None,
+    norms: HeadNorms | None = None,
+) -> torch.Tensor:
+    """qkv [T, H + 2 HK, D]: queries, keys, values -> what the heads attended to, [T, H, D], in `out` where it is given.
+
+    cos_sin [T, 2, R // 2], norms: as for `rope_store_kv`. kv_pages [2, pages, P, HK, D]: the layer's cache. All K and V
+    are written before any attention reads them. Segments that hold all their keys read them side by side, as they have
+    just been computed, the others from the pages.
+    """
+    q = rope_store_kv(qkv, cos_sin, *kv_pages, table.kv_slots, norms, table.may_be_whole)
+    return attend(q, qkv[:, -kv_pages.shape[3] :], kv_pages, table, out)
+
+
+def attend(
+    q: torch.Tensor, v: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `attention` does once all is stored: q [T, H, D], with the keys side by side, [T, H + HK, D], where segments
+    may be whole; v [T, HK, D]."""
+    if not table.may_be_whole:
+        return paged_attention(q, *kv_pages, table, out)
+    qk, q = q, q[:, : -v.shape[1]]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    whole_attention(qk, v, table, out)
+    return paged_attention(q, *kv_pages, table, out)
