@@ -47,6 +47,7 @@ NEEDS = {
         "pytest evals/ --benchmark-json=out.json",
         "pytest evals/ --mode all --block-length 8,32 --num-samples 64",
         "pytest evals/ --unmasking threshold --threshold 0.8",
+        "pytest evals/ --unmasking threshold,entropy_threshold --block-length 8 --block-add-threshold 0.5",
         "pytest evals/ --mode block --benchmark-autosave",
         "pytest evals/ --mode block --benchmark-compare --benchmark-compare-fail=median:50%",
         "pytest evals/ --num-samples 200 --mode block,block_refresh --unmasking low_confidence,threshold",

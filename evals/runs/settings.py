@@ -16,7 +16,8 @@ from evals.questions.graders import GRADER_VERSIONS, versions
 from evals.questions.prompts import PROMPTS_VERSION, messages
 from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
 from evals.questions.template import PromptTemplate
-from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps
+from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps, variant
+from evals.runs.windows import check_window, window_options
 
 SUITE_MODES = (STANDARD, *MODES)
 
@@ -34,6 +35,11 @@ class Case:
     block_length: int
     unmasking: str
     params: SamplingParams
+
+    @property
+    def name(self) -> str:
+        """The id, with the rule always."""
+        return "-".join(filter(None, [self.mode, str(self.block_length), self.unmasking, variant(self.params)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +190,11 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
-    if option("--threshold") is not None and "threshold" not in rules:
-        raise pytest.UsageError(f"--threshold is read by --unmasking threshold alone, got {', '.join(rules)}")
+    for rule in ("threshold", "entropy_threshold"):
+        name = f"--{rule.replace('_', '-')}"
+        if option(name) is not None and rule not in rules:
+            raise pytest.UsageError(f"{name} is read by --unmasking {rule} alone, got {', '.join(rules)}")
+    check_window(option, modes, rules)
     cases = []
     for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
@@ -212,7 +221,9 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
         threshold=config.getoption("--threshold") if rule == "threshold" else None,
+        entropy_threshold=config.getoption("--entropy-threshold") if rule == "entropy_threshold" else None,
         ignore_eos=ignore_eos,
+        **window_options(config.getoption, mode, rule),
     )
     if mode != STANDARD:
         return block_wise

@@ -1,6 +1,7 @@
 """What the report computes: baselines, frontier, names, and the geometry of its charts."""
 
 import dataclasses
+from datetime import UTC, datetime
 from itertools import combinations, product
 
 from hypothesis import given
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from blockinfer import SamplingParams
 from blockinfer.decoding.unmasking import RULES
 from evals.report import page
-from evals.report.beside import baselines, names, on_frontier, speed_up
+from evals.report.beside import baselines, names, on_frontier, series, speed_up
 from evals.report.charts import Point, history, scatter
 from evals.report.labels import MARK, Box, shortened, width_of
 from evals.results import comparison
+from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
-from evals.runs.configurations import REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
+from evals.runs.configurations import ONE_BLOCK, REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
 from evals.runs.run import Run
 from evals.runs.settings import SUITE_MODES, Case
 from tests.report.sample import info
@@ -125,6 +127,10 @@ def test_names_tell_configurations_apart():
     assert of(("vanilla_llada",), ("block", 8), ("block", 32)) == ["vanilla_llada", "block 8", "block 32"]
     assert of(("block",), ("block", 32, "entropy")) == ["block low_confidence", "block entropy"]
     assert of(("block",), ("block",)) == ["block (1)", "block (2)"]
+    opened = [info("vanilla_llada"), info("block"), info("block", block_add_threshold=0.5, suffix_window=8)]
+    found = [Configuration(**{k: v for k, v in one.items() if v is not None}) for one in opened]
+    assert names(found) == ["vanilla_llada", "block", "block add 0.5 suffix 8"]
+    assert names(found[::2]) == ["vanilla_llada", "block"]
     standard = Configuration(mode="vanilla_llada", block_length=128, denoising_steps=64)
     other = standard.model_copy(update={"denoising_steps": 128})
     assert names([standard, other]) == ["vanilla_llada 64 steps", "vanilla_llada 128 steps"]
@@ -134,6 +140,24 @@ def test_speed_up_of_nothing_is_not_known():
     nothing, something = (Configuration(mode="block", tokens_per_second=s) for s in (0.0, 2.0))
     assert speed_up(something, nothing) is None and speed_up(nothing, something) == 0.0
     assert speed_up(something, None) is None
+
+
+def test_speed_ups_are_over_vanilla_with_as_many_blocks_open():
+    """A suffix and a delayed commit it has not."""
+    one, several = (Configuration(mode="vanilla", block_add_threshold=share) for share in (1.0, 0.5))
+    for share, vanilla in ((1.0, one), (0.5, several)):
+        block = Configuration(mode="block", block_add_threshold=share, suffix_window=8, commit_delay=1)
+        assert baselines([one, several, block])(block)[1] is vanilla
+    other = Configuration(mode="block", block_add_threshold=0.25)
+    assert baselines([one, several, other])(other)[1] is None
+
+
+def test_the_same_configuration_in_another_run_has_as_many_blocks_open():
+    mine, other = (
+        {"mode": "block", "tokens_per_second": 2.0, **ONE_BLOCK, "block_add_threshold": x} for x in (0.5, 1.0)
+    )
+    run = StoredRun("a", datetime.now(UTC), None, [Configuration(**other)], 0)
+    assert series([Configuration(**mine)], [run]) == [[None]] and series(run.configurations, [run]) == [[2.0]]
 
 
 def test_baselines_of_unknown_steps_are_none():

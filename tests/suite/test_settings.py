@@ -36,7 +36,9 @@ def test_a_rule_is_passed_only_what_it_reads(settings):
     assert [c.unmasking for c in cases] == list(RULES)
     by_rule = {c.unmasking: c.params for c in cases}
     assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold"}
-    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {"threshold", "factor", "entropy"}
+    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {
+        *("threshold", "factor", "entropy", "entropy_threshold")
+    }
     limited = settings(unmasking=["threshold"], denoising_steps=4).cases
     assert {c.params.denoising_steps for c in limited} == {4, 16}
 
