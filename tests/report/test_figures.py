@@ -1,7 +1,6 @@
 """What the report computes: baselines, frontier, names, and the geometry of its charts."""
 
 import dataclasses
-from datetime import UTC, datetime
 from itertools import combinations, product
 
 from hypothesis import given
@@ -14,12 +13,12 @@ from evals.report.beside import baselines, names, on_frontier, series, speed_up
 from evals.report.charts import Point, history, scatter
 from evals.report.labels import MARK, Box, shortened, width_of
 from evals.results import comparison
-from evals.results.reader import StoredRun
+from evals.results.reader import read_run
 from evals.results.schema import Configuration
 from evals.runs.configurations import ONE_BLOCK, REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
 from evals.runs.run import Run
 from evals.runs.settings import SUITE_MODES, Case
-from tests.report.sample import info
+from tests.report.sample import info, results, write
 
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 speeds = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.0]))
@@ -152,12 +151,13 @@ def test_speed_ups_are_over_vanilla_with_as_many_blocks_open():
     assert baselines([one, several, other])(other)[1] is None
 
 
-def test_the_same_configuration_in_another_run_has_as_many_blocks_open():
-    mine, other = (
-        {"mode": "block", "tokens_per_second": 2.0, **ONE_BLOCK, "block_add_threshold": x} for x in (0.5, 1.0)
-    )
-    run = StoredRun("a", datetime.now(UTC), None, [Configuration(**other)], 0)
-    assert series([Configuration(**mine)], [run]) == [[None]] and series(run.configurations, [run]) == [[2.0]]
+def test_the_same_configuration_in_another_run_has_as_many_blocks_open(tmp_path):
+    """An older file, which does not say how many, is of one at a time."""
+    older = read_run(write(tmp_path / "older.json", results([info("block")])))
+    (one,) = older.configurations
+    assert {name: getattr(one, name) for name in ONE_BLOCK} == ONE_BLOCK
+    opened = one.model_copy(update={"block_add_threshold": 0.5})
+    assert series([opened], [older]) == [[None]] and series([one], [older]) == [[one.tokens_per_second]]
 
 
 def test_baselines_of_unknown_steps_are_none():
