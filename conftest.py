@@ -71,7 +71,20 @@ def pytest_addoption(parser):
     add("--denoising-steps", type=_at_least(1), help="steps per block (32; threshold, factor, entropy: no limit)")
     add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
+<<<<<<< HEAD
     add("--threshold", type=float, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
+=======
+    add("--threshold", type=float, help="of the rule threshold (0.9)")
+    add("--entropy-threshold", type=float, help="of the rule entropy_threshold, nats (0.5)")
+    opens = "the next block opens once this share of the last one is revealed; vanilla_llada is one block still (1)"
+    add("--block-add-threshold", type=float, help=opens)
+    active = "and takes its scheduled or limited steps once this share is; read below --block-add-threshold 1 (1)"
+    add("--decoded-token-threshold", type=float, help=active)
+    suffix = "masks kept behind the open blocks in block and block_refresh; other modes keep all (0)"
+    add("--suffix-window", type=_at_least(0), help=suffix)
+    delay = "steps for which a finished block waits for its commit in block; other modes commit none (0)"
+    add("--commit-delay", type=_at_least(0), help=delay)
+>>>>>>> suite22
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
     model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
     add("--model", type=text_argument, help=model)

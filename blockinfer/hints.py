@@ -24,8 +24,13 @@ SAMPLING_HINTS = {
     **_is("denoising_steps", "steps_per_block"),
     **_is("unmasking", "remasking", "remask", "alg", "rule", "strategy"),
     **_is("threshold", "confidence_threshold"),
+<<<<<<< HEAD
     **_is("editing_threshold", "edit_threshold"),
     **_is("max_post_steps", "max_post_edit_steps"),
+=======
+    **_is("commit_delay", "cache_delay_iter"),
+    "refresh_interval": "mode says when K and V are computed anew: block_refresh does so at each block",
+>>>>>>> suite22
     **_is("temperature", "temp"),
     "do_sample": "temperature=0 is greedy, above it samples",
     **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p"), _TEMPERATURE),

@@ -24,8 +24,8 @@ from evals.results.likelihood import table as likelihood_table
 from evals.results.paired import against_vanilla, losses
 from evals.results.record import question
 from evals.results.samples import Samples
-from evals.results.table import first_pass_line, loading_line, table, unextracted_lines
-from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration
+from evals.results.table import aup_lines, first_pass_line, loading_line, table, unextracted_lines
+from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration, variant
 from evals.runs.machine import device_name, slug
 from evals.runs.resume import Generations
 from evals.runs.settings import Case, Settings, read_settings
@@ -86,17 +86,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """mode-block_length, and the rule where it is not low_confidence alone; source before them for the accuracy."""
+    """mode-block_length, the rule where it is not low_confidence alone, and what is not by default; source before them
+    for the accuracy."""
     if "case" not in metafunc.fixturenames:
         return
     settings = settings_of(metafunc.config)
     cases = settings.cases
-    named = [f"{c.mode}-{c.block_length}" + f"-{c.unmasking}" * settings.several_rules for c in cases]
+    named = [_id(case, settings.several_rules) for case in cases]
     values = [(c.mode, c.block_length, c.unmasking) for c in cases]
     if "source" in metafunc.fixturenames:
         sources = list(dict.fromkeys(row["source"] for row in settings.rows))
         metafunc.parametrize("source", sources + ["all"] * (len(sources) > 1))
     metafunc.parametrize(("mode", "block_length", "unmasking"), values, ids=named)
+
+
+def _id(case: Case, several_rules: bool) -> str:
+    parts = [case.mode, str(case.block_length), case.unmasking * several_rules, variant(case.params)]
+    return "-".join(filter(None, parts))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -269,6 +275,8 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     if first := first_pass_line(list(suite.runs.values())):
         terminalreporter.write_line(first)
     for line in losses(list(suite.runs.values()), suite.settings.max_accuracy_loss):
+        terminalreporter.write_line(line)
+    for line in aup_lines(list(suite.runs.values())):
         terminalreporter.write_line(line)
     for line in unextracted_lines(list(suite.runs.values()), suite.settings):
         terminalreporter.write_line(line)

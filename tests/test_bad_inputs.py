@@ -79,6 +79,8 @@ from blockinfer import LLM, SamplingParams
         ({"cfg_scale": -0.5}, ValueError, "cfg_scale must be between 0.0 and 1000000.0, got -0.5"),
         ({"cfg_scale": "1"}, ValueError, "cfg_scale must be a finite number, got '1'"),
         ({"cfg": 0.0}, TypeError, "it is called cfg_scale here"),
+        ({"cache_delay_iter": 1}, TypeError, "it is called commit_delay here"),
+        ({"refresh_interval": 4}, TypeError, "block_refresh does so at each block"),
         ({"guidance_scale": 1.0}, TypeError, "cfg_scale is LLaDA's: 0 is no guidance"),
         ({"max_model_len": 5}, TypeError, "unknown option 'max_model_len'; it is an option of LLM"),
         ({"what": 5}, TypeError, "unknown option 'what'; it takes max_tokens, block_length, .*eot_inf$"),

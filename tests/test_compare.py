@@ -10,7 +10,7 @@ import pytest
 
 from evals.results import merge
 from evals.results.compare import MACHINE, NOT_COMPARABLE, NOT_WORSE, QUESTION, SOFTWARE, WORSE, main, unpaired_loss
-from evals.runs.configurations import RESUMED
+from evals.runs.configurations import ONE_BLOCK, RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
@@ -233,12 +233,26 @@ def test_a_new_case_is_told(compare):
         ({"denoising_steps": 16}, "denoising_steps was 32, is 16"),
         ({"model": "other"}, ", is other"),
         ({"batch_size": 2}, "batch_size was 1, is 2"),
+        ({"block_add_threshold": 0.5}, "block_add_threshold was 1.0, is 0.5"),
+        ({"suffix_window": 8}, "suffix_window was 0, is 8"),
     ],
 )
 def test_other_rows_and_settings_are_refused(compare, figures, message):
     code, printed = compare(changed(**figures))
     assert code == NOT_COMPARABLE
     assert printed.startswith(f"compare: these cannot be compared: {BLOCK}: ") and message in printed
+
+
+def test_a_file_that_does_not_say_which_blocks_were_open_is_of_one_at_a_time(compare, tmp_path):
+    old = tmp_path / "old.json"
+    content = json.loads(old.read_text())
+    for benchmark in content["benchmarks"]:
+        for name in ONE_BLOCK:
+            del benchmark["extra_info"][name]
+    old.write_text(json.dumps(content))
+    assert compare()[0] == compare(changed(**ONE_BLOCK))[0] == NOT_WORSE
+    code, printed = compare(changed(**ONE_BLOCK | {"block_add_threshold": 0.5}))
+    assert code == NOT_COMPARABLE and "block_add_threshold was 1.0, is 0.5" in printed
 
 
 def test_other_rows_are_refused_where_a_file_has_only_their_ids(compare):

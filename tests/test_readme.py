@@ -12,6 +12,7 @@ import pytest
 from pytest_benchmark import cli
 
 import evals.__main__ as front
+from blockinfer import SamplingParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.serve import __main__ as serve
@@ -47,6 +48,7 @@ NEEDS = {
         "pytest evals/ --benchmark-json=out.json",
         "pytest evals/ --mode all --block-length 8,32 --num-samples 64",
         "pytest evals/ --unmasking threshold --threshold 0.8",
+        "pytest evals/ --unmasking threshold,entropy_threshold --block-length 8 --block-add-threshold 0.5",
         "pytest evals/ --mode block --benchmark-autosave",
         "pytest evals/ --mode block --benchmark-compare --benchmark-compare-fail=median:50%",
         "pytest evals/ --num-samples 200 --mode block,block_refresh --unmasking low_confidence,threshold",
@@ -83,6 +85,8 @@ NEEDS = {
         "python -m evals stages --mode vanilla --batch 1 --prompt 128 --json vanilla.json",
         "python -m evals train-tiny --out evals/llada_tiny",
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
+        "python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --max-num-seqs 128 "
+        "--out /tmp/blocks",
     ),
     "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
     "a cluster": (
@@ -229,3 +233,14 @@ def test_every_option_is_one(option, pytestconfig):
     ]
     known.update(*(parser._option_string_actions for parser in parsers))
     assert option in known
+
+
+def test_every_option_of_a_request_stands_on_the_server_s_pages():
+    named = set(re.findall(r"`(\w+)`", TEXT["blockinfer/serve/README.md"]))
+    assert named >= {*SamplingParams.__dataclass_fields__}
+    page = (ROOT / "blockinfer/serve/page.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"<option>(\w+)</option>", page)) == {*MODES, *RULES}
+    (numbers,) = re.findall(r'\["block_length", .*?\]', page)
+    sent = {*json.loads(numbers), "mode", "unmasking"}
+    assert sent <= {*SamplingParams.__dataclass_fields__} and sent <= set(re.findall(r'id="(\w+)"', page))
+    assert "block_add_threshold" in sent

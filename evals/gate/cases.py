@@ -14,14 +14,18 @@ class GateCase:
     max_tokens: int
     rows: int
     denoising_steps: int | None = None
+    block_add_threshold: float = 1.0
 
     @property
     def id(self) -> str:
-        return f"{self.mode}-{self.block_length}-{self.unmasking}"
+        opened = f"-add{self.block_add_threshold:g}" if self.block_add_threshold < 1 else ""
+        return f"{self.mode}-{self.block_length}-{self.unmasking}{opened}"
 
     @property
     def params(self) -> dict[str, Any]:
-        return {
+        """A commit that knows one block at a time alone takes the cases of that."""
+        opened = {"block_add_threshold": self.block_add_threshold} if self.block_add_threshold < 1 else {}
+        return opened | {
             "mode": self.mode,
             "block_length": self.block_length,
             "unmasking": self.unmasking,
@@ -73,7 +77,7 @@ class Worse:
 
 
 MEMORY = "memory"
-# Every mode and every rule in as few cases as can be.
+# Every mode, every rule and several blocks open in as few cases as can be.
 _QUICK = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=2, denoising_steps=2),
     GateCase("block", 32, "threshold", max_tokens=64, rows=2),
@@ -81,8 +85,9 @@ _QUICK = (
     GateCase("prefix_cache", 32, "sequential", max_tokens=32, rows=2, denoising_steps=2),
     GateCase("dual_cache", 32, "factor", max_tokens=32, rows=2),
     GateCase("block_refresh", 32, "entropy", max_tokens=64, rows=2),
+    GateCase("block", 8, "entropy_threshold", max_tokens=32, rows=2, block_add_threshold=0.5),
 )
-# Every mode with one rule, every rule with one mode, more rows at once.
+# Every mode with one rule, every rule with one mode, several blocks open; more rows at once.
 _FULL = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("block", 32, "threshold", max_tokens=64, rows=4),
@@ -90,6 +95,8 @@ _FULL = (
     GateCase("block", 32, "sequential", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("block", 32, "factor", max_tokens=64, rows=4),
     GateCase("block", 32, "entropy", max_tokens=64, rows=4),
+    GateCase("block", 32, "entropy_threshold", max_tokens=64, rows=4),
+    GateCase("block", 8, "threshold", max_tokens=32, rows=4, block_add_threshold=0.5),
     GateCase("block_refresh", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("vanilla", 32, "low_confidence", max_tokens=32, rows=4, denoising_steps=2),
     GateCase("dual_cache", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),

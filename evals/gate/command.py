@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     time, memory = 100 * Margins.time, 100 * Margins.memory
     add("--margin", type=_percent, default=time, help=f"percent by which head may be slower ({time:g})")
     add("--memory-margin", type=_percent, default=memory, help=f"and by which its tensors may be larger ({memory:g})")
-    add("--profile", choices=list(PROFILES), default="full", help="quick: six cases, two minutes (full: ten, longer)")
+    add("--profile", choices=list(PROFILES), default="full", help="quick: seven cases, two minutes (full: twelve)")
     add("--pairs", type=_pairs, help=f"measurements of each side per case, {LEAST_PAIRS} at least (quick 60, full 80)")
     add(
         "--accept",

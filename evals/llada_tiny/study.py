@@ -3,6 +3,7 @@
 python -m evals study evals/llada_tiny --rows 250 --out /tmp/study # writes study.md, .svg and .json
 python -m evals study evals/llada_tiny --mode vanilla --out /tmp/one        # a part, on another GPU, say,
 python -m evals study evals/llada_tiny --mode block --add /tmp/one/study.json --out /tmp/both # is added
+python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --out /tmp/blocks # no drawing
 
 The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token. The model
 computes in float32, on a GPU where there is one.
@@ -10,10 +11,9 @@ computes in float32, on a GPU where there is one.
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import chain, product
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -21,12 +21,13 @@ from xml.sax.saxutils import escape
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from blockinfer import LLM, RequestOutput, SamplingParams
+from blockinfer import LLM
 from blockinfer.decoding.modes import MODES
 from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
-from evals.llada_tiny.evaluate import final_answer, heldout_rows
+from evals.llada_tiny import several_blocks
+from evals.llada_tiny.evaluate import heldout_rows
+from evals.llada_tiny.measured import BLOCK_LENGTH, Result, label, measure, table_row, window_label
 from evals.llada_tiny.problems import SOURCES
-from evals.questions.prompts import messages
 from evals.report.scales import Scale, around
 from evals.results.paired import Paired
 from evals.runs.resume import fingerprint
@@ -37,53 +38,25 @@ RULES: tuple[dict, ...] = (
     {"unmasking": "factor", "factor": 1.0},
     {"unmasking": "entropy", "entropy_bound": 0.15},
 )
+Part = tuple[str, int]
+_EXAMPLES = [(mode, BLOCK_LENGTH) for mode in MODES]  # by which two plans are told apart
+Plan = Callable[[str, int], list[tuple[dict, dict]]]
 COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
 
 
-@dataclass(frozen=True)
-class Result:
-    """One mode and rule over all rows: of each source's rows, in their order, whether the answer was right.
-
-    tokens_per_forward: of all rows. long_tokens_per_forward: of gsm8k and math500, whose answers are long.
-    """
-
-    mode: str
-    rule: str
-    right: dict[str, list[bool]]
-    tokens_per_forward: float
-    long_tokens_per_forward: float
-
-    def share(self, source: str) -> float:
-        return statistics.fmean(self.right[source])
-
-    @property
-    def accuracy(self) -> float:
-        return statistics.fmean(chain(*self.right.values()))
-
-    def against(self, other: "Result") -> Paired:
-        """On the same rows."""
-        pairs = list(zip(chain(*self.right.values()), chain(*other.right.values()), strict=True))
-        return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
+def one_block(mode: str, block_length: int) -> list[tuple[dict, dict]]:
+    """Every rule, with one block at a time."""
+    return [(rule, {}) for rule in RULES]
 
 
-def label(rule: dict) -> str:
-    name, *values = rule.values()
-    unit = " steps" if "denoising_steps" in rule else ""
-    return " ".join([name, *(f"{value:g}{unit}" for value in values)])
+def configurations(plan: Plan, parts: list[Part]) -> list[tuple[str, int, dict, dict]]:
+    """What `plan` measures for these modes and block lengths."""
+    return [(*part, *options) for part in parts for options in plan(*part)]
 
 
-def measure(llm: LLM, rows: list[dict], mode: str, rule: dict) -> Result:
-    outputs = llm.chat([messages(row) for row in rows], SamplingParams(mode=mode, **rule), use_tqdm=False)
-    right: dict[str, list[bool]] = {}
-    for row, output in zip(rows, outputs, strict=True):
-        found = final_answer(row["source"], output.outputs[0].text or "")
-        right.setdefault(row["source"], []).append(found == row["answer"])
-    long = [output for row, output in zip(rows, outputs, strict=True) if row["source"] in ("gsm8k", "math500")]
-    return Result(mode, label(rule), right, _tokens_per_forward(outputs), _tokens_per_forward(long))
-
-
-def _tokens_per_forward(outputs: list[RequestOutput]) -> float:
-    return sum(len(o.outputs[0].token_ids) for o in outputs) / sum(o.metrics.nfe for o in outputs)
+def parts_of(results: list[Result]) -> list[Part]:
+    """Modes and block lengths, in the order in which they come first."""
+    return list(dict.fromkeys((r.mode, r.block_length) for r in results))
 
 
 def modes_of(results: list[Result]) -> list[str]:
@@ -95,9 +68,9 @@ def summary(results: list[Result]) -> str:
     """The table of rules by modes: right answers in per cent, and tokens per forward of all answers."""
     modes = modes_of(results)
     found = {(r.mode, r.rule): f"{100 * r.accuracy:.1f}, {r.tokens_per_forward:.2f}" for r in results}
-    lines = [_row(["rule", *(f"`{mode}`" for mode in modes)]), _row(["---"] * (len(modes) + 1))]
+    lines = [table_row(["rule", *(f"`{mode}`" for mode in modes)]), table_row(["---"] * (len(modes) + 1))]
     for rule in dict.fromkeys(r.rule for r in results):
-        lines.append(_row([rule, *(found.get((mode, rule), "") for mode in modes)]))
+        lines.append(table_row([rule, *(found.get((mode, rule), "") for mode in modes)]))
     return "\n".join(lines) + "\n"
 
 
@@ -116,8 +89,8 @@ def markdown(results: list[Result], rows: int) -> str:
         f"By source, {rows} problems each. Against another on the same rows: points lost, and how many answers were "
         "lost and won.",
         "",
-        _row(head),
-        _row(["---"] * len(head)),
+        table_row(head),
+        table_row(["---"] * len(head)),
     ]
     for r in results:
         shares = [*(r.share(source) for source in SOURCES), r.accuracy]
@@ -126,16 +99,12 @@ def markdown(results: list[Result], rows: int) -> str:
             next((_loss(r.against(o)) for o in results if (o.mode, o.rule) == key and o is not r), "")
             for key in ((first.mode, r.rule), (r.mode, first.rule))
         ]
-        lines.append(_row([f"`{r.mode}`", r.rule, *(f"{100 * x:.1f}" for x in shares), *speeds, *others]))
+        lines.append(table_row([f"`{r.mode}`", r.rule, *(f"{100 * x:.1f}" for x in shares), *speeds, *others]))
     return "\n".join(lines) + "\n"
 
 
 def _loss(paired: Paired) -> str:
     return f"{100 * paired.loss:.1f} ({paired.lost}, {paired.won})"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
@@ -187,7 +156,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'
 
 
-def read(path: Path, about: dict) -> list[Result]:
+def read(path: Path, about: dict, plan: Plan) -> list[Result]:
     """What another study left.
 
     Raises ValueError where it is none or not whole, or of another model, machine or engine, of other rules or problems.
@@ -200,7 +169,10 @@ def read(path: Path, about: dict) -> list[Result]:
         raise ValueError(f"{path} is not the study.json of a study ({' '.join(str(error).split()):.200})") from error
     if other:
         raise ValueError(f"{path} is of another {' and other '.join(other)} than this study")
-    if [(r.mode, r.rule) for r in results] != list(product(modes_of(results), about["rules"])):
+    planned = [
+        (m, n, label(rule), window_label(window)) for m, n, rule, window in configurations(plan, parts_of(results))
+    ]
+    if [r.configuration for r in results] != planned:
         raise ValueError(f"{path} is of a study that was cut off, or lacks rules of a mode; make it anew")
     return results
 
@@ -213,6 +185,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    parser.add_argument(
+        "--block-length", default=str(BLOCK_LENGTH), help=f"a comma list with --several-blocks ({BLOCK_LENGTH})"
+    )
+    several = "a few rules with one block at a time and with several open, instead of every rule with one"
+    parser.add_argument("--several-blocks", action="store_true", help=several)
     parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
     parser.add_argument(
         "--add", type=path_argument, nargs="+", default=[], help="study.json of other modes, put before"
@@ -227,35 +204,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     modes = args.mode.split(",")
     if unknown := set(modes) - set(MODES):
         parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    lengths = _lengths(parser, args.block_length, args.several_blocks)
+    plan, parts = several_blocks.plan if args.several_blocks else one_block, list(product(modes, lengths))
     rows = heldout_rows(args.rows, "heldout", args.seed)
     document_file, drawing_file, kept_file = (args.out / f"study.{kind}" for kind in ("md", "svg", "json"))
+    files = [document_file, kept_file] + [drawing_file] * (not args.several_blocks)
     try:
         check_folder(args.out)
-        for path in (document_file, drawing_file, kept_file):
+        for path in files:
             check_output(path, args.add)
     except BadOutput as error:
         parser.error(f"--out: {error}")
     with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
-        about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": [label(r) for r in RULES]}
+        labels = [f"{label(rule)}, {window_label(window)}" for *_, rule, window in configurations(plan, _EXAMPLES)]
+        about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": labels}
+        if not args.several_blocks:
+            about["block length"] = lengths[0]
         try:
-            parts = [read(path, about) for path in args.add]
-            named = [*modes, *chain(*map(modes_of, parts))]
-            if again := {mode for mode in named if named.count(mode) > 1}:
+            added = [read(path, about, plan) for path in args.add]
+            named = [*parts, *chain(*map(parts_of, added))]
+            if again := {f"{mode} at {length}" for mode, length in named if named.count((mode, length)) > 1}:
                 raise ValueError(f"{', '.join(sorted(again))} would be there twice, of --mode and the files together")
         except (OSError, ValueError) as error:
             parser.error(f"--add: {error}")
-        results = list(chain(*parts))
-        for mode, rule in product(modes, RULES):
-            results.append(measure(llm, rows, mode, rule))
-            r = results[-1]
-            print(f"{r.mode} {r.rule}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
+        results = list(chain(*added))
+        for configuration in configurations(plan, parts):
+            results.append(r := measure(llm, rows, *configuration))
+            name = " ".join(map(str, r.configuration if args.several_blocks else (r.mode, r.rule)))
+            print(f"{name}: {r.accuracy:.3f}, {r.tokens_per_forward:.2f} tokens a forward", flush=True)
             kept = {"about": about, "results": [asdict(result) for result in results]}
             failures = _write({kept_file: json.dumps(kept)})
-    text = document(results, args.rows)
-    failures += _write({document_file: text, drawing_file: svg(results)})
+    text = (several_blocks.document if args.several_blocks else document)(results, args.rows)
+    failures += _write({document_file: text} | ({} if args.several_blocks else {drawing_file: svg(results)}))
     if failures:
         print(text)
         sys.exit("study: " + "; ".join(failures))
+
+
+def _lengths(parser: argparse.ArgumentParser, given: str, several: bool) -> list[int]:
+    texts = given.split(",")
+    if not all(text.isdecimal() and int(text) for text in texts) or len(set(texts)) < len(texts):
+        parser.error(f"--block-length must be numbers of positions, a comma list, each once, got {given!r}")
+    if len(texts) > 1 and not several:
+        parser.error(f"--block-length: only --several-blocks takes more than one, got {given}")
+    return list(map(int, texts))
 
 
 def _write(contents: dict[Path, str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
-from evals.runs.configurations import STANDARD, total_steps
+from evals.runs.configurations import ONE_BLOCK, STANDARD, total_steps, window
 
 Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration | None]]
 
@@ -20,13 +20,18 @@ def baselines(run: list[Configuration]) -> Baselines:
         if c.mode == STANDARD and _knows_steps(c):
             standard.setdefault((c.unmasking, total_steps(c)), c)
         if c.mode == "vanilla":
-            semi.setdefault((c.unmasking, c.asked_block_length), c)
+            semi.setdefault(_semi(c), c)
 
     def of(c: Configuration) -> tuple[Configuration | None, Configuration | None]:
         steps = (c.unmasking, total_steps(c))
-        return standard.get(steps) if _knows_steps(c) else None, semi.get((c.unmasking, c.asked_block_length))
+        return standard.get(steps) if _knows_steps(c) else None, semi.get(_semi(c))
 
     return of
+
+
+def _semi(c: Configuration) -> tuple:
+    """What `vanilla` has in common with what is compared with it: a suffix and a commit are no matter of its."""
+    return c.unmasking, c.asked_block_length, c.block_add_threshold, c.decoded_token_threshold
 
 
 def _knows_steps(c: Configuration) -> bool:
@@ -60,7 +65,7 @@ def _is_drawn(c: Configuration) -> bool:
 
 
 # What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
-IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value")
+IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value", *ONE_BLOCK)
 CONDITIONS = (
     *("model", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "n", "rows", "dataset"),
     *("dataset_revisions", "prompts_version", "shards", "max_tokens", "batch_size", "temperature", "ignore_eos"),
@@ -138,6 +143,7 @@ def names(run: list[Configuration]) -> list[str]:
     """A short name for each configuration: its mode, and what it takes to tell it from the others."""
     lengths = {c.block_length for c in run if c.mode != STANDARD}
     rules = {(c.unmasking, c.rule_value) for c in run}
+    windows = {tuple(window(c)) for c in run if c.mode != STANDARD}
     standards = Counter(c.unmasking for c in run if c.mode == STANDARD)
     result = []
     for c in run:
@@ -148,6 +154,8 @@ def names(run: list[Configuration]) -> list[str]:
             parts.append(c.unmasking)
         if c.mode == STANDARD and standards[c.unmasking] > 1 and c.denoising_steps is not None:
             parts.append(f"{c.denoising_steps} steps")
+        if len(windows) > 1:
+            parts += window(c)
         result.append(" ".join(parts))
     number, times = Counter(result), Counter()
     for i, name in enumerate(result):

@@ -13,9 +13,10 @@ from evals.report.beside import Baselines, baselines, names, on_frontier, series
 from evals.report.charts import History, Point, Scatter, history, scatter
 from evals.report.labels import shortened
 from evals.report.rows import Answers, Group, cut, gold, groups
+from evals.results.aup import scores
 from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
-from evals.runs.configurations import SCHEDULED
+from evals.runs.configurations import SCHEDULED, window
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
@@ -100,6 +101,7 @@ def render(run: StoredRun, history_runs: list[StoredRun], samples: Found | None 
         scatters=_scatters(rows),
         not_drawn=[row.name for row in rows if None in (row.c.accuracy, row.c.tokens_per_second)],
         resumed=[row.name for row in rows if row.c.resumed],
+        scores=_scores(rows),
         sources=_sources(rows),
         runs=runs,
         commits=[_commit(r) for r in runs],
@@ -147,6 +149,7 @@ def columns(run: list[Configuration]) -> list[Column]:
         Column("accuracy", "%", lambda c: percent(c.accuracy)),
         Column("block", "positions", field("block_length", "d")),
         Column("rule", "", _rule, is_number=False),
+        *[Column("open", "", _open_blocks, is_number=False)] * any(map(_open_blocks, run)),
         Column("limit", "steps", _step_limit),
         Column("error", "± %", lambda c: percent(c.relative_error)),
         Column("speed-up", "× vanilla", ratio(1)),
@@ -180,6 +183,11 @@ def _rule(c: Configuration) -> str | None:
     if c.rule_value is None or c.unmasking in (None, *SCHEDULED):
         return c.unmasking
     return f"{c.unmasking} {c.rule_value:g}"
+
+
+def _open_blocks(c: Configuration) -> str | None:
+    """What differs from one block at a time."""
+    return ", ".join(window(c)) or None
 
 
 def _step_limit(c: Configuration) -> str | None:
@@ -246,6 +254,20 @@ def _scatters(rows: list[Row]) -> list[Scatter]:
         if None not in ((c := row.c).accuracy, c.tokens_per_second)
     ]
     return [scatter(points, *size) for size in (WIDE, NARROW)] if points else []
+
+
+def _scores(rows: list[Row]) -> list[tuple[Row, int | None, str, float, int]]:
+    """AUP of each mode, block length and window that several rules were measured with, and of how many; with the first
+    of their rows."""
+    first: dict[tuple, Row] = {}
+    points = []
+    for row in rows:
+        c = row.c
+        if None not in (c.accuracy, c.tokens_per_forward):
+            key = c.mode, c.asked_block_length, ", ".join(window(c))
+            first.setdefault(key, row)
+            points.append((key, (c.tokens_per_forward, 100 * c.accuracy)))
+    return [(first[key], *key[1:], score, number) for key, (score, number) in scores(points).items()]
 
 
 def _sources(rows: list[Row]) -> list[Source]:

@@ -45,7 +45,7 @@ def _of_run(run: Run, rows: list[Row], ids: set[str]) -> dict[str, Any]:
     seconds = run.median_seconds if len(grades) == len(rows) else None
     case = run.case
     return {
-        "configuration": f"{case.mode}-{case.block_length}-{case.unmasking}",
+        "configuration": case.name,
         "right": sum(grades),
         "accuracy_interval": wilson_interval(sum(grades), len(grades)),
         "seconds": seconds,

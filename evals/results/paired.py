@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.questions.graders import Grade
-from evals.runs.configurations import is_baseline
+from evals.runs.configurations import is_baseline, rule_name
 
 if TYPE_CHECKING:
     from evals.runs.run import Run
@@ -99,18 +99,24 @@ def stored(both: Paired) -> dict[str, Any]:
     return both._asdict() | bounds | {"mcnemar_p": both.mcnemar()}
 
 
+def rule_width(runs: list["Run"]) -> int:
+    """Of a table's column of rules."""
+    return max([14, *(len(rule_name(run.case.params)) + 1 for run in runs)])
+
+
 def losses(runs: list["Run"], margin: float) -> list[str]:
     """A line per configuration: rows lost and won against `vanilla`, and what these rows are too few to see."""
-    lines = []
+    lines, width = [], rule_width(runs)
     for run in runs:
         both = paired(run, runs)
         if both is None:
             continue
-        line = f"{run.case.mode:<14}{run.case.block_length:>5}  {run.case.unmasking:<14}{both.lost:>5}{both.won:>5}"
+        rule = rule_name(run.case.params)
+        line = f"{run.case.mode:<14}{run.case.block_length:>5}  {rule:<{width}}{both.lost:>5}{both.won:>5}"
         line += f"{100 * both.loss:>+8.1f}{100 * both.lower():>+8.1f}{100 * both.upper():>+8.1f}{both.mcnemar():>12.2f}"
         seen = both.upper() <= margin
         lines.append(line + ("" if seen else f"   {both.rows_needed(margin)} rows to rule out {100 * margin:g}"))
     if lines:
-        head = f"{'against vanilla':<35}{'lost':>5}{'won':>5}{'loss':>8}{'from':>8}{'to':>8}{'McNemar p':>12}"
+        head = f"{'against vanilla':<{21 + width}}{'lost':>5}{'won':>5}{'loss':>8}{'from':>8}{'to':>8}{'McNemar p':>12}"
         lines = [f"{head}   points, one-sided 95 % bounds", *lines]
     return lines

@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from evals.files import StrPath, read_bytes
 from evals.results.schema import Benchmark, Configuration, Content
+from evals.runs.configurations import ONE_BLOCK
 
 
 class BadFile(ValueError):
@@ -160,8 +161,8 @@ def _values(benchmark: Benchmark) -> dict[str, Any]:
     info = benchmark.extra_info
     asked = (benchmark.params or {}).get("block_length", info.get("block_length"))
     known = {key: value for key, value in info.items() if value is not None or not key.endswith("_by_source")}
-    # a file that merges no shards, or is older than shards, does not say so
-    return {"shards": 1} | known | {"asked_block_length": asked}
+    # a file that merges no shards, or is older than shards, does not say so; nor is one that of several open blocks
+    return {"shards": 1} | ONE_BLOCK | known | {"asked_block_length": asked}
 
 
 def _what(error: ValidationError) -> str:

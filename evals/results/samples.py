@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from evals.files import BadOutput, StrPath, check_target, locked, read_bytes, samples_name
 from evals.results.reader import BadFile, StoredRun
 from evals.results.schema import Configuration, Count, Flag, Number, Text
+from evals.runs.configurations import variant
 
 if TYPE_CHECKING:  # who only reads needs no torch
     from blockinfer import RequestOutput
@@ -29,7 +30,8 @@ _KNOWN = {"id", "text", "gold", "forwards"}
 
 
 class Sample(BaseModel):
-    """A line. The configuration is mode, block_length (the asked one) and unmasking; prompt is what the model got;
+    """A line. The configuration is mode, block_length (the asked one), unmasking and variant, which is what the test's
+    id says of options that are not at their defaults, and which an older file lacks; prompt is what the model got;
     tokens the positions before the first stop token, forwards those that the request took part in. Without a grade,
     extracted, correct and score are None; with one, extracted is None where the grader found no answer."""
 
@@ -40,6 +42,7 @@ class Sample(BaseModel):
     mode: Text
     block_length: Count
     unmasking: Text
+    variant: Text = ""
     prompt: Text
     text: Text
     extracted: Text | None
@@ -51,8 +54,8 @@ class Sample(BaseModel):
     finish_reason: Text | None
 
     @property
-    def configuration(self) -> tuple[str, int, str]:
-        return self.mode, self.block_length, self.unmasking
+    def configuration(self) -> tuple[str, int, str, str]:
+        return self.mode, self.block_length, self.unmasking, self.variant
 
 
 class Samples:
@@ -137,6 +140,7 @@ def _line(case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput
         "mode": case.mode,
         "block_length": case.block_length,
         "unmasking": case.unmasking,
+        "variant": variant(case.params),
         "prompt": prompt,
         "text": completion.text,
         "extracted": grade.extracted if grade else None,
@@ -190,7 +194,7 @@ def of_run(samples: Iterable[Sample], run: list[Configuration]) -> list[dict[str
     for sample in samples:
         if sample.correct is not None:
             by_configuration[sample.configuration][sample.id] = sample
-    found = [by_configuration.get((c.mode, c.asked_block_length, c.unmasking), {}) for c in run]
+    found = [by_configuration.get((c.mode, c.asked_block_length, c.unmasking, variant(c)), {}) for c in run]
     for c, answers in zip(run, found, strict=True):
         stored = {row[0]: row[1:] for row in c.rows or ()}
         for one in answers.values() if c.rows is not None else ():

@@ -77,6 +77,10 @@ class Configuration(BaseModel):
     block_length: Positive | None = None
     unmasking: Text | None = None
     rule_value: Number | None = None
+    block_add_threshold: Share | None = None
+    decoded_token_threshold: Share | None = None
+    suffix_window: Count | None = None
+    commit_delay: Count | None = None
     denoising_steps: Positive | None = None
 
     tokens: Count | None = None

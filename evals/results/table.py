@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from evals.results.aup import scores
 from evals.results.comparison import baselines, speed_up
+from evals.results.paired import rule_width
 from evals.results.schema import is_often
 from evals.results.wilson import wilson_interval
+from evals.runs.configurations import rule_name, window
 from evals.runs.rounds import standard_error
 from evals.runs.run import Run, by_source, unextracted
 from evals.runs.settings import Settings
@@ -12,13 +15,14 @@ from evals.runs.settings import Settings
 
 def table(runs: list[Run]) -> list[str]:
     """A row per configuration, as lines of text; speed-ups are ratios of tokens/s at the same rule."""
-    head = f"{'mode':<14}{'block':>5}  {'rule':<14}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>7}{'ms/fwd':>7}"
+    width = rule_width(runs)
+    head = f"{'mode':<14}{'block':>5}  {'rule':<{width}}{'tokens/s':>9}{'+-%':>5}{'tok/fwd':>8}{'NFE':>7}{'ms/fwd':>7}"
     lines = [head + f"{'accuracy':>15}{'x standard':>18}{'x vanilla':>18}"]
     for run in runs:
         case = run.case
         error = standard_error(run.seconds)
         speed, step = (f"{run.tokens_per_second:.1f}", f"{run.ms_per_forward:.1f}") if run.seconds else ("resumed", "-")
-        line = f"{case.mode:<14}{case.block_length:>5}  {case.unmasking:<14}{speed:>9}"
+        line = f"{case.mode:<14}{case.block_length:>5}  {rule_name(case.params):<{width}}{speed:>9}"
         line += f"{'-' if error is None else f'{100 * error:.1f}':>5}"
         line += f"{run.tokens / run.nfe:>8.2f}{run.nfe:>7}{step:>7}{_accuracy(run):>15}"
         lines.append(line + "".join(f"{_times(run, baseline):>18}" for baseline in baselines(case, runs)))
@@ -32,6 +36,17 @@ def first_pass_line(runs: list[Run]) -> str | None:
     return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
 
 
+def aup_lines(runs: list[Run]) -> list[str]:
+    """A line where several rules of a mode at a block length were measured."""
+    points = [
+        ((r.case.mode, r.case.block_length, *window(r.case.params)), (r.tokens / r.nfe, 100 * r.accuracy))
+        for r in runs
+        if r.accuracy is not None
+    ]
+    found = [f"{' '.join(map(str, key))} {score:.0f} ({n} rules)" for key, (score, n) in scores(points).items()]
+    return [f"AUP, accuracy under parallelism: {', '.join(found)}"] if found else []
+
+
 def unextracted_lines(runs: list[Run], settings: Settings) -> list[str]:
     """A line where more than a tenth of a configuration's answers to a source held nothing to judge."""
     lines = []
@@ -40,7 +55,7 @@ def unextracted_lines(runs: list[Run], settings: Settings) -> list[str]:
         for source, number in unextracted(run, settings).items():
             n = len(all_of[source])
             if is_often(number, n):
-                name = f"{case.mode} {case.block_length} {case.unmasking}"
+                name = f"{case.mode} {case.block_length} {rule_name(case.params)}"
                 lines.append(f"{name}: in {number} of {n} answers to {source} the grader found nothing to judge")
     return lines
 

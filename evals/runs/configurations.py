@@ -9,6 +9,18 @@ STANDARD = "vanilla_llada"
 REFERENCE_IMPL = "reference_impl"
 # Unmasking rules without a value, whose forwards are known beforehand.
 SCHEDULED = ("low_confidence", "random", "sequential")
+# What says which blocks are open, and what is seen and computed beside them: its default, which is one block at a time,
+# and what it is called in a test's id.
+WINDOW = {
+    "block_add_threshold": (1.0, "add"),
+    "decoded_token_threshold": (1.0, "active"),
+    "suffix_window": (0, "suffix"),
+    "commit_delay": (0, "delay"),
+}
+# A file that does not say so is of one block at a time, or of a time when there was nothing else.
+ONE_BLOCK = {name: default for name, (default, _) in WINDOW.items()}
+# Of the rule entropy_threshold.
+ENTROPY_THRESHOLD = 0.5
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
 RESUMED = " (resumed)"
 # In the extra_info of the benchmarks of evals/test_kernels.py, and of no configuration's: the kernel that was timed.
@@ -29,12 +41,46 @@ class Schedule(Protocol):
     denoising_steps: int | None
 
 
+class Decoding(Protocol):
+    """SamplingParams, or what a file says of them: None where it does not."""
+
+    unmasking: str | None
+    rule_value: float | None
+    block_add_threshold: float | None
+    decoded_token_threshold: float | None
+    suffix_window: int | None
+    commit_delay: int | None
+
+
 class Named(Protocol):
     """What a test's id says of a configuration."""
 
     mode: str
     block_length: int
     unmasking: str
+
+
+def window(params: Decoding) -> list[str]:
+    """What differs from one block at a time, as "add 0.5"; nothing where nothing does."""
+    values = ((getattr(params, name), default, word) for name, (default, word) in WINDOW.items())
+    return [f"{word} {value:g}" for value, default, word in values if value not in (None, default)]
+
+
+def _other(params: Decoding) -> list[str]:
+    """What differs from the defaults, and is told where the rule is."""
+    is_other = params.unmasking == "entropy_threshold" and params.rule_value not in (None, ENTROPY_THRESHOLD)
+    value = [f"{params.rule_value:g}"] if is_other else []
+    return value + [part.replace(" ", "") for part in window(params)]
+
+
+def variant(params: Decoding) -> str:
+    """What a test's id has behind the rule: nothing for the defaults, else such as "0.1-add0.5-suffix8"."""
+    return "-".join(_other(params))
+
+
+def rule_name(params: Decoding) -> str:
+    """The rule and the same, for who reads a table."""
+    return " ".join([params.unmasking, *_other(params)])
 
 
 def total_steps(params: Schedule) -> int | None:

@@ -16,7 +16,8 @@ from evals.questions.graders import GRADER_VERSIONS, versions
 from evals.questions.prompts import PROMPTS_VERSION, messages
 from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
 from evals.questions.template import PromptTemplate
-from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps
+from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps, variant
+from evals.runs.windows import check_window, window_options
 
 SUITE_MODES = (STANDARD, *MODES)
 
@@ -34,6 +35,11 @@ class Case:
     block_length: int
     unmasking: str
     params: SamplingParams
+
+    @property
+    def name(self) -> str:
+        """The id, with the rule always."""
+        return "-".join(filter(None, [self.mode, str(self.block_length), self.unmasking, variant(self.params)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +190,18 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
+<<<<<<< HEAD
     if option("--threshold") is not None and not {"threshold", "scheduled_threshold"} & {*rules}:
         raise pytest.UsageError(
             f"--threshold is read by --unmasking threshold and scheduled_threshold alone, got {', '.join(rules)}"
         )
+=======
+    for rule in ("threshold", "entropy_threshold"):
+        name = f"--{rule.replace('_', '-')}"
+        if option(name) is not None and rule not in rules:
+            raise pytest.UsageError(f"{name} is read by --unmasking {rule} alone, got {', '.join(rules)}")
+    check_window(option, modes, rules)
+>>>>>>> suite22
     cases = []
     for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
@@ -213,8 +227,14 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         denoising_steps=steps,
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
+<<<<<<< HEAD
         threshold=config.getoption("--threshold") if RULES[rule].option == "threshold" else None,
+=======
+        threshold=config.getoption("--threshold") if rule == "threshold" else None,
+        entropy_threshold=config.getoption("--entropy-threshold") if rule == "entropy_threshold" else None,
+>>>>>>> suite22
         ignore_eos=ignore_eos,
+        **window_options(config.getoption, mode, rule),
     )
     if mode != STANDARD:
         return block_wise

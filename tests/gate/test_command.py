@@ -78,7 +78,18 @@ def test_the_quick_profile_has_every_mode_and_rule():
     for profile in PROFILES.values():
         modes, rules = ({getattr(case, name) for case in profile.cases} for name in ("mode", "unmasking"))
         assert modes == {"vanilla", "prefix_cache", "dual_cache", "block", "block_refresh"}
-        assert rules == {"low_confidence", "random", "sequential", "threshold", "factor", "entropy"}
+        assert rules == {
+            "low_confidence",
+            "random",
+            "sequential",
+            "threshold",
+            "factor",
+            "entropy",
+            "entropy_threshold",
+        }
+        assert {"block_add_threshold" in case.params for case in profile.cases} == {True, False}
+        assert len({case.id for case in profile.cases}) == len(profile.cases)
+    assert PROFILES["quick"].cases[-1].id == "block-8-entropy_threshold-add0.5"
 
 
 def test_a_commit_that_is_not_there(repository, tmp_path, capsys):
@@ -164,7 +175,7 @@ def test_the_options_decide(clockwork, repository, monkeypatch, capsys):
     assert gate() == REGRESSION and gate(*accept[1:]) == REGRESSION and gate(*accept) == PASSES
     capsys.readouterr()
     assert gate(*accept, "--pairs", "41") == PASSES and "; 41 pairs a case, " in capsys.readouterr().out
-    assert len(Clockwork.log) == 6 * 2 * (9 + 41)
+    assert len(Clockwork.log) == 7 * 2 * (9 + 41)
 
 
 def test_a_small_model_that_changed_is_told(clockwork, clone, capsys):

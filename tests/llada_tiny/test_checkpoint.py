@@ -63,8 +63,8 @@ def test_the_model_solves_what_it_was_trained_for():
 def test_the_study_s_table_and_drawing():
     half, quarter = [True, True, False, False], [False, False, False, True]
     results = [
-        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, half), 4.0, 5.0),
-        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, quarter), 8.0, 9.0),
+        Result("vanilla", "threshold 0.9", dict.fromkeys(SOURCES, half), 4.0, 5.0, 80),
+        Result("block", "threshold 0.9", dict.fromkeys(SOURCES, quarter), 8.0, 9.0, 40),
     ]
     row = "| `block` | threshold 0.9 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 8.00 | 9.00 | 25.0 (8, 4) |  |"
     assert row in markdown(results, 4)
@@ -77,9 +77,12 @@ def test_the_study_s_table_and_drawing():
 
 def test_the_labels_of_two_rules_at_one_place_are_apart():
     right = dict.fromkeys(SOURCES, [True, False])
-    results = [Result("block", rule, right, 17.0, 17.0) for rule in ("factor 1", "threshold 0.95")]
+    results = [Result("block", rule, right, 17.0, 17.0, 9) for rule in ("factor 1", "threshold 0.95")]
     lines = {t.text: float(t.get("y")) for t in ElementTree.fromstring(svg(results)).iterfind(".//{*}text")}
     assert abs(lines["factor 1"] - lines["threshold 0.95"]) >= 12
+
+
+LENGTH = ["--block-length", "16"]
 
 
 def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
@@ -91,25 +94,29 @@ def test_a_study_in_parts_is_that_of_the_whole(monkeypatch, tmp_path, capsys):
         study.main()
         return (tmp_path / out / "study.md").read_text()
 
-    whole = run("whole", "--mode", "vanilla,block")
-    run("one", "--mode", "vanilla")
+    whole = run("whole", "--mode", "vanilla,block", *LENGTH)
+    run("one", "--mode", "vanilla", *LENGTH)
     one = tmp_path / "one" / "study.json"
-    assert run("both", "--mode", "block", "--add", str(one)) == whole
+    assert run("both", "--mode", "block", *LENGTH, "--add", str(one)) == whole
     kept = json.loads(one.read_text())
     (tmp_path / "cut.json").write_text(json.dumps(kept | {"results": kept["results"][:1]}))
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text(json.dumps(kept | {"results": [kept["results"][0] | {"right": 3}]}))
     for options, message in (
-        (["--rows", "1", "--add", str(one)], "is of another rows than this study"),
+        (["--rows", "1", "--add", str(one)], "is of another rows and other block length than this study"),
+        (["--several-blocks", "--add", str(one)], "is of another rules than this study"),
         (["--add", str(tmp_path / "one" / "study.md")], "study.md is not the study.json of a study"),
-        (["--mode", "block", "--add", str(tmp_path / "cut.json")], "cut.json is of a study that was cut off"),
-        (["--mode", "block,vanilla", "--add", str(one)], "vanilla would be there twice"),
-        (["--mode", "block", "--add", str(one), str(one)], "vanilla would be there twice"),
+        ([*LENGTH, "--mode", "block", "--add", str(tmp_path / "cut.json")], "cut.json is of a study that was cut off"),
+        ([*LENGTH, "--mode", "block,vanilla", "--add", str(one)], "vanilla at 16 would be there twice"),
+        ([*LENGTH, "--mode", "block", "--add", str(one), str(one)], "vanilla at 16 would be there twice"),
         (["--mode", "block,black"], "black is none of vanilla"),
         (["--add", str(tmp_path / "deep.json")], "deep.json is not the study.json of a study (recursion limit"),
         (["--add", str(tmp_path / "other.json")], "other.json is not the study.json of a study (1 validation error"),
         (["--mode", "block", "--add", str(one), "--out", str(one.parent)], "study.json' cannot be written: it is read"),
         (["--out", str(one)], "study.json' cannot be written: File exists"),
+        (["--block-length", "8,16"], "--block-length: only --several-blocks takes more than one, got 8,16"),
+        (["--block-length", "0"], "--block-length must be numbers of positions, a comma list, each once, got '0'"),
+        (["--several-blocks", "--block-length", "8,8"], "a comma list, each once, got '8,8'"),
         (["--out", ""], "argument --out: must not be empty, got ''"),
     ):
         with pytest.raises(SystemExit):

@@ -155,7 +155,13 @@ def test_a_bad_batch_size(batch_size):
 
 
 @pytest.mark.parametrize(
-    "option, rule", [("threshold", "threshold"), ("factor", "factor"), ("entropy_bound", "entropy")]
+    "option, rule",
+    [
+        ("threshold", "threshold"),
+        ("factor", "factor"),
+        ("entropy_bound", "entropy"),
+        ("entropy_threshold", "entropy_threshold"),
+    ],
 )
 def test_a_rule_s_option_means_the_rule(option, rule):
     arguments = read_model_arguments({"pretrained": "x", option: 0.5}, None, None)

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from blockinfer import SamplingParams
 from blockinfer.decoding.unmasking import RULES
 from evals.report import page
-from evals.report.beside import baselines, names, on_frontier, speed_up
+from evals.report.beside import baselines, names, on_frontier, series, speed_up
 from evals.report.charts import Point, history, scatter
 from evals.report.labels import MARK, Box, shortened, width_of
 from evals.results import comparison
+from evals.results.reader import read_run
 from evals.results.schema import Configuration
-from evals.runs.configurations import REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
+from evals.runs.configurations import ONE_BLOCK, REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
 from evals.runs.run import Run
 from evals.runs.settings import SUITE_MODES, Case
-from tests.report.sample import info
+from tests.report.sample import info, results, write
 
 shares = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 speeds = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 2.0, 3.0]))
@@ -125,6 +126,10 @@ def test_names_tell_configurations_apart():
     assert of(("vanilla_llada",), ("block", 8), ("block", 32)) == ["vanilla_llada", "block 8", "block 32"]
     assert of(("block",), ("block", 32, "entropy")) == ["block low_confidence", "block entropy"]
     assert of(("block",), ("block",)) == ["block (1)", "block (2)"]
+    opened = [info("vanilla_llada"), info("block"), info("block", block_add_threshold=0.5, suffix_window=8)]
+    found = [Configuration(**{k: v for k, v in one.items() if v is not None}) for one in opened]
+    assert names(found) == ["vanilla_llada", "block", "block add 0.5 suffix 8"]
+    assert names(found[::2]) == ["vanilla_llada", "block"]
     standard = Configuration(mode="vanilla_llada", block_length=128, denoising_steps=64)
     other = standard.model_copy(update={"denoising_steps": 128})
     assert names([standard, other]) == ["vanilla_llada 64 steps", "vanilla_llada 128 steps"]
@@ -134,6 +139,25 @@ def test_speed_up_of_nothing_is_not_known():
     nothing, something = (Configuration(mode="block", tokens_per_second=s) for s in (0.0, 2.0))
     assert speed_up(something, nothing) is None and speed_up(nothing, something) == 0.0
     assert speed_up(something, None) is None
+
+
+def test_speed_ups_are_over_vanilla_with_as_many_blocks_open():
+    """A suffix and a delayed commit it has not."""
+    one, several = (Configuration(mode="vanilla", block_add_threshold=share) for share in (1.0, 0.5))
+    for share, vanilla in ((1.0, one), (0.5, several)):
+        block = Configuration(mode="block", block_add_threshold=share, suffix_window=8, commit_delay=1)
+        assert baselines([one, several, block])(block)[1] is vanilla
+    other = Configuration(mode="block", block_add_threshold=0.25)
+    assert baselines([one, several, other])(other)[1] is None
+
+
+def test_the_same_configuration_in_another_run_has_as_many_blocks_open(tmp_path):
+    """An older file, which does not say how many, is of one at a time."""
+    older = read_run(write(tmp_path / "older.json", results([info("block")])))
+    (one,) = older.configurations
+    assert {name: getattr(one, name) for name in ONE_BLOCK} == ONE_BLOCK
+    opened = one.model_copy(update={"block_add_threshold": 0.5})
+    assert series([opened], [older]) == [[None]] and series([one], [older]) == [[one.tokens_per_second]]
 
 
 def test_baselines_of_unknown_steps_are_none():

@@ -44,6 +44,28 @@ def test_the_table_holds_the_files_figures(report):
     }
 
 
+def test_the_table_says_which_blocks_were_open(report):
+    """Where not all are one at a time, which an older file does not say."""
+    rows = table(report(results([info("block"), info("block", block_add_threshold=0.5, suffix_window=8)])))
+    assert [row["open"] for row in rows] == ["–", "add 0.5, suffix 8"]
+    assert "open" not in table(report(results([info("block")])))[0]
+
+
+def test_several_rules_of_a_mode_have_a_score(report):
+    """AUP of two rules, the slower one first, by hand."""
+    few = {"tokens_per_forward": 1.0, "accuracy": 0.9}
+    many = {"tokens_per_forward": 5.0, "accuracy": 0.9}
+    opened = {"block_add_threshold": 0.5}
+    infos = [info("block", 32, "threshold", **many), info("block", **few), info("vanilla", **few)]
+    infos += [info("block", 32, "threshold", **opened, **many), info("block", **opened, **few)]
+    found = table(report(results(infos)), "aup")
+    assert [[cell for cell in row.values()][1:] for row in found] == [
+        ["32", "one block", "2", "450"],
+        ["32", "add 0.5", "2", "450"],
+    ]
+    assert not list(report(results([info("vanilla"), info("block")])).all("table", class_="aup"))
+
+
 def test_speed_and_accuracy_are_the_columns_seen_first(report):
     """A telephone shows the modes' column and two more."""
     assert list(table(report(results([info("block")])))[0])[:3] == ["mode", "speed tokens/s", "accuracy %"]

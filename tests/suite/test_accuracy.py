@@ -49,7 +49,7 @@ def test_the_floors_are_for_the_small_model_on_its_own_rows_at_one_token_a_step(
 
     assert floors() == floors(mode=["all"]) == floors(block_length=[8, 32]) == {True}
     assert floors(model="other") == floors(max_tokens=64) == floors(denoising_steps=4) == {False}
-    assert floors(unmasking=["threshold"]) == {False}
+    assert floors(unmasking=["threshold"]) == floors(block_add_threshold=0.5) == floors(suffix_window=8) == {False}
     other = tmp_path / SAMPLE.name
     other.write_bytes(SAMPLE.read_bytes())
     assert floors(dataset=str(other)) == {False}

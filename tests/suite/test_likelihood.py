@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from blockinfer import SamplingParams
 from evals.questions.graders import Grade
 from evals.questions.rows import encode_for_letter
 from evals.results.likelihood import about, figures, letters, table
 from evals.runs.configurations import has_figures, is_configuration
 from evals.runs.run import Run
+from evals.runs.settings import Case
 from tests.suite.test_runs import folder, run_suite  # noqa: F401 - a fixture
 from tests.test_rows import GSM, MMLU
 
@@ -33,7 +35,7 @@ def test_figures_and_their_table():
     """Of three rows, one of which is of another source, and two configurations, one timed on these rows alone."""
     rows = [MMLU, MMLU | {"id": "b2", "answer": "A"}, GSM]
     outputs = [SimpleNamespace(best=2, nfe=1), SimpleNamespace(best=1, nfe=4)]
-    case = SimpleNamespace(mode="block", block_length=8, unmasking="low_confidence")
+    case = Case("block", 8, "low_confidence", SamplingParams())
     run = Run(case, [], [Grade(True, 1.0), Grade(True, 1.0), Grade(False, 0.0)], [9.0], 5, None)
     info = about(rows[:2], {"device": "cpu"}) | figures(rows[:2], outputs, 0.5, [run], rows)
     assert (info["right"], info["accuracy"], info["forwards_by_request"], info["n"]) == (1, 0.5, 5, 2)

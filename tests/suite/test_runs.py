@@ -287,10 +287,12 @@ def test_a_model_that_is_not_there_ends_the_run_with_one_line(tmp_path):
 
 def test_test_ids(tmp_path, folder):
     options = ["--collect-only", "-q", "--mode=block", "--block-length=8,32", "--unmasking=all", "-k=threshold"]
+    options += ["--block-add-threshold=0.5", "--entropy-threshold=0.1"]
     _, text, _, _ = run_suite(tmp_path, f"--model={folder}", *options)
     ids = [line.split("::")[1] for line in text.splitlines() if "::" in line]
-    assert ids[:2] == ["test_throughput[block-8-threshold]", "test_throughput[block-32-threshold]"]
-    assert ids[2] == "test_accuracy[gsm8k-block-8-threshold]"
+    assert ids[:2] == ["test_throughput[block-8-threshold-add0.5]", "test_throughput[block-32-threshold-add0.5]"]
+    assert ids[2] == "test_throughput[block-8-entropy_threshold-0.1-add0.5]"
+    assert ids[4] == "test_accuracy[gsm8k-block-8-threshold-add0.5]"
 
 
 def test_a_bad_option_ends_the_run_with_one_line(tmp_path):

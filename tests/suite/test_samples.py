@@ -49,6 +49,11 @@ def test_every_answer_stands_in_the_file_with_what_it_was_an_answer_to(make_suit
         of_run(read_samples(path), [known[0], other])
     with pytest.raises(ValueError, match="none of them is a graded answer of"):
         of_run(read_samples(path), [known[0].model_copy(update={"asked_block_length": 4})])
+    with pytest.raises(ValueError, match="none of them is a graded answer of"):
+        of_run(read_samples(path), [known[0].model_copy(update={"block_add_threshold": 0.5})])
+    # as an earlier version wrote them
+    path.write_text("".join(json.dumps({k: v for k, v in o.items() if k != "variant"}) + "\n" for o in found))
+    assert [len(answers) for answers in of_run(read_samples(path), known)] == [len(rows)] * 2
 
 
 def test_an_answer_is_there_as_soon_as_it_is_finished(make_suite, tmp_path, monkeypatch):
