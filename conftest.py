@@ -79,6 +79,7 @@ def pytest_addoption(parser):
     tokenizer = "tokenizer folder or Hub name (the model's; with dummy weights the small model's)"
     add("--tokenizer", type=text_argument, help=tokenizer)
     add("--dtype", type=text_argument, default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
+    add("--quantization", choices=["fp8"], help="fp8: the layers' matrices in FP8 (what the checkpoint is stored in)")
     add("--device", type=text_argument, default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
     add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")

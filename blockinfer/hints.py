@@ -77,7 +77,8 @@ LLM_HINTS = {
     ),
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_GPU),
     **dict.fromkeys(("trust_remote_code", "code_revision"), "a checkpoint's own code never runs; leave it out"),
-    **dict.fromkeys(("quantization", "load_in_8bit", "load_in_4bit", "kv_cache_dtype"), "nothing is quantized here"),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantization='fp8' is what there is"),
+    "kv_cache_dtype": "the KV cache is of the model's dtype",
     "attn_implementation": "attention is this package's own",
 }
 

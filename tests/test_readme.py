@@ -17,7 +17,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.serve import __main__ as serve
 from evals.gate import command as gate
 from evals.gate import experiment
-from evals.llada_tiny import sample, study, train
+from evals.llada_tiny import quantized, sample, study, train
 from evals.questions import build_sample
 from evals.results import compare
 from evals.timing import stages
@@ -83,6 +83,7 @@ NEEDS = {
         "python -m evals stages --mode vanilla --batch 1 --prompt 128 --json vanilla.json",
         "python -m evals train-tiny --out evals/llada_tiny",
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
+        "python -m evals quantized-loss evals/llada_tiny --rows 250 --max-num-seqs 128",
     ),
     "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
     "a cluster": (
@@ -224,6 +225,7 @@ def test_every_option_is_one(option, pytestconfig):
         cli.make_parser(),
         stages.make_parser(),
         study.make_parser(),
+        quantized.make_parser(),
         train.make_parser(),
         sample.make_parser(),
     ]

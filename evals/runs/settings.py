@@ -62,6 +62,7 @@ class Settings:
     load_format: str
     tokenizer: str | None
     dtype: str
+    quantization: str | None
     device: str
     batch_size: int
     dataset: str
@@ -86,6 +87,11 @@ class Settings:
     @property
     def prompts_version(self) -> int | str:
         return self.prompt.version if self.prompt else PROMPTS_VERSION
+
+    @property
+    def engine_options(self) -> dict[str, str | None]:
+        """Those of LLM that say how the model is loaded."""
+        return {name: getattr(self, name) for name in ("dtype", "quantization", "device", "load_format")}
 
     @property
     def is_dummy(self) -> bool:
@@ -149,6 +155,7 @@ def read_settings(config: pytest.Config) -> Settings:
         load_format=option("--load-format"),
         tokenizer=tokenizer,
         dtype=option("--dtype"),
+        quantization=option("--quantization"),
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,

@@ -124,6 +124,7 @@ TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume",
         ("--source=", "argument --source: must be a comma list of at least one value, got ''"),
         ("--mode=", "argument --mode: must be a comma list of at least one value, got ''"),
         ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
+        ("--quantization=fp9", "argument --quantization: invalid choice: 'fp9'"),
     ],
 )
 def test_options_that_do_not_parse(pytestconfig, option, message, capsys):
