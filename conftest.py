@@ -71,10 +71,7 @@ def pytest_addoption(parser):
     add("--denoising-steps", type=_at_least(1), help="steps per block (32; threshold, factor, entropy: no limit)")
     add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
-<<<<<<< HEAD
     add("--threshold", type=float, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
-=======
-    add("--threshold", type=float, help="of the rule threshold (0.9)")
     add("--entropy-threshold", type=float, help="of the rule entropy_threshold, nats (0.5)")
     opens = "the next block opens once this share of the last one is revealed; vanilla_llada is one block still (1)"
     add("--block-add-threshold", type=float, help=opens)
@@ -84,7 +81,6 @@ def pytest_addoption(parser):
     add("--suffix-window", type=_at_least(0), help=suffix)
     delay = "steps for which a finished block waits for its commit in block; other modes commit none (0)"
     add("--commit-delay", type=_at_least(0), help=delay)
->>>>>>> suite22
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
     model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
     add("--model", type=text_argument, help=model)
@@ -92,6 +88,7 @@ def pytest_addoption(parser):
     tokenizer = "tokenizer folder or Hub name (the model's; with dummy weights the small model's)"
     add("--tokenizer", type=text_argument, help=tokenizer)
     add("--dtype", type=text_argument, default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
+    add("--quantization", choices=["fp8"], help="fp8: the layers' matrices in FP8 (what the checkpoint is stored in)")
     add("--device", type=text_argument, default="auto", help="auto, cpu or cuda (auto)")
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
     add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")

@@ -8,6 +8,7 @@ import torch
 
 from blockinfer.checks import check_bool, check_choice, check_int, check_seed, shown
 from blockinfer.model_config import DTYPES, ModelConfig
+from blockinfer.quantization import QUANTIZATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class EngineConfig:
 
     model: str | os.PathLike[str]
     dtype: str | torch.dtype
+    quantization: str | None
     device: str | torch.device
     load_format: str
     tokenizer: str | os.PathLike[str] | None
@@ -35,6 +37,8 @@ class EngineConfig:
             check_choice("dtype", self.dtype, ["auto", *DTYPES])
         elif self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_choice("load_format", self.load_format, ["auto", "dummy"])
         for name in ("model", "tokenizer", "revision"):
             value = getattr(self, name)
@@ -64,7 +68,8 @@ class EngineConfig:
             raise ValueError("cudagraph_capture_sizes are not captured with enforce_eager=True: leave one of them out")
 
     def resolve(self, model: ModelConfig, tokenizer_mask_id: int | None) -> "EngineConfig":
-        """The same with dtype, device, lengths and mask token settled; kv_cache_memory and seed may stay None.
+        """The same with dtype, quantization, device, lengths and mask token settled; kv_cache_memory and seed may stay
+        None.
 
         Raises ValueError where an option disagrees with the checkpoint or the machine.
         """
@@ -86,6 +91,7 @@ class EngineConfig:
         return dataclasses.replace(
             self,
             dtype=dtype,
+            quantization=self.quantization or ("fp8" if model.quantization else None),
             device=device,
             mask_token_id=self._mask_token_id(model, tokenizer_mask_id),
             max_model_len=max_model_len,

@@ -24,13 +24,10 @@ SAMPLING_HINTS = {
     **_is("denoising_steps", "steps_per_block"),
     **_is("unmasking", "remasking", "remask", "alg", "rule", "strategy"),
     **_is("threshold", "confidence_threshold"),
-<<<<<<< HEAD
     **_is("editing_threshold", "edit_threshold"),
     **_is("max_post_steps", "max_post_edit_steps"),
-=======
     **_is("commit_delay", "cache_delay_iter"),
     "refresh_interval": "mode says when K and V are computed anew: block_refresh does so at each block",
->>>>>>> suite22
     **_is("temperature", "temp"),
     "do_sample": "temperature=0 is greedy, above it samples",
     **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p"), _TEMPERATURE),
@@ -82,7 +79,8 @@ LLM_HINTS = {
     ),
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_GPU),
     **dict.fromkeys(("trust_remote_code", "code_revision"), "a checkpoint's own code never runs; leave it out"),
-    **dict.fromkeys(("quantization", "load_in_8bit", "load_in_4bit", "kv_cache_dtype"), "nothing is quantized here"),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantization='fp8' is what there is"),
+    "kv_cache_dtype": "the KV cache is of the model's dtype",
     "attn_implementation": "attention is this package's own",
 }
 

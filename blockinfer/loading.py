@@ -35,6 +35,8 @@ def load(config: EngineConfig) -> Loaded:
     if not model_config.eos_token_ids and eos is not None:
         model_config = dataclasses.replace(model_config, eos_token_ids=(eos,))
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
+    if resolved.quantization and not make_model.QUANTIZES:
+        raise ValueError(f"quantization={resolved.quantization!r} is not implemented for {model_config.architecture}")
     stored = find_weights(model_config, folder) if config.load_format == "auto" else None
     check_fits(model_config, resolved)
     with torch.inference_mode():
@@ -47,7 +49,8 @@ def load(config: EngineConfig) -> Loaded:
 
 
 def _allocate(make_model: type[Transformer], model_config: ModelConfig, config: EngineConfig) -> Transformer:
+    options = {"quantization": config.quantization} if config.quantization else {}
     try:
-        return make_model(model_config, config.dtype, config.device, config.max_model_len)
+        return make_model(model_config, config.dtype, config.device, config.max_model_len, **options)
     except RuntimeError as error:  # torch's own, where memory that was free is not there
         raise ValueError(f"{config.model} cannot be allocated on {config.device}: {reason(error)}") from error

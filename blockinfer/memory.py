@@ -1,13 +1,15 @@
 """What a model needs and what is free, in bytes, by arithmetic: known before anything is allocated."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from blockinfer.config import EngineConfig, ModelConfig
-from blockinfer.models.published import num_parameters
+from blockinfer.kernels.quantize import multiplies_fp8
+from blockinfer.models.published import TensorGroup
 from blockinfer.models.registry import published
 
 # A page's and a slot's bookkeeping in Python; a layer's modules.
@@ -20,18 +22,30 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
     """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
     kv_cache_memory or else the least, one page."""
     free = free_memory(config.device)
-    weights = num_parameters(published(model)) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
+    weights = weight_bytes(published(model), config) + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
     pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
     cache = pages * page_bytes(model, config)
     if weights + working + cache > free:
-        dtype = str(config.dtype).removeprefix("torch.")
+        dtype = str(config.dtype).removeprefix("torch.") + f" and {config.quantization}" * bool(config.quantization)
         raise ValueError(
             f"{config.model} needs {_gb(weights + working + cache)} on {config.device}, {_gb(free)} are free: "
             f"{_gb(weights)} for the weights in {dtype}, {_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
             f"{_gb(working)} to work with (max_num_seqs={config.max_num_seqs}, max_model_len={config.max_model_len}, "
             f"max_num_batched_tokens={config.max_num_batched_tokens})"
         )
+
+
+def weight_bytes(groups: Iterable[TensorGroup], config: EngineConfig) -> int:
+    """Of a quantised layer the matrices take a byte a value and 4 for an output channel."""
+    total = 0
+    for group in groups:
+        number = math.prod(map(len, group.indices))
+        for shape in group.shapes.values():
+            quantized = config.quantization and group.indices and len(shape) == 2
+            size = math.prod(shape)
+            total += number * (size + 4 * shape[0] if quantized else size * config.dtype.itemsize)
+    return total
 
 
 def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
@@ -68,10 +82,11 @@ def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """The widest moment of a layer, and the LM head's."""
-    return (
-        config.max_num_batched_tokens * model.step_width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
-    )
+    """The widest moment of a layer, with a matrix of FP8 widened where that is not multiplied, and the LM head's."""
+    numbers = config.max_num_batched_tokens * model.step_width
+    if config.quantization and not multiplies_fp8(config.device):
+        numbers += 2 * model.mlp_hidden_size * model.d_model
+    return numbers * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:

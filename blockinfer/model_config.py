@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from blockinfer.checks import is_finite, shown
+from blockinfer.quantization import StoredQuantization
 
 DTYPES = {
     "float64": torch.float64,
@@ -27,6 +28,7 @@ class ModelConfig:
     empty where the config names none. usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose
     tokenizer names none either. block_length: of a block-causal network, whose positions see no later block,
     counted from position 0; None where all see each other. dtype: the checkpoint's, None where it says none.
+    quantization: what its layers' matrices are stored in, None where they are plain.
     """
 
     architecture: str
@@ -47,6 +49,7 @@ class ModelConfig:
     usual_eos_token_id: int | None = None
     block_length: int | None = None
     dtype: torch.dtype | None
+    quantization: StoredQuantization | None = None
 
     @property
     def head_dim(self) -> int:

@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from blockinfer.checks import reason, shown
 from blockinfer.extras import check_harmless, harmless_shape
 from blockinfer.files import is_file, is_plain_name, read_json
+from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.model_config import ModelConfig
-from blockinfer.models.registry import published
+from blockinfer.models.published import TensorGroup
+from blockinfer.models.registry import model_class, published
 from blockinfer.models.transformer import Transformer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -27,11 +29,11 @@ class StoredTensor(NamedTuple):
 
 
 def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of `folder`'s safetensors by name: those that the config asks for, and besides what may turn out to
-    change nothing (`extras`). Only the files' headers are read, and nothing is built.
+    """The tensors of `folder`'s safetensors by name: those that the config asks for, scales of quantised ones included,
+    and besides what may turn out to change nothing (`extras`). Only the files' headers are read, and nothing is built.
 
     Raises ValueError where a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen or
-    not floating point; the message names the files and tensors.
+    of another type than expected; the message names the files and tensors.
     """
     stored = _stored_tensors(folder)
     groups = published(config)
@@ -40,15 +42,23 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
         if group.number > 10 * len(stored):
             raise ValueError(f"{folder}: the config asks for {group.asked}, and there are {len(stored)} tensors")
     wanted = dict(tensor for group in groups for tensor in group.tensors())
-    problems = _named("missing", wanted.keys() - stored.keys())
-    extras = ((name, harmless_shape(name, config)) for name in stored.keys() - wanted.keys())
+    scales = _scales(config, groups, stored)
+    quantized = {name.removesuffix(config.quantization.suffix) for name in scales} if config.quantization else set()
+    problems = _named("missing", (wanted.keys() | scales.keys()) - stored.keys())
+    extras = ((name, harmless_shape(name, config)) for name in stored.keys() - wanted.keys() - scales.keys())
     wanted |= {name: shape for name, shape in extras if shape is not None}
-    problems += _named("unexpected", stored.keys() - wanted.keys())
-    for name in sorted(wanted.keys() & stored.keys()):
+    allowed = {name: (shape,) for name, shape in wanted.items()} | scales
+    problems += _named("unexpected", stored.keys() - allowed.keys())
+    for name in sorted(allowed.keys() & stored.keys()):
         path, shape, dtype = stored[name]
-        if shape != wanted[name]:
-            problems.append(f"{name} in {path.name} has shape {list(shape)}, the config asks for {list(wanted[name])}")
-        elif dtype not in ("F64", "F32", "F16", "BF16"):
+        if shape not in allowed[name]:
+            asked = " or ".join(str(list(shape)) for shape in allowed[name])
+            problems.append(f"{name} in {path.name} has shape {list(shape)}, the config asks for {asked}")
+        elif name in quantized and dtype != "F8_E4M3":
+            problems.append(
+                f"{name} in {path.name} has dtype {dtype}, and its layer is quantised by the config: F8_E4M3"
+            )
+        elif name not in quantized and dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} in {path.name} has dtype {dtype}, which is not a plain floating point type")
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -57,20 +67,26 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
 
 
 def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
-    """Fills the model from what `find_weights` found, converting to the model's dtype.
+    """Fills the model from what `find_weights` found, converting to the model's dtype, or quantising, one tensor at a
+    time.
 
     Raises ValueError where a tensor is not finite in the model's dtype, where one beside the network's own would change
     what it computes, or where a file cannot be read after all.
     """
-    wanted = model.checkpoint_tensors()
+    wanted, quantization, scales = model.checkpoint_tensors(), model.config.quantization, set()
     for path in sorted({tensor.path for tensor in stored.values()}):
         names = [name for name, tensor in stored.items() if tensor.path == path and name in wanted]
         for name, tensor in zip(names, _read(path, names), strict=True):
-            wanted[name].copy_(tensor)
-            # that is NaN where one value is
-            if not torch.stack(wanted[name].aminmax()).isfinite().all():
-                raise ValueError(f"{path}: {name} has values that are NaN or infinite in {wanted[name].dtype}")
-    for name in stored.keys() - wanted.keys():
+            target, scale = wanted[name], quantization and quantization.scale_name(name)
+            if scale in stored:
+                scales.add(scale)
+                quantization.load(target, tensor, *_read(stored[scale].path, [scale]))
+            else:
+                target.copy_(tensor)
+            if not _is_finite(target):
+                kind = "fp8" if isinstance(target, QuantizedWeight) else target.dtype
+                raise ValueError(f"{path}: {name} has values that are NaN or infinite in {kind}")
+    for name in stored.keys() - wanted.keys() - scales:
         (extra,) = _read(stored[name].path, [name])
         try:
             check_harmless(name, extra, model)
@@ -81,11 +97,38 @@ def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
 def randomize(model: Transformer, seed: int) -> None:
     """Normal weights of deviation 0.02, norms 1: the published shape's speed without its weights."""
     generator = torch.Generator(device=model.wte.device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module.copy_(torch.empty_like(module.values, dtype=model.wte.dtype).normal_(0.0, 0.02, generator=generator))
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def _is_finite(target: torch.Tensor | QuantizedWeight) -> bool:
+    if isinstance(target, QuantizedWeight):
+        return target.is_finite()
+    # the smallest and the largest are NaN where one value is
+    return bool(torch.stack(target.aminmax()).isfinite().all())
+
+
+def _scales(
+    config: ModelConfig, groups: list[TensorGroup], stored: dict[str, StoredTensor]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The tensors of scales, each with the shapes that it may have: of all matrices of the layers; of a head that has
+    one."""
+    if config.quantization is None:
+        return {}
+    of, head = config.quantization, model_class(config.architecture, "").HEAD
+    found = {}
+    for group in groups:
+        for name, shape in group.tensors():
+            if len(shape) == 2 and (group.indices or name == head and of.scale_name(name) in stored):
+                found[of.scale_name(name)] = of.scale_shapes(shape)
+    return found
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:

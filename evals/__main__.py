@@ -18,6 +18,7 @@ COMMANDS = {
     "lm-eval": ("evals.lm_eval.command", "lm-eval's tasks on this engine"),
     "stages": ("evals.timing.stages", "where the milliseconds of a step go on a GPU"),
     "study": ("evals.llada_tiny.study", "what modes and rules cost the small model in accuracy"),
+    "quantized-loss": ("evals.llada_tiny.quantized", "what fp8 costs the small model in accuracy"),
     "train-tiny": ("evals.llada_tiny.train", "train the small model"),
     "evaluate-tiny": ("evals.llada_tiny.evaluate", "its accuracy on held-out problems"),
     "sample-tiny": ("evals.llada_tiny.sample", "write held-out problems of its kinds: sample_200.jsonl, or others"),

@@ -24,7 +24,14 @@ from evals.results.likelihood import table as likelihood_table
 from evals.results.paired import against_vanilla, losses
 from evals.results.record import question
 from evals.results.samples import Samples
-from evals.results.table import aup_lines, first_pass_line, loading_line, table, unextracted_lines
+from evals.results.table import (
+    aup_lines,
+    first_pass_line,
+    loading_line,
+    number_format,
+    table,
+    unextracted_lines,
+)
 from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration, variant
 from evals.runs.machine import device_name, slug
 from evals.runs.resume import Generations
@@ -158,14 +165,18 @@ def case(request: pytest.FixtureRequest, mode: str, block_length: int, unmasking
 @pytest.fixture(scope="session")
 def session_suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     settings = settings_of(request.config)
-    options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
     with ExitStack() as stack:
         try:
             kept = stack.enter_context(Generations(settings.resume)) if settings.resume else None
             samples = stack.enter_context(Samples(settings.samples)) if settings.samples else None
             if not settings.is_dummy:
                 require(settings.rows)
-            llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=settings.batch_size, **options)
+            llm = LLM(
+                settings.model,
+                tokenizer=settings.tokenizer,
+                max_num_seqs=settings.batch_size,
+                **settings.engine_options,
+            )
             stack.enter_context(llm)
             if llm.tokenizer is None:
                 raise ValueError(f"{settings.model} has no tokenizer to ask the rows with; pass --tokenizer")
@@ -259,7 +270,7 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     about = suite.environment
     place = device_name(about["device"])
     terminalreporter.section("blockinfer")
-    terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {about['dtype']}, {place}")
+    terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {number_format(about)}, {place}")
     terminalreporter.write_line(
         f"{len(suite.prompts)} rows of {about['dataset']}, {suite.settings.batch_size} at once, "
         f"up to {suite.settings.max_tokens} tokens"

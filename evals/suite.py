@@ -58,7 +58,7 @@ class Suite:
         self.timed = list(timed)
         self._seconds: dict[Case, list[float]] = {}
         self.loading = loading(llm)
-        self.environment = environment(settings, llm.config.dtype)
+        self.environment = environment(settings, llm.config.dtype, llm.config.quantization)
         self.runs: dict[Case, Run] = {}
         self.failed: dict[Case, Exception] = {}
         limit = llm.config.max_model_len - settings.max_tokens

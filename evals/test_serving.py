@@ -43,7 +43,7 @@ def settings(request):
 @pytest.fixture(scope="module")
 def options(settings):
     """Of the engine, with HTTP and without."""
-    options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    options = {name: value for name, value in settings.engine_options.items() if value is not None}
     options |= {"max_num_seqs": AT_ONCE, "tokenizer": settings.tokenizer}
     if settings.load_format == "dummy" and settings.tokenizer is None:
         # any will do: answers are text, and the prompts are not

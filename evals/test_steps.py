@@ -138,9 +138,8 @@ def llm(settings, sizes, ceilings):
             pytest.skip(
                 f"LLaDA-8B's shape needs {FREE_GB} GB of GPU memory, {free:.1f} are free; --model names another"
             )
-    options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
     try:
-        llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=sizes.many, **options)
+        llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=sizes.many, **settings.engine_options)
     except ValueError as error:
         # every test would fail alike
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
@@ -174,7 +173,7 @@ def measure(benchmark, llm, environment, settings, ceilings):
 
         record(benchmark, rounds)
         info = figures(*first_seconds, runs) | memory(llm) | loading(llm)
-        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings)
+        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings, llm.config.quantization)
         benchmark.extra_info.update(info)
         return outputs
 

@@ -17,7 +17,7 @@ JSON = [*BIG, *ODD, [], [1], [[]], ["a"], {}, {"a": 1}]
 OBJECTS = [*JSON, -(10**400), 1j, b"x", (1,), {1}, range(3), object, print, Exception("x"), "cpu", "block"]
 SAMPLING = [*SamplingParams.__dataclass_fields__, "top_p"]
 OPTIONS = ["dtype", "device", "load_format", "mask_token_id", "max_model_len", "max_num_seqs", "max_num_batched_tokens"]
-OPTIONS += ["page_size", "kv_cache_memory", "seed", "revision", "nothing"]
+OPTIONS += ["quantization", "page_size", "kv_cache_memory", "seed", "revision", "nothing"]
 
 SHORT = SamplingParams(max_tokens=4)
 some = settings(max_examples=150)

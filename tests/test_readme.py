@@ -18,7 +18,7 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.serve import __main__ as serve
 from evals.gate import command as gate
 from evals.gate import experiment
-from evals.llada_tiny import sample, study, train
+from evals.llada_tiny import quantized, sample, study, train
 from evals.questions import build_sample
 from evals.results import compare
 from evals.timing import stages
@@ -87,6 +87,7 @@ NEEDS = {
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
         "python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --max-num-seqs 128 "
         "--out /tmp/blocks",
+        "python -m evals quantized-loss evals/llada_tiny --rows 250 --max-num-seqs 128",
     ),
     "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
     "a cluster": (
@@ -228,6 +229,7 @@ def test_every_option_is_one(option, pytestconfig):
         cli.make_parser(),
         stages.make_parser(),
         study.make_parser(),
+        quantized.make_parser(),
         train.make_parser(),
         sample.make_parser(),
     ]

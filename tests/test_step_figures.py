@@ -97,6 +97,12 @@ def test_what_a_step_takes_at_least(llm):
     row = llm.engine.runner.kv_pages[:, :, 0, 0].numel() * 4
     assert keys["least_read_ms"] - all_rows["least_read_ms"] == pytest.approx(1000 * row * 700 / 1e9 / 2)
 
+    # a byte for each value of the layers, at twice the pace; the head as before
+    fp8 = steps.least_ms(Timed(1.0, 2, 60, 60, 0, 1, 0), config, 4, ceilings, "fp8")
+    head = llm.engine.model.lm_head.numel()
+    assert fp8["least_read_ms"] == pytest.approx(1000 * (matrices + 3 * head) / 1e9)
+    assert fp8["least_products_ms"] == pytest.approx(1000 * (matrices + head) * 60 / 1e12 / 2)
+
 
 @pytest.mark.parametrize("device", SIZES)
 def test_ragged_requests_are_in_their_ranges(device):

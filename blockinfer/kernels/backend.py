@@ -62,6 +62,27 @@ def begin(PDL: tl.constexpr):
 
     Every program calls it before it reads or writes memory, so that kernels still act one after the other.
     """
+    launch_next(PDL)
+    wait_for_last(PDL)
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    """The first half of `begin`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):
+    """The second half: what a kernel writes, as no kernel does weights, may only be touched after it."""
+    if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Asks for what is there, on an NVIDIA GPU, to be brought into its L2 cache, and does not wait for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

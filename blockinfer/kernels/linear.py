@@ -15,26 +15,38 @@ import triton.language as tl
 
 from blockinfer.kernels.activation import silu_mul
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton, shared_memory
+from blockinfer.kernels.fp8_linear import fp8_gated_linear, fp8_linear, fp8_linear_parts
+from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight
 
 SKINNY_ROWS = 64
 # what the largest of the tiles below takes at so many rows, and its launch
 _SHARED_MEMORY = 160 * 1024
 
+# what the model holds and hands on: a quantised weight is multiplied with rows that are quantised, now or before
+Weight = torch.Tensor | QuantizedWeight
+Rows = torch.Tensor | QuantizedRows
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight [N, K], of one dtype -> x @ weight.T, [T, N]."""
+
+def linear(x: Rows, weight: Weight) -> torch.Tensor:
+    """x [T, K], weight [N, K], of one dtype or the weight quantised -> x @ weight.T, [T, N]."""
+    if isinstance(weight, QuantizedWeight):
+        return fp8_linear(x, weight)
     if _is_skinny(x):
         return skinny_linear_triton(x, weight, choose_tiling(x, weight)._replace(splits=1))[0]
     return F.linear(x, weight)
 
 
-def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_parts(x: Rows, weight: Weight) -> torch.Tensor:
     """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N], of which it is the sum: float32 if S > 1."""
+    if isinstance(weight, QuantizedWeight):
+        return fp8_linear_parts(x, weight)
     return skinny_linear_triton(x, weight, choose_tiling(x, weight)) if _is_skinny(x) else F.linear(x, weight)
 
 
-def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def gated_linear(x: Rows, weight: Weight) -> torch.Tensor:
     """x [T, K], weight [2 * m, K], the gate's rows first -> silu(x @ gate.T) * (x @ up.T), [T, m]: arXiv 2002.05202."""
+    if isinstance(weight, QuantizedWeight):
+        return fp8_gated_linear(x, weight)
     if _is_skinny(x):
         return skinny_linear_triton(x, weight, choose_tiling(x, weight, gated=True), gated=True)[0]
     return silu_mul(F.linear(x, weight))

@@ -5,18 +5,25 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
+from blockinfer.kernels.quantize import FP8, QuantizedRows, quantize_rows, runs_fp8, store_quantized
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
+) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     """x, residual [T, d], weight [d] -> (rms_norm(x + residual), x + residual); residual is overwritten with the sum.
+    What is normed is quantised by rows where that is asked for.
 
     x may also be parts [S, T, d], of residual's dtype or wider, whose sum is meant: kernels.linear.linear_parts leaves
     them. The mean square is taken in float32 (float64 for float64).
     """
-    implementation = add_rms_norm_triton if runs_triton(residual) else add_rms_norm_torch
-    return implementation(x, residual, weight, eps), residual
+    if not runs_triton(residual):
+        normed = add_rms_norm_torch(x, residual, weight, eps)
+    elif quantized and runs_fp8(residual):
+        return add_rms_norm_triton(x, residual, weight, eps, quantized=True), residual
+    else:
+        normed = add_rms_norm_triton(x, residual, weight, eps)
+    return quantize_rows(normed) if quantized else normed, residual
 
 
 def add_rms_norm_torch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -27,7 +34,9 @@ def add_rms_norm_torch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
     return normed.to(residual.dtype) * weight
 
 
-def add_rms_norm_triton(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
+) -> torch.Tensor | QuantizedRows:
     """The kernel: a row, which a program holds whole.
 
     Raises ValueError where a shape differs or a tensor is not contiguous.
@@ -40,21 +49,24 @@ def add_rms_norm_triton(x: torch.Tensor, residual: torch.Tensor, weight: torch.T
     if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
         raise ValueError("x, residual and weight must be contiguous")
     rows, columns = residual.shape
-    out = torch.empty((rows, columns), dtype=residual.dtype, device=residual.device)
+    out = torch.empty((rows, columns), dtype=FP8 if quantized else residual.dtype, device=residual.device)
+    scale = torch.empty((rows,), dtype=torch.float32, device=residual.device) if quantized else out
     block = triton.next_power_of_2(columns)
     _add_rms_norm_kernel[(rows,)](
         x,
         residual,
         weight,
         out,
+        scale,
         columns,
         eps,
         PARTS=1 if x.ndim == 2 else x.shape[0],
+        QUANTIZED=quantized,
         BLOCK=block,
         num_warps=min(8, max(1, block // 256)),
         **launch_options(residual.device),
     )
-    return out
+    return QuantizedRows(out, scale, residual.dtype) if quantized else out
 
 
 @triton.jit
@@ -63,9 +75,11 @@ def _add_rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    scale_ptr,
     columns,
     eps,
     PARTS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -84,5 +98,8 @@ def _add_rms_norm_kernel(
     wide = x.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    out = normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
-    tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=inside)
+    out = (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+    if QUANTIZED:
+        store_quantized(out.to(tl.float32), inside, out_ptr + where, scale_ptr + row)
+    else:
+        tl.store(out_ptr + where, out, mask=inside)

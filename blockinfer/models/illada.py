@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blockinfer.kernels.kv_store import rope_tables
+from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.model_config import ModelConfig, check_tokens, if_embedded
 from blockinfer.models.hf_config import hf_reader, read_hf_shape
 from blockinfer.models.llada import LLaDALayer
@@ -38,9 +39,17 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {"layer_norm_eps": (None,), "mlp_b
 class ILLaDA(Transformer):
     EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
+    QUANTIZES = True
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
-        layers = (LLaDALayer(config, dtype, device) for _ in range(config.n_layers))
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        quantization: str | None = None,
+    ) -> None:
+        layers = (LLaDALayer(config, dtype, device, quantization) for _ in range(config.n_layers))
         cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
         super().__init__(config, layers, cos_sin, dtype, device)
 
@@ -69,7 +78,7 @@ class ILLaDA(Transformer):
             TensorGroup("model.layers.{}.", (range(config.n_layers),), of_layer, asked),
         ]
 
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor | QuantizedWeight]:
         tensors = {"model.embed_tokens": self.wte, "model.norm": self.ln_f}
         if not self.config.weight_tying:
             tensors["lm_head"] = self.lm_head

@@ -10,6 +10,7 @@ from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable
+from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.llada_config import read_llada_config
 from blockinfer.models.published import TensorGroup
@@ -19,17 +20,21 @@ from blockinfer.models.transformer import Transformer, unfilled
 class LLaDALayer(nn.Module):
     """One transformer block. q, k, v are one matrix, gate and up another."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+    ) -> None:
         super().__init__()
         weight = partial(unfilled, dtype=dtype, device=device)
+        matrix = partial(QuantizedWeight.empty, device=device) if quantization else weight
+        self.quantized = quantization is not None
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         self.attn_norm = weight(config.d_model)
-        self.qkv_proj = weight((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.d_model)
-        self.attn_out = weight(config.d_model, config.d_model)
+        self.qkv_proj = matrix((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.d_model)
+        self.attn_out = matrix(config.d_model, config.d_model)
         self.ff_norm = weight(config.d_model)
-        self.gate_up_proj = weight(2 * config.mlp_hidden_size, config.d_model)
-        self.ff_out = weight(config.d_model, config.mlp_hidden_size)
+        self.gate_up_proj = matrix(2 * config.mlp_hidden_size, config.d_model)
+        self.ff_out = matrix(config.d_model, config.mlp_hidden_size)
 
     def attend(
         self,
@@ -45,7 +50,7 @@ class LLaDALayer(nn.Module):
 
         kv_pages [2, pages, P, HK, D]: this layer's cache.
         """
-        x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps)
+        x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps, self.quantized)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         out = None if out is None else out.unflatten(-1, (-1, self.head_dim))
         return attention(qkv, cos_sin, kv_pages, table, out).flatten(1)
@@ -54,12 +59,12 @@ class LLaDALayer(nn.Module):
         """attended [T, d], residual [T, d], to which the attention's output is added -> the layer's output, [T, d], or
         parts of it [S, T, d], not yet added."""
         x = linear_parts(attended, self.attn_out)
-        x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps)
+        x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
         return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out)
 
-    def split(self) -> list[torch.Tensor]:
+    def split(self) -> list[torch.Tensor | QuantizedWeight]:
         """Views of q, k, v, gate and up, each as a matrix of its own."""
-        kv_rows = (len(self.qkv_proj) - self.attn_out.shape[1]) // 2
+        kv_rows = (self.qkv_proj.shape[0] - self.attn_out.shape[1]) // 2
         return [*self.qkv_proj.split([self.attn_out.shape[1], kv_rows, kv_rows]), *self.gate_up_proj.chunk(2)]
 
 
@@ -68,10 +73,18 @@ class LLaDA(Transformer):
 
     EMBEDDINGS, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
     TIED_BY = "weight_tying"
+    QUANTIZES = True
     read_config = staticmethod(read_llada_config)
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
-        layers = (LLaDALayer(config, dtype, device) for _ in range(config.n_layers))
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        quantization: str | None = None,
+    ) -> None:
+        layers = (LLaDALayer(config, dtype, device, quantization) for _ in range(config.n_layers))
         cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device)
         super().__init__(config, layers, cos_sin, dtype, device)
 
@@ -90,7 +103,7 @@ class LLaDA(Transformer):
             TensorGroup("model.transformer.blocks.{}.", (range(config.n_layers),), of_layer, asked),
         ]
 
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor | QuantizedWeight]:
         tensors = {"wte": self.wte, "ln_f": self.ln_f}
         if not self.config.weight_tying:
             tensors["ff_out"] = self.lm_head

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockinfer.model_config import MAX_LAYERS, ConfigReader, ModelConfig, architecture, check_heads, check_tokens
+from blockinfer.quantization import read_quantization
 
 # What the network here computes. A checkpoint that says otherwise is refused; one that is silent is taken to agree.
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
@@ -14,12 +15,13 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "block_group_size": (1,),
     "block_type": ("llama",),
     "clip_qkv": (None,),
+    # compressed-tensors' name for quantization_config, of before it joined transformers
+    "compression_config": (None,),
     "include_bias": (False, None),
     "include_qkv_bias": (False, None),
     "input_emb_norm": (False, None),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
-    "quantization_config": (None,),
     "rope": (True,),
     "rope_full_precision": (True,),
     "rope_scaling": (None,),
@@ -79,6 +81,7 @@ def read_llada_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         eos_token_ids=read.token_ids("eos_token_id"),
         mask_token_id=read.mask_token_id(),
         dtype=read.dtype(),
+        quantization=read_quantization(raw, source),
     )
     check_heads(source, ("d_model", "n_heads", "n_kv_heads"), d_model, n_heads, n_kv_heads)
     if config.embedding_size < config.vocab_size:

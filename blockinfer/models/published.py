@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -32,7 +32,3 @@ class TensorGroup(NamedTuple):
         for index in itertools.product(*self.indices):
             prefix = self.prefix.format(*index)
             yield from ((prefix + name, shape) for name, shape in self.shapes.items())
-
-
-def num_parameters(groups: Iterable[TensorGroup]) -> int:
-    return sum(group.parameters for group in groups)

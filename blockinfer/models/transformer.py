@@ -10,6 +10,7 @@ from torch import nn
 from blockinfer.kernels.linear import linear
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable
+from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.published import TensorGroup
 
@@ -19,9 +20,11 @@ class Transformer(nn.Module):
 
     layers: each has an `attend` and a `finish`, as those of `models.llada.LLaDALayer`. cos_sin: `rope_tables` of all
     positions.
+    QUANTIZES: whether the class takes quantization="fp8", which makes QuantizedWeights of the layers' matrices.
     EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the field of the config that makes them one.
     """
 
+    QUANTIZES: ClassVar[bool] = False
     EMBEDDINGS: ClassVar[str]
     HEAD: ClassVar[str]
     TIED_BY: ClassVar[str]
@@ -56,7 +59,7 @@ class Transformer(nn.Module):
         """The tensors of a checkpoint: what `checkpoint_tensors` has."""
 
     @abstractmethod
-    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor | QuantizedWeight]:
         """The published tensor names and the part of a parameter that each fills, in the published shape."""
 
     def forward(

@@ -217,7 +217,12 @@ def about(run: StoredRun) -> list[tuple[str, list[tuple[str, str]]]]:
 
     first = run.configurations[0]
     groups = {
-        "Model": {"model": of("model"), "weights": of("weights"), "dtype": of("dtype")},
+        "Model": {
+            "model": of("model"),
+            "weights": of("weights"),
+            "dtype": of("dtype"),
+            "quantization": of("quantization"),
+        },
         "Machine": {"device": of("device"), "GPU": of("gpu"), "CPU": of("cpu"), "CPU threads": of("cpu_threads")},
         "Versions": {
             "commit": run.commit,

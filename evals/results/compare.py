@@ -26,7 +26,7 @@ NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 QUESTION = (
     *("mode", "unmasking", "block_length", "denoising_steps", "rule_value", "max_tokens", "temperature", "ignore_eos"),
     *("batch_size", "dataset", "n", "rows_sha256", "prompts_version", "prompts_truncated", "grader_versions"),
-    *("model", "weights", "dtype"),
+    *("model", "weights", "dtype", "quantization"),
     *ONE_BLOCK,
 )
 # The same of the steps, beside those that they have in common with configurations.

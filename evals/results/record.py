@@ -107,13 +107,14 @@ def rows_info(run: Run, settings: Settings) -> list[list[Any]]:
     ]
 
 
-def environment(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+def environment(settings: Settings, dtype: torch.dtype, quantization: str | None = None) -> dict[str, Any]:
     """What the figures depend on besides the configuration; no host name."""
     return {
         "model": "evals/llada_tiny" if settings.is_tiny else settings.model,
         "load_format": settings.load_format,
         "weights": "random" if settings.is_dummy else "checkpoint",
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": quantization,
         "device": settings.device,
         "gpu": gpu_name(settings.device),
         "cpu": cpu_name(settings.device),

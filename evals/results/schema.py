@@ -115,6 +115,7 @@ class Configuration(BaseModel):
     load_format: Text | None = None
     weights: Literal["checkpoint", "random"] | None = None
     dtype: Text | None = None
+    quantization: Text | None = None
     device: Text | None = None
     gpu: Text | None = None
     cpu: Text | None = None

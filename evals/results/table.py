@@ -30,6 +30,11 @@ def table(runs: list[Run]) -> list[str]:
     return lines
 
 
+def number_format(info: dict[str, Any]) -> str:
+    """What the model computes in, as bfloat16, or "bfloat16 and fp8" where its layers are quantised."""
+    return " and ".join(filter(None, (info["dtype"], info.get("quantization"))))
+
+
 def first_pass_line(runs: list[Run]) -> str | None:
     """None where nothing was warmed up."""
     known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]

@@ -68,6 +68,7 @@ class Settings:
     load_format: str
     tokenizer: str | None
     dtype: str
+    quantization: str | None
     device: str
     batch_size: int
     dataset: str
@@ -92,6 +93,11 @@ class Settings:
     @property
     def prompts_version(self) -> int | str:
         return self.prompt.version if self.prompt else PROMPTS_VERSION
+
+    @property
+    def engine_options(self) -> dict[str, str | None]:
+        """Those of LLM that say how the model is loaded."""
+        return {name: getattr(self, name) for name in ("dtype", "quantization", "device", "load_format")}
 
     @property
     def is_dummy(self) -> bool:
@@ -155,6 +161,7 @@ def read_settings(config: pytest.Config) -> Settings:
         load_format=option("--load-format"),
         tokenizer=tokenizer,
         dtype=option("--dtype"),
+        quantization=option("--quantization"),
         device="cuda" if on_gpu else "cpu",
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,
@@ -190,18 +197,13 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
-<<<<<<< HEAD
-    if option("--threshold") is not None and not {"threshold", "scheduled_threshold"} & {*rules}:
-        raise pytest.UsageError(
-            f"--threshold is read by --unmasking threshold and scheduled_threshold alone, got {', '.join(rules)}"
-        )
-=======
-    for rule in ("threshold", "entropy_threshold"):
-        name = f"--{rule.replace('_', '-')}"
-        if option(name) is not None and rule not in rules:
-            raise pytest.UsageError(f"{name} is read by --unmasking {rule} alone, got {', '.join(rules)}")
+    for name in ("threshold", "entropy_threshold"):
+        readers, flag = [rule for rule, spec in RULES.items() if spec.option == name], f"--{name.replace('_', '-')}"
+        if option(flag) is not None and not {*readers} & {*rules}:
+            raise pytest.UsageError(
+                f"{flag} is read by --unmasking {' and '.join(readers)} alone, got {', '.join(rules)}"
+            )
     check_window(option, modes, rules)
->>>>>>> suite22
     cases = []
     for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
@@ -227,12 +229,8 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         denoising_steps=steps,
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
-<<<<<<< HEAD
         threshold=config.getoption("--threshold") if RULES[rule].option == "threshold" else None,
-=======
-        threshold=config.getoption("--threshold") if rule == "threshold" else None,
         entropy_threshold=config.getoption("--entropy-threshold") if rule == "entropy_threshold" else None,
->>>>>>> suite22
         ignore_eos=ignore_eos,
         **window_options(config.getoption, mode, rule),
     )

@@ -21,27 +21,32 @@ from blockinfer.config import DTYPES
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.models.registry import SHAPES
+from blockinfer.quantization import QUANTIZATIONS
 from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
+from evals.results.table import number_format
 from evals.runs.git import commit
 from evals.runs.machine import gpu_name
 from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
 EXPERTS, ROUTER = "products of experts", "router"
+QUANTIZING = "quantising rows"
 # The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
 # products may end with SiLU x up, norms begin with the sum of a product's parts.
 _STAGES = [
-    ("_skinny_", PRODUCTS),
+    ("_skinny_|_fp8_", PRODUCTS),
     ("_(paged|whole)_attention_kernel", "attention"),
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
     ("_silu_mul_kernel", "SiLU x up"),
+    ("_quantize_rows_kernel", QUANTIZING),
     ("_grouped_linear_kernel", EXPERTS),
     ("_route_kernel|_expert_(count|order)_kernel", ROUTER),
     ("_(tile|noise|log_probability)_kernel", CONFIDENCE),
     (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
 ]
-STAGES = [PRODUCTS, EXPERTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", ROUTER, CONFIDENCE, OTHERS]
+STAGES = [PRODUCTS, EXPERTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", QUANTIZING]
+STAGES += [ROUTER, CONFIDENCE, OTHERS]
 
 
 class Kernel(NamedTuple):
@@ -141,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"a checkpoint, or a shape with random weights: {', '.join(SHAPES)}",
     )
     add("--dtype", default="bfloat16", choices=DTYPES)
+    add("--quantization", choices=QUANTIZATIONS, help="of the layers' matrices (none)")
     add("--mode", default="block", choices=MODES)
     add("--unmasking", default="low_confidence", choices=RULES)
     add("--batch", type=int, default=1, help="requests at once (1)")
@@ -168,12 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_format = "dummy" if options.model in SHAPES else "auto"
     about = vars(options) | {"gpu": gpu_name("cuda"), "torch": torch.__version__, "commit": commit()}
     try:
-        with LLM(options.model, dtype=options.dtype, load_format=load_format, max_num_seqs=options.batch) as llm:
+        formats = dict(dtype=options.dtype, quantization=options.quantization, load_format=load_format)
+        with LLM(options.model, max_num_seqs=options.batch, **formats) as llm:
             info = measure(llm, case)
     except ValueError as error:
         print(f"stages: {error}", file=sys.stderr)
         return 2
-    print(f"{options.model} ({'random' if load_format == 'dummy' else 'its'} weights), {options.dtype}, {about['gpu']}")
+    weights = "random" if load_format == "dummy" else "its"
+    print(f"{options.model} ({weights} weights), {number_format(about)}, {about['gpu']}")
     print("\n".join(table(info)))
     if options.json:
         content = {key: value for key, value in about.items() if key != "json"} | info

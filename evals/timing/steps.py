@@ -12,7 +12,7 @@ import triton
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.config import ModelConfig
 from evals.results.record import environment
-from evals.results.table import loading_line
+from evals.results.table import loading_line, number_format
 from evals.runs.configurations import STEP
 from evals.runs.rounds import Round, standard_error, steadiness
 from evals.runs.settings import Settings
@@ -20,8 +20,8 @@ from evals.timing.kernels import Ceilings
 
 # Of evals.results.record.environment: the rest is of the rows, which no step has.
 _ENVIRONMENT = (
-    *("model", "load_format", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "torch", "cuda", "python"),
-    "commit",
+    *("model", "load_format", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads"),
+    *("torch", "cuda", "python", "commit"),
 )
 
 
@@ -121,24 +121,29 @@ def about(name: str, case: Case, llm: LLM, environment: dict[str, Any]) -> dict[
 
 def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
     """What the figures depend on besides the case; no host name."""
-    known = environment(settings, llm.config.dtype)
+    known = environment(settings, llm.config.dtype, llm.config.quantization)
     return {key: known[key] for key in _ENVIRONMENT} | {"triton": triton.__version__}
 
 
-def least_ms(run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings) -> dict[str, float]:
+def least_ms(
+    run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings, quantization: str | None = None
+) -> dict[str, float]:
     """What a step of these counts takes the device at least, by the ceilings that stand beside it: ms to read the
     weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
     attention's own left out. Of a mixture's experts those of one row are read at least; the weights say how many more.
+    Quantised layers take a byte a value, and their products half the time.
     """
     kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
     qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements
     head = width * config.embedding_size
+    value, pace = (1, 2) if quantization else (itemsize, 1)
     # after its attention the last layer, like the LM head, computes the masked rows alone
-    flops = 2 * config.n_layers * qkv * run.rows + 2 * head * run.lm_head_rows
-    flops += 2 * after * ((config.n_layers - 1) * run.rows + run.lm_head_rows)
-    read = (config.n_layers * (qkv + after) + head) * run.forwards + 2 * config.n_layers * kv_width * run.keys
+    flops = 2 * config.n_layers * qkv * run.rows + 2 * after * ((config.n_layers - 1) * run.rows + run.lm_head_rows)
+    flops = flops / pace + 2 * head * run.lm_head_rows
+    read = (config.n_layers * (qkv + after) * value + head * itemsize) * run.forwards
+    read += 2 * config.n_layers * kv_width * run.keys * itemsize
     return {
-        "least_read_ms": 1000 * read * itemsize / ceilings.read / run.forwards,
+        "least_read_ms": 1000 * read / ceilings.read / run.forwards,
         "least_products_ms": 1000 * flops / ceilings.sustained_matmul / run.forwards,
         "read_tb_per_s": ceilings.read / 1e12,
         "sustained_matmul_tflop_per_s": ceilings.sustained_matmul / 1e12,
@@ -213,7 +218,7 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
     """A row for each case, under what all of them have in common; as lines of text."""
     first = infos[0]
     lines = [
-        f"{first['model']} ({first['weights']} weights) in {first['dtype']}, {first['gpu'] or first['cpu']}",
+        f"{first['model']} ({first['weights']} weights) in {number_format(first)}, {first['gpu'] or first['cpu']}",
         f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}{'of the least':>22}{'first s':>9}"
         f"{'other GB':>10}",
     ]

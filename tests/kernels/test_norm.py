@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockinfer.kernels import norm
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch, add_rms_norm_triton
+from blockinfer.kernels.quantize import quantize_rows_torch
 
 # two roundings to the dtype: after the norm and after the weight
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -49,6 +51,37 @@ def test_norm_of_a_sum(device, guarded_empty, seed, rows, columns, scale, dtype,
         torch.testing.assert_close(out.double().cpu(), exact(stored, weight), rtol=tolerance, atol=tolerance)
         assert torch.equal(x, before)
     guarded_empty.check()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(0, 5),
+    columns=st.integers(1, 300) | st.sampled_from([512, 1000]),
+    dtype=st.sampled_from([*TOLERANCE]),
+    parts=st.integers(0, 3),
+)
+def test_the_norm_in_fp8_is_the_norm_that_is_then_quantised(device, guarded_empty, seed, rows, columns, dtype, parts):
+    x, residual, weight = draw(seed, rows, columns, 1.0, dtype, device, parts)
+    stored, plain = residual.clone(), residual.clone()
+    quantized = add_rms_norm_triton(x, stored, weight, EPS, quantized=True)
+    expected = quantize_rows_torch(add_rms_norm_triton(x, plain, weight, EPS))
+    assert torch.equal(quantized.values.float(), expected.values.float())
+    assert torch.equal(quantized.scale, expected.scale) and quantized.dtype == dtype
+    assert torch.equal(stored, plain)
+    guarded_empty.check()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_what_the_model_calls_in_fp8(device, monkeypatch, kernel):
+    for name in ("runs_triton", "runs_fp8"):
+        monkeypatch.setattr(norm, name, lambda x: kernel)
+    x, residual, weight = draw(1, 3, 40, 1.0, torch.float32, device)
+    expected = quantize_rows_torch(add_rms_norm_torch(x, residual.clone(), weight, EPS))
+    quantized, stored = add_rms_norm(x, residual, weight, EPS, quantized=True)
+    assert stored is residual
+    torch.testing.assert_close(quantized.scale, expected.scale)
+    # a value at the middle of a step may go either way
+    assert (quantized.values.float() != expected.values.float()).float().mean() < 0.05
 
 
 def test_the_sum_takes_the_residual_s_place():

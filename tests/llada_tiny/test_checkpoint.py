@@ -1,15 +1,17 @@
 """The small model's checkpoint: its tokenizer, its format, what it answers, and the study of it."""
 
+import dataclasses
 import json
 import random
 import sys
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import pytest
 from safetensors import safe_open
 
 from blockinfer import LLM, SamplingParams
-from evals.llada_tiny import study
+from evals.llada_tiny import quantized, study
 from evals.llada_tiny.problems import SOURCES, problem
 from evals.llada_tiny.study import Result, markdown, summary, svg
 from evals.llada_tiny.tokenizer import MASK, chat_text
@@ -73,6 +75,29 @@ def test_the_study_s_table_and_drawing():
     marks = ElementTree.fromstring(svg(results)).findall(".//{*}circle[{*}title]")
     (x, y), (faster, lower) = ((float(m.get("cx")), float(m.get("cy"))) for m in marks)
     assert faster > x and lower > y
+
+
+def test_what_fp8_loses_is_measured_on_the_same_problems(tmp_path, capsys):
+    out = tmp_path / "loss.json"
+    quantized.main([str(TINY_MODEL), "--rows", "1", "--mode", "block", "--out", str(out)])
+    lines, pairs = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["low_confidence 32 steps", "threshold 0.9"]
+    for pair in pairs:
+        assert pair["n"] == 4 == sum(map(len, pair["plain"]["right"].values()))
+        wrong = [dict.fromkeys(SOURCES, [True]), dict.fromkeys(SOURCES, [False])]
+        before, after = (dataclasses.replace(Result(**pair["plain"]), right=right) for right in wrong)
+        (row,) = quantized.table([before], [after])[2:]
+        assert "| 100.0 | 0.0 | 100.0 (" in row and "| 4, 0 |" in row
+
+
+def test_fp8_is_what_is_measured(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(quantized, "LLM", lambda *a, **o: loaded.append(o["quantization"]) or nullcontext())
+    monkeypatch.setattr(
+        quantized, "measure", lambda llm, rows, mode, rule: Result(mode, "", {"mmlu": [True]}, 1.0, 1.0)
+    )
+    quantized.main([str(TINY_MODEL), "--rows", "1"])
+    assert loaded == [None, "fp8"]
 
 
 def test_the_labels_of_two_rules_at_one_place_are_apart():

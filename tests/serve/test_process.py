@@ -201,6 +201,7 @@ def resident(pid):
             "--cudagraph-capture-sizes: must be integers, as 8,16,32, got '8,x'",
         ),
         (["MODEL", "--dtype", "float8"], "dtype must be one of auto, float64"),
+        (["MODEL", "--quantization", "fp9"], "quantization must be one of fp8, got 'fp9'"),
         (["MODEL", "--served-model-name", ""], "--served-model-name must not be empty"),
         (["MODEL", "--api-key", ""], "--api-key must not be empty"),
         (["/nowhere/at/all"], "/nowhere/at/all"),

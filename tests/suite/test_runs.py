@@ -58,6 +58,7 @@ def test_a_whole_run(tmp_path, folder):
     assert set(info["accuracy_by_source"]) == {"gsm8k", "math500", "mmlu", "longbench_hotpotqa"}
     assert set(info["longbench_f1_by_source"]) == {"longbench_hotpotqa"}
     assert info["weights"] == "checkpoint" and info["device"] == "cpu" and info["torch"] == torch.__version__
+    assert info["quantization"] is None
     assert benchmarks["test_throughput[vanilla_llada-8]"]["extra_info"]["block_length"] == 12
 
     block, standard, semi = result["blockinfer"], result["vanilla_llada"], result["vanilla"]
@@ -265,15 +266,18 @@ def test_steps_and_kernels_are_left_out_on_a_cpu_unless_they_are_asked_for(tmp_p
 
 
 def test_dummy_weights_have_no_accuracy(tmp_path, folder):
+    """Here in fp8, which the file and the table name."""
     options = [
         f"--model={folder}",
         "--load-format=dummy",
         f"--tokenizer={folder}",
         "--mode=block",
-        "--benchmark-disable",
+        "--quantization=fp8",
     ]
     code, text, benchmarks, result = run_suite(tmp_path, *options)
     assert code == 0, text
+    assert "(random weights), float32 and fp8, " in text
+    assert benchmarks["test_throughput[block-8]"]["extra_info"]["quantization"] == "fp8"
     assert result["blockinfer"]["accuracy"] is None and result["vanilla_llada"] is result["comparison"] is None
     assert result["blockinfer"]["total_tokens"] == 4 * 12
     assert "random weights" in text and "5 skipped" in text

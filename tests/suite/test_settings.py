@@ -35,16 +35,9 @@ def test_a_rule_is_passed_only_what_it_reads(settings):
     cases = settings(unmasking=["all"], mode=["block"], threshold=0.7).cases
     assert [c.unmasking for c in cases] == list(RULES)
     by_rule = {c.unmasking: c.params for c in cases}
-<<<<<<< HEAD
     assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold", "scheduled_threshold"}
     unlimited = {"threshold", "factor", "entropy", "entropy_threshold"}
     assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == unlimited
-=======
-    assert {rule for rule, p in by_rule.items() if p.threshold == 0.7} == {"threshold"}
-    assert {rule for rule, p in by_rule.items() if p.denoising_steps is None} == {
-        *("threshold", "factor", "entropy", "entropy_threshold")
-    }
->>>>>>> suite22
     limited = settings(unmasking=["threshold"], denoising_steps=4).cases
     assert {c.params.denoising_steps for c in limited} == {4, 16}
 
@@ -131,6 +124,7 @@ TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume",
         ("--source=", "argument --source: must be a comma list of at least one value, got ''"),
         ("--mode=", "argument --mode: must be a comma list of at least one value, got ''"),
         ("--load-format=pt", "argument --load-format: invalid choice: 'pt'"),
+        ("--quantization=fp9", "argument --quantization: invalid choice: 'fp9'"),
     ],
 )
 def test_options_that_do_not_parse(pytestconfig, option, message, capsys):

@@ -1,0 +1,80 @@
+"""What quantization="fp8" costs the small model in right answers: the same fresh problems with it and without.
+
+python -m evals quantized-loss evals/llada_tiny --rows 250 --out /tmp/loss.json # a table, and a file of all grades
+
+The problems are those of `study`, held-out, in exact matches. The model computes in float32, on a GPU if there is one.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+
+from blockinfer import LLM
+from blockinfer.decoding.modes import MODES
+from evals.files import BadOutput, check_output, path_argument, write_measured
+from evals.llada_tiny.evaluate import heldout_rows
+from evals.llada_tiny.study import Result, measure
+from evals.results.paired import stored
+
+RULES: tuple[dict, ...] = (
+    {"unmasking": "low_confidence", "denoising_steps": 32},
+    {"unmasking": "threshold", "threshold": 0.9},
+)
+
+
+def table(plain: list[Result], quantized: list[Result]) -> list[str]:
+    """A row of Markdown for each mode and rule; the bounds of the loss are one-sided, of 95 %."""
+    lines = ["| mode | rule | right without, % | with | points lost | answers lost, won | McNemar's p |"]
+    lines.append("| --- " * 7 + "|")
+    for before, after in zip(plain, quantized, strict=True):
+        both = after.against(before)
+        bounds = f"{100 * both.loss:.1f} ({100 * both.lower():.1f} to {100 * both.upper():.1f})"
+        shares = f"{100 * before.accuracy:.1f} | {100 * after.accuracy:.1f}"
+        counts = f"{both.lost}, {both.won} | {both.mcnemar():.2f}"
+        lines.append(f"| `{after.mode}` | {after.rule} | {shares} | {bounds} | {counts} |")
+    return lines
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m evals quantized-loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=path_argument, help="the checkpoint")
+    parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
+    parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
+    parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
+    parser.add_argument("--out", type=path_argument, help="a .json file for every grade (none)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    modes = args.mode.split(",")
+    if unknown := set(modes) - set(MODES):
+        parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    try:
+        if args.out:
+            check_output(args.out, [])
+    except BadOutput as error:
+        parser.error(f"--out: {error}")
+    rows = heldout_rows(args.rows, "heldout", args.seed)
+    found: dict[str | None, list[Result]] = {}
+    for quantization in (None, "fp8"):
+        options = dict(dtype="float32", quantization=quantization, max_num_seqs=args.max_num_seqs)
+        with LLM(str(args.folder), **options) as llm:
+            found[quantization] = [measure(llm, rows, mode, rule) for mode, rule in product(modes, RULES)]
+    plain, quantized = found[None], found["fp8"]
+    print("\n".join(table(plain, quantized)))
+    if args.out:
+        pairs = [
+            {"quantized": asdict(after), "plain": asdict(before)} | stored(after.against(before))
+            for before, after in zip(plain, quantized, strict=True)
+        ]
+        try:
+            write_measured(args.out, json.dumps(pairs))
+        except BadOutput as error:
+            parser.error(f"--out: {error}")
