@@ -15,7 +15,7 @@ from blockinfer import LLM
 from blockinfer.decoding.modes import MODES
 from evals.files import BadOutput, check_output, path_argument, write_measured
 from evals.llada_tiny.evaluate import heldout_rows
-from evals.llada_tiny.study import Result, measure
+from evals.llada_tiny.measured import BLOCK_LENGTH, Result, measure
 from evals.results.paired import stored
 
 RULES: tuple[dict, ...] = (
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for quantization in (None, "fp8"):
         options = dict(dtype="float32", quantization=quantization, max_num_seqs=args.max_num_seqs)
         with LLM(str(args.folder), **options) as llm:
-            found[quantization] = [measure(llm, rows, mode, rule) for mode, rule in product(modes, RULES)]
+            found[quantization] = [
+                measure(llm, rows, mode, BLOCK_LENGTH, rule, {}) for mode, rule in product(modes, RULES)
+            ]
     plain, quantized = found[None], found["fp8"]
     print("\n".join(table(plain, quantized)))
     if args.out:

@@ -94,7 +94,7 @@ def test_fp8_is_what_is_measured(monkeypatch):
     loaded = []
     monkeypatch.setattr(quantized, "LLM", lambda *a, **o: loaded.append(o["quantization"]) or nullcontext())
     monkeypatch.setattr(
-        quantized, "measure", lambda llm, rows, mode, rule: Result(mode, "", {"mmlu": [True]}, 1.0, 1.0)
+        quantized, "measure", lambda llm, rows, mode, *_: Result(mode, "", {"mmlu": [True]}, 1.0, 1.0, 1)
     )
     quantized.main([str(TINY_MODEL), "--rows", "1"])
     assert loaded == [None, "fp8"]
