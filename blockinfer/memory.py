@@ -8,7 +8,7 @@ import torch
 
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.models.published import num_parameters
-from blockinfer.models.registry import published
+from blockinfer.models.registry import model_class, published
 
 # A page's and a slot's bookkeeping in Python; a layer's modules.
 _PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
@@ -19,15 +19,18 @@ _COLUMN_BYTES = 3 * 1024
 def check_fits(model: ModelConfig, config: EngineConfig) -> None:
     """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
     kv_cache_memory or else the least, one page."""
-    free = free_memory(config.device)
-    weights = num_parameters(published(model)) * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
+    ranks, everyones = config.tensor_parallel_size, {model_class(model.architecture, "").EMBEDDINGS}
+    free = free_memory(config.device) // _ranks_beside(config)
+    parameters = num_parameters(published(model), ranks, everyones)
+    weights = parameters * config.dtype.itemsize + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
     pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
     cache = pages * page_bytes(model, config)
     if weights + working + cache > free:
         dtype = str(config.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{config.model} needs {_gb(weights + working + cache)} on {config.device}, {_gb(free)} are free: "
+            f"{config.model} needs {_gb(weights + working + cache)} on {config.device}"
+            f"{f' for each of {ranks} ranks' * (ranks > 1)}, {_gb(free)} are free: "
             f"{_gb(weights)} for the weights in {dtype}, {_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
             f"{_gb(working)} to work with (max_num_seqs={config.max_num_seqs}, max_model_len={config.max_model_len}, "
             f"max_num_batched_tokens={config.max_num_batched_tokens})"
@@ -49,8 +52,9 @@ def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """K and V of page_size tokens in all layers."""
-    return 2 * model.n_layers * config.page_size * model.n_kv_heads * model.head_dim * config.dtype.itemsize
+    """K and V of page_size tokens in all layers, of one rank's heads."""
+    width = model.n_kv_heads // config.tensor_parallel_size * model.head_dim
+    return 2 * model.n_layers * config.page_size * width * config.dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:
@@ -64,14 +68,18 @@ def free_memory(device: torch.device) -> int:
 def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
     if config.device.type == "cuda":
         return max(0, int(free * 0.9) - _step_bytes(model, config))
-    return free // 2
+    return free // 2 // _ranks_beside(config)
+
+
+def _ranks_beside(config: EngineConfig) -> int:
+    """How many ranks take of the same memory: each has a GPU of its own."""
+    return 1 if config.device.type == "cuda" else config.tensor_parallel_size
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """The widest moment of a layer, and the LM head's."""
-    return (
-        config.max_num_batched_tokens * model.step_width * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
-    )
+    columns = model.embedding_size // config.tensor_parallel_size * _COLUMN_BYTES
+    return config.max_num_batched_tokens * model.step_width * config.dtype.itemsize + columns
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:

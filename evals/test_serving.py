@@ -44,6 +44,7 @@ def settings(request):
 def options(settings):
     """Of the engine, with HTTP and without."""
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    options |= {"tensor_parallel_size": settings.tensor_parallel_size}
     options |= {"max_num_seqs": AT_ONCE, "tokenizer": settings.tokenizer}
     if settings.load_format == "dummy" and settings.tokenizer is None:
         # any will do: answers are text, and the prompts are not
@@ -55,7 +56,7 @@ def options(settings):
 def llm(settings, options):
     try:
         llm = LLM(settings.model, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     with llm:
         yield llm

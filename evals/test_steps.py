@@ -96,7 +96,10 @@ SIZES = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", SIZES[settings_of(metafunc.config).device].cases)
+        settings = settings_of(metafunc.config)
+        cases = SIZES[settings.device].cases
+        ranks = f"-tp{settings.tensor_parallel_size}" * (settings.tensor_parallel_size > 1)
+        metafunc.parametrize("name", cases, ids=[name + ranks for name in cases])
 
 
 def measured_model(settings: Settings, named: str | None) -> Settings:
@@ -136,9 +139,10 @@ def llm(settings, sizes, ceilings):
                 f"LLaDA-8B's shape needs {FREE_GB} GB of GPU memory, {free:.1f} are free; --model names another"
             )
     options = dict(dtype=settings.dtype, device=settings.device, load_format=settings.load_format)
+    options |= {"tensor_parallel_size": settings.tensor_parallel_size}
     try:
         llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=sizes.many, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # every test would fail alike
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     with llm:
@@ -171,7 +175,7 @@ def measure(benchmark, llm, environment, settings, ceilings):
 
         record(benchmark, rounds)
         info = figures(*first_seconds, runs) | memory(llm) | loading(llm)
-        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings)
+        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings, settings.tensor_parallel_size)
         benchmark.extra_info.update(info)
         return outputs
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blockinfer.kernels.kv_store import rope_tables
+from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.model_config import ModelConfig, check_tokens, if_embedded
 from blockinfer.models.hf_config import hf_reader, read_hf_shape
 from blockinfer.models.llada import LLaDALayer
@@ -38,11 +39,19 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {"layer_norm_eps": (None,), "mlp_b
 class ILLaDA(Transformer):
     EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
+    IS_SHARED = True
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
-        layers = (LLaDALayer(config, dtype, device) for _ in range(config.n_layers))
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        layers = (LLaDALayer(config, dtype, device, ranks) for _ in range(config.n_layers))
         cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
-        super().__init__(config, layers, cos_sin, dtype, device)
+        super().__init__(config, layers, cos_sin, dtype, device, ranks)
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -62,7 +62,19 @@ def _is_drawn(c: Configuration) -> bool:
 # What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
 IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value")
 CONDITIONS = (
-    *("model", "weights", "dtype", "device", "gpu", "cpu", "cpu_threads", "n", "rows", "dataset"),
+    *(
+        "model",
+        "weights",
+        "dtype",
+        "device",
+        "gpu",
+        "cpu",
+        "cpu_threads",
+        "tensor_parallel_size",
+        "n",
+        "rows",
+        "dataset",
+    ),
     *("dataset_revisions", "prompts_version", "shards", "max_tokens", "batch_size", "temperature", "ignore_eos"),
 )
 
