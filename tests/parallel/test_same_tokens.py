@@ -14,8 +14,8 @@ from blockinfer.async_llm import AsyncLLM
 from tests.test_equivalence import MODES, RULES, draw_case
 
 # so few pages that requests are preempted
-OPTIONS = dict(device="cpu", dtype="float64", max_num_seqs=6, page_size=8)
-PAGES = 18
+OPTIONS = dict(device="cpu", dtype="float64", max_num_seqs=8, page_size=4)
+PAGES = 28
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True, seed=0)
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
 
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 def pair(request, shared_folders):
     size, shape = request.param
     folder = shared_folders[shape]
-    page_bytes = 2 * 2 * 8 * 48 * 8 // (2 if shape == "tied" else 1)
+    page_bytes = 2 * 2 * 4 * 48 * 8 // (2 if shape == "tied" else 1)
     with LLM(folder, kv_cache_memory=PAGES * page_bytes, **OPTIONS) as one:
         options = OPTIONS | dict(kv_cache_memory=PAGES * page_bytes // size)
         with LLM(folder, tensor_parallel_size=size, **options) as several:
