@@ -306,7 +306,8 @@ def test_test_ids(tmp_path, folder):
     ids = [line.split("::")[1] for line in text.splitlines() if "::" in line]
     assert ids[:2] == ["test_throughput[block-8-threshold-add0.5]", "test_throughput[block-32-threshold-add0.5]"]
     assert ids[2] == "test_throughput[block-8-entropy_threshold-0.1-add0.5]"
-    assert ids[4] == "test_accuracy[gsm8k-block-8-threshold-add0.5]"
+    assert ids[4] == "test_throughput[block-8-scheduled_threshold-add0.5]"
+    assert ids[6] == "test_accuracy[gsm8k-block-8-threshold-add0.5]"
 
 
 def test_a_bad_option_ends_the_run_with_one_line(tmp_path):
