@@ -90,6 +90,8 @@ def pytest_addoption(parser):
     add("--dtype", type=text_argument, default="auto", help="auto, float32, bfloat16, float16 or float64 (auto)")
     add("--quantization", choices=["fp8"], help="fp8: the layers' matrices in FP8 (what the checkpoint is stored in)")
     add("--device", type=text_argument, default="auto", help="auto, cpu or cuda (auto)")
+    ranks = "GPUs that share the model, on a CPU processes (1)"
+    add("--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help=ranks)
     add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
     add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")
     add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")

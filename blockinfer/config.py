@@ -28,6 +28,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None
     page_size: int
     kv_cache_memory: int | None
+    tensor_parallel_size: int
     enforce_eager: bool
     cudagraph_capture_sizes: list[int] | tuple[int, ...] | None
     seed: int | None
@@ -55,6 +56,7 @@ class EngineConfig:
         check_seed(self.seed)
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("page_size", self.page_size, 1)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
 
     def _check_capture_sizes(self) -> None:
         sizes = self.cudagraph_capture_sizes
@@ -73,7 +75,7 @@ class EngineConfig:
 
         Raises ValueError where an option disagrees with the checkpoint or the machine.
         """
-        device = _device(self.device)
+        device = find_device(self.device)
         dtype = DTYPES.get(self.dtype, self.dtype)
         if dtype == "auto":
             dtype = torch.float32 if device.type == "cpu" else model.dtype or torch.bfloat16
@@ -110,7 +112,8 @@ class EngineConfig:
         )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """Raises ValueError for one that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = f"device must be 'auto', 'cpu' or 'cuda', got {shown(device if isinstance(device, str) else str(device))}"

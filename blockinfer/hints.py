@@ -11,7 +11,6 @@ def _is(name: str, *foreign: str) -> dict[str, str]:
 _TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
 _PENALTY = "tokens are neither penalized nor favoured here"
 _CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
-_ONE_GPU = "the model runs on one GPU"
 
 SAMPLING_HINTS = {
     **_is("max_tokens", "gen_length", "gen_len", "max_new_tokens", "max_gen_toks", "max_completion_tokens"),
@@ -77,7 +76,9 @@ LLM_HINTS = {
         ("gpu_memory_utilization", "num_gpu_blocks_override", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb"),
         "kv_cache_memory, in bytes, bounds the KV cache; weights are never moved out",
     ),
-    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_GPU),
+    **_is("tensor_parallel_size", "tp_size", "tp", "num_gpus"),
+    "pipeline_parallel_size": "tensor_parallel_size GPUs share every layer; layers are not dealt out",
+    "data_parallel_size": "start one for each part of the requests, as evals/slurm does",
     **dict.fromkeys(("trust_remote_code", "code_revision"), "a checkpoint's own code never runs; leave it out"),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantization='fp8' is what there is"),
     "kv_cache_dtype": "the KV cache is of the model's dtype",

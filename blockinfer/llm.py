@@ -31,8 +31,9 @@ from blockinfer.engine.sequence import BLOCKS, DENOISE
 from blockinfer.hints import LLM_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
 from blockinfer.likelihood import choose, score
-from blockinfer.loading import load
+from blockinfer.loading import load, prepare
 from blockinfer.outputs import ChoiceOutput, RequestOutput, ScoreOutput
+from blockinfer.parallel.leader import Leader
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.scoring_params import ScoringParams
 
@@ -46,7 +47,7 @@ class LLM:
     quantization: "fp8" keeps the layers' matrices in float8_e4m3fn, with a scale for each output channel, and quantises
         what they are multiplied with row by row: half of bfloat16's memory, and faster on a GPU of compute capability
         8.9; elsewhere slower, for the same tokens but for rounding. Embeddings and LM head stay in dtype. By default
-        what the checkpoint is stored in.
+        what the checkpoint is stored in. Not with several ranks (tensor_parallel_size).
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also be a published shape's name: "llada-8b", "illada-8b",
@@ -59,13 +60,18 @@ class LLM:
     page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
         more than kv_cache_memory bytes; by default 90 % of the GPU memory that weights and a step leave free, or half
         of what weights leave free of a CPU machine's, and of its container's.
+    tensor_parallel_size: GPUs that share the model, a process each, which this one starts and ends; on a CPU processes
+        alone. It must divide the model's heads, key and value heads, MLP and embeddings. Where torchrun, or RANK and
+        WORLD_SIZE, have the ranks there, every so many of them share a model: the first goes on with the script, the
+        others serve it until it ends, and leave the script here with SystemExit.
     enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, and a faster load.
     cudagraph_capture_sizes: rows of a step, and masked rows, that a graph is captured for while loading; by default
         some 40 up to 2,048. A step is padded up to the next size. Both options mean nothing on a CPU.
     seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
 
     Raises ValueError for an option out of range, for a checkpoint that is broken or not implemented, and for a model
-    that needs more memory than is free, which is known before any is taken; TypeError for an unknown option.
+    that needs more memory than is free, which is known before any is taken; ChildProcessError where another rank ends
+    meanwhile; TypeError for an unknown option.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         page_size: int = 16,
         kv_cache_memory: int | None = None,
+        tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
         cudagraph_capture_sizes: Sequence[int] | None = None,
         seed: int | None = None,
@@ -106,13 +113,19 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             page_size=page_size,
             kv_cache_memory=kv_cache_memory,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             cudagraph_capture_sizes=cudagraph_capture_sizes,
             seed=seed,
         )
-        loaded = load(config)
+        self._leader = None if tensor_parallel_size == 1 else Leader(config, self)
+        self._engine: Engine | None = None
+        if self._leader is not None:
+            loaded, self._engine = self._leader.open()
+        else:
+            loaded = load(prepare(config))
+            self._engine = Engine(loaded.network, loaded.config, loaded.tokenizer)
         self.model_config, self.config, self.tokenizer = loaded.model_config, loaded.config, loaded.tokenizer
-        self._engine: Engine | None = Engine(loaded.network, self.config, self.tokenizer)
         self._chat_template = self.tokenizer and ChatTemplate(self.tokenizer)
         self.load_seconds = time.perf_counter() - start
 
@@ -137,7 +150,8 @@ class LLM:
 
         Raises ValueError for a bad prompt, naming its number; TypeError for an unknown option; FloatingPointError where
         the model's logits are NaN or infinite, at the latest once that block is through; RuntimeError on a closed LLM,
-        while requests added to `engine` by hand are unfinished, and where on_finish aborted one of these.
+        once another rank has ended (tensor_parallel_size), while requests added to `engine` by hand are unfinished, and
+        where on_finish aborted one of these.
         """
         refuse_generating("LLM.generate", unknown, "prompts")
         engine = self._idle_engine()
@@ -301,7 +315,7 @@ class LLM:
         return self.engine
 
     def close(self) -> None:
-        """Drops the model, the KV cache and the chat template's process.
+        """Drops the model, the KV cache, the chat template's process and those of the other ranks.
 
         Closing twice is fine; generating afterwards raises RuntimeError.
         """
@@ -310,8 +324,10 @@ class LLM:
             self._chat_template.close()
         # the runner and its two functions hold each other
         gc.collect()
-        if self.config.device.type == "cuda":
+        if self.config.device.type == "cuda" and not (self._leader and self._leader.failed):
             torch.cuda.empty_cache()
+        if self._leader is not None:
+            self._leader.close()
 
     def __enter__(self) -> "LLM":
         return self

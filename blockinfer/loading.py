@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from blockinfer.checkpoint import load_tokenizer, read_config
 from blockinfer.checks import reason
 from blockinfer.config import EngineConfig, ModelConfig
+from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.memory import check_fits
 from blockinfer.models.registry import model_class, read_model_config
 from blockinfer.models.transformer import Transformer
-from blockinfer.weights import find_weights, load_weights, randomize
+from blockinfer.weights import StoredTensor, find_weights, load_weights, randomize
 
 
 class Loaded(NamedTuple):
@@ -24,11 +25,30 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def load(config: EngineConfig) -> Loaded:
+class Prepared(NamedTuple):
+    """What `load` goes on with: a checkpoint that was found and checked. stored: None for random weights."""
+
+    make_model: type[Transformer]
+    stored: dict[str, StoredTensor] | None
+    model_config: ModelConfig
+    config: EngineConfig
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def prepare(config: EngineConfig) -> Prepared:
     """Everything is checked before any memory is taken. Raises ValueError as `LLM` does."""
     folder, raw, source = read_config(config)
     model_config = read_model_config(raw, source)
     make_model = model_class(model_config.architecture, source)
+    if config.tensor_parallel_size > 1 and not make_model.IS_SHARED:
+        name = model_config.architecture
+        raise ValueError(f"{source}: tensor_parallel_size is not implemented for {name}; leave it at 1")
+    model_config.check_shares(config.tensor_parallel_size, source)
+    if config.tensor_parallel_size > 1 and (config.quantization or model_config.quantization):
+        raise ValueError(
+            f"{source}: tensor_parallel_size is not implemented with quantization; leave it at 1, or load what is not "
+            "quantised"
+        )
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
     eos = getattr(tokenizer, "eos_token_id", None)
     eos = model_config.usual_eos_token_id if eos is None else eos
@@ -39,17 +59,26 @@ def load(config: EngineConfig) -> Loaded:
         raise ValueError(f"quantization={resolved.quantization!r} is not implemented for {model_config.architecture}")
     stored = find_weights(model_config, folder) if config.load_format == "auto" else None
     check_fits(model_config, resolved)
+    return Prepared(make_model, stored, model_config, resolved, tokenizer)
+
+
+def load(prepared: Prepared, ranks: Ranks = ALONE) -> Loaded:
+    """The network, or this rank's share of it. Raises ValueError as `LLM` does."""
+    make_model, stored, model_config, config, tokenizer = prepared
     with torch.inference_mode():
-        network = _allocate(make_model, model_config, resolved)
+        network = _allocate(make_model, model_config, config, ranks)
         if stored is None:
             randomize(network, config.seed or 0)
         else:
             load_weights(network, stored)
-    return Loaded(network, model_config, resolved, tokenizer)
+    return Loaded(network, model_config, config, tokenizer)
 
 
-def _allocate(make_model: type[Transformer], model_config: ModelConfig, config: EngineConfig) -> Transformer:
+def _allocate(
+    make_model: type[Transformer], model_config: ModelConfig, config: EngineConfig, ranks: Ranks
+) -> Transformer:
     options = {"quantization": config.quantization} if config.quantization else {}
+    options |= {"ranks": ranks} if make_model.IS_SHARED else {}
     try:
         return make_model(model_config, config.dtype, config.device, config.max_model_len, **options)
     except RuntimeError as error:  # torch's own, where memory that was free is not there

@@ -2,15 +2,15 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.kernels.quantize import multiplies_fp8
-from blockinfer.models.published import TensorGroup
-from blockinfer.models.registry import published
+from blockinfer.models.published import num_parameters
+from blockinfer.models.registry import model_class, published
 
 # A page's and a slot's bookkeeping in Python; a layer's modules.
 _PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
@@ -21,30 +21,34 @@ _COLUMN_BYTES = 3 * 1024
 def check_fits(model: ModelConfig, config: EngineConfig) -> None:
     """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
     kv_cache_memory or else the least, one page."""
-    free = free_memory(config.device)
-    weights = weight_bytes(published(model), config) + model.n_layers * _LAYER_HOST_BYTES
+    ranks, free = config.tensor_parallel_size, free_memory(config.device) // _ranks_beside(config)
+    weights = weight_bytes(model, config) + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
     pages = num_pages(model, config, max(0, free - weights - working)) if config.kv_cache_memory else 1
     cache = pages * page_bytes(model, config)
     if weights + working + cache > free:
         dtype = str(config.dtype).removeprefix("torch.") + f" and {config.quantization}" * bool(config.quantization)
         raise ValueError(
-            f"{config.model} needs {_gb(weights + working + cache)} on {config.device}, {_gb(free)} are free: "
+            f"{config.model} needs {_gb(weights + working + cache)} on {config.device}"
+            f"{f' for each of {ranks} ranks' * (ranks > 1)}, {_gb(free)} are free: "
             f"{_gb(weights)} for the weights in {dtype}, {_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
             f"{_gb(working)} to work with (max_num_seqs={config.max_num_seqs}, max_model_len={config.max_model_len}, "
             f"max_num_batched_tokens={config.max_num_batched_tokens})"
         )
 
 
-def weight_bytes(groups: Iterable[TensorGroup], config: EngineConfig) -> int:
-    """Of a quantised layer the matrices take a byte a value and 4 for an output channel."""
-    total = 0
+def weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of one rank. Of a quantised layer, which no other rank shares, the matrices take a byte a value and 4 for an
+    output channel."""
+    groups, itemsize = published(model), config.dtype.itemsize
+    total = itemsize * num_parameters(
+        groups, config.tensor_parallel_size, {model_class(model.architecture, "").EMBEDDINGS}
+    )
     for group in groups:
-        number = math.prod(map(len, group.indices))
-        for shape in group.shapes.values():
-            quantized = config.quantization and group.indices and len(shape) == 2
-            size = math.prod(shape)
-            total += number * (size + 4 * shape[0] if quantized else size * config.dtype.itemsize)
+        if config.quantization and group.indices:
+            matrices = (shape for shape in group.shapes.values() if len(shape) == 2)
+            saved = sum(rows * columns * (itemsize - 1) - 4 * rows for rows, columns in matrices)
+            total -= math.prod(map(len, group.indices)) * saved
     return total
 
 
@@ -63,8 +67,9 @@ def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """K and V of page_size tokens in all layers."""
-    return 2 * model.n_layers * config.page_size * model.n_kv_heads * model.head_dim * config.dtype.itemsize
+    """K and V of page_size tokens in all layers, of one rank's heads."""
+    width = model.n_kv_heads // config.tensor_parallel_size * model.head_dim
+    return 2 * model.n_layers * config.page_size * width * config.dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:
@@ -78,7 +83,12 @@ def free_memory(device: torch.device) -> int:
 def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
     if config.device.type == "cuda":
         return max(0, int(free * 0.9) - _step_bytes(model, config))
-    return free // 2
+    return free // 2 // _ranks_beside(config)
+
+
+def _ranks_beside(config: EngineConfig) -> int:
+    """How many ranks take of the same memory: each has a GPU of its own."""
+    return 1 if config.device.type == "cuda" else config.tensor_parallel_size
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -86,7 +96,8 @@ def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
     numbers = config.max_num_batched_tokens * model.step_width
     if config.quantization and not multiplies_fp8(config.device):
         numbers += 2 * model.mlp_hidden_size * model.d_model
-    return numbers * config.dtype.itemsize + model.embedding_size * _COLUMN_BYTES
+    columns = model.embedding_size // config.tensor_parallel_size
+    return numbers * config.dtype.itemsize + columns * _COLUMN_BYTES
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:

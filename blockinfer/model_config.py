@@ -1,5 +1,6 @@
 """What a checkpoint is: its shape, as the engine knows it whatever the family, and the reading of a config.json."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,18 @@ class ModelConfig:
     def mlp_elements(self) -> float:
         """Of a layer's MLP, on average over the layers, the weights that a row is multiplied by."""
         return 3 * self.d_model * self.mlp_hidden_size
+
+    def check_shares(self, ranks: int, source: str) -> None:
+        """Raises ValueError where so many ranks cannot have equal shares of heads, MLP and vocabulary."""
+        sizes = {n: getattr(self, n) for n in ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size")}
+        uneven = [f"{name}={size}" for name, size in sizes.items() if size % ranks]
+        if uneven:
+            largest = math.gcd(*sizes.values())
+            possible = [str(n) for n in range(1, min(largest, 64) + 1) if largest % n == 0]
+            raise ValueError(
+                f"{source}: tensor_parallel_size={ranks} does not divide {' and '.join(uneven)}; this model can be "
+                f"shared by {', '.join(possible)}"
+            )
 
 
 def architecture(raw: Mapping[str, Any], source: str) -> str:

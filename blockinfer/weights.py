@@ -76,18 +76,19 @@ def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
     wanted, quantization, scales = model.checkpoint_tensors(), model.config.quantization, set()
     for path in sorted({tensor.path for tensor in stored.values()}):
         names = [name for name, tensor in stored.items() if tensor.path == path and name in wanted]
-        for name, tensor in zip(names, _read(path, names), strict=True):
+        shares = [_share(stored[name].shape, wanted[name].shape, model.ranks.rank) for name in names]
+        for name, tensor in zip(names, _read(path, names, shares), strict=True):
             target, scale = wanted[name], quantization and quantization.scale_name(name)
             if scale in stored:
                 scales.add(scale)
-                quantization.load(target, tensor, *_read(stored[scale].path, [scale]))
+                quantization.load(target, tensor, *_read(stored[scale].path, [scale], [None]))
             else:
                 target.copy_(tensor)
             if not _is_finite(target):
                 kind = "fp8" if isinstance(target, QuantizedWeight) else target.dtype
                 raise ValueError(f"{path}: {name} has values that are NaN or infinite in {kind}")
     for name in stored.keys() - wanted.keys() - scales:
-        (extra,) = _read(stored[name].path, [name])
+        (extra,) = _read(stored[name].path, [name], [None])
         try:
             check_harmless(name, extra, model)
         except ValueError as error:
@@ -95,17 +96,21 @@ def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
 
 
 def randomize(model: Transformer, seed: int) -> None:
-    """Normal weights of deviation 0.02, norms 1: the published shape's speed without its weights."""
+    """Normal weights of deviation 0.02, norms 1: the published shape's speed without its weights. However many ranks
+    share the model, it is the same."""
     generator = torch.Generator(device=model.wte.device).manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            module.copy_(torch.empty_like(module.values, dtype=model.wte.dtype).normal_(0.0, 0.02, generator=generator))
+    shapes = dict(tensor for group in published(model.config) for tensor in group.tensors())
+    for name, part in model.checkpoint_tensors().items():
+        if len(part.shape) == 1:
+            part.fill_(1.0)
             continue
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+        share = _share(shapes[name], part.shape, model.ranks.rank)
+        if share is None and not isinstance(part, QuantizedWeight):
+            part.normal_(0.0, 0.02, generator=generator)
+            continue
+        whole = torch.empty(shapes[name], dtype=model.wte.dtype, device=model.wte.device)
+        whole.normal_(0.0, 0.02, generator=generator)
+        part.copy_(whole if share is None else whole[share])
 
 
 def _is_finite(target: torch.Tensor | QuantizedWeight) -> bool:
@@ -178,10 +183,18 @@ def _open(path: Path) -> Iterator[safe_open]:
         raise ValueError(f"{path}: not a whole safetensors file (truncated or damaged?): {reason(error)}") from error
 
 
-def _read(path: Path, names: list[str]) -> Iterator[torch.Tensor]:
+def _share(whole: tuple[int, ...], part: tuple[int, ...], rank: int) -> tuple[slice, ...] | None:
+    """Where in a tensor of shape `whole` the rank's part is, of the same size as the other ranks'; None for all."""
+    if tuple(whole) == tuple(part):
+        return None
+    return tuple(slice(None) if n == k else slice(rank * k, (rank + 1) * k) for n, k in zip(whole, part, strict=True))
+
+
+def _read(path: Path, names: list[str], shares: list[tuple[slice, ...] | None]) -> Iterator[torch.Tensor]:
+    """Of each tensor the share alone is read."""
     with _open(path) as shard:
-        for name in names:
-            yield shard.get_tensor(name)
+        for name, share in zip(names, shares, strict=True):
+            yield shard.get_tensor(name) if share is None else shard.get_slice(name)[share]
 
 
 def _named(what: str, names: set[str]) -> list[str]:

@@ -33,7 +33,7 @@ from evals.results.table import (
     unextracted_lines,
 )
 from evals.runs.configurations import KERNEL, LIKELIHOOD, SERVING, STEP, has_figures, is_configuration, variant
-from evals.runs.machine import device_name, slug
+from evals.runs.machine import slug
 from evals.runs.resume import Generations
 from evals.runs.settings import Case, Settings, read_settings
 from evals.suite import Suite
@@ -68,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # here a usage error ends the session with one line; during collection it would be a traceback
     settings = settings_of(config)
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
-        config.option.benchmark_storage = f".benchmarks/{slug(device_name(settings.device))}"
+        config.option.benchmark_storage = f".benchmarks/{slug(settings.device_name)}"
     check_option(config.getoption("benchmark_compare"))
     # who started this may have it ignored
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -93,13 +93,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """mode-block_length, the rule where it is not low_confidence alone, and what is not by default; source before them
-    for the accuracy."""
+    """mode-block_length, the rule where it is not low_confidence alone, what is not by default, and tp2 of two ranks;
+    source before them for the accuracy."""
     if "case" not in metafunc.fixturenames:
         return
     settings = settings_of(metafunc.config)
     cases = settings.cases
-    named = [_id(case, settings.several_rules) for case in cases]
+    ranks = f"-tp{settings.tensor_parallel_size}" * (settings.tensor_parallel_size > 1)
+    named = [_id(case, settings.several_rules) + ranks for case in cases]
     values = [(c.mode, c.block_length, c.unmasking) for c in cases]
     if "source" in metafunc.fixturenames:
         sources = list(dict.fromkeys(row["source"] for row in settings.rows))
@@ -220,6 +221,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     settings = settings_of(config)
     weights = "random weights" if settings.is_dummy else settings.model
     where = "the GPU" if settings.device == "cuda" else "the CPU"
+    where += f", shared by {settings.tensor_parallel_size} ranks" * (settings.tensor_parallel_size > 1)
     small = " (the small model: pass --model for another)" if settings.is_tiny and not settings.is_dummy else ""
     part = f" (shard {settings.shard.index}/{settings.shard.of})" if settings.shard else ""
     number = f"{len(settings.rows)} rows{part}, {settings.batch_size} at once, up to {settings.max_tokens} tokens"
@@ -268,7 +270,7 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
     if suite is None or not suite.runs:
         return
     about = suite.environment
-    place = device_name(about["device"])
+    place = suite.settings.device_name
     terminalreporter.section("blockinfer")
     terminalreporter.write_line(f"{about['model']} ({about['weights']} weights), {number_format(about)}, {place}")
     terminalreporter.write_line(
@@ -330,9 +332,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What decides whether two runs can be compared; no host name."""
-    device = settings_of(config).device
     return {
-        "device": device_name(device),
+        "device": settings_of(config).device_name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }

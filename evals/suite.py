@@ -109,11 +109,16 @@ class Suite:
         """Of its rounds, which are made now or were made with another's."""
         if case not in self._seconds:
             together = [case]
-            if self.settings.device == "cpu" and timed and case in self.timed:
+            if self._has_lanes and timed and case in self.timed:
                 # ratios are of configurations at one rule
                 together = [other for other in self.timed if other.unmasking == case.unmasking]
             self._measure(together, repeated=timed)
         return self._seconds.pop(case)
+
+    @property
+    def _has_lanes(self) -> bool:
+        """Whether configurations run side by side: on a CPU, where one process has all of the model."""
+        return self.settings.device == "cpu" and self.settings.tensor_parallel_size == 1
 
     def _measure(self, cases: list[Case], repeated: bool) -> None:
         """Fills `runs`, or `failed`, and the seconds that `measure` hands on."""

@@ -55,7 +55,7 @@ def options(settings):
 def llm(settings, options):
     try:
         llm = LLM(settings.model, **options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     with llm:
         yield llm

@@ -99,7 +99,10 @@ SIZES = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", SIZES[settings_of(metafunc.config).device].cases)
+        settings = settings_of(metafunc.config)
+        cases = SIZES[settings.device].cases
+        ranks = f"-tp{settings.tensor_parallel_size}" * (settings.tensor_parallel_size > 1)
+        metafunc.parametrize("name", cases, ids=[name + ranks for name in cases])
 
 
 def measured_model(settings: Settings, named: str | None) -> Settings:
@@ -140,7 +143,7 @@ def llm(settings, sizes, ceilings):
             )
     try:
         llm = LLM(settings.model, tokenizer=settings.tokenizer, max_num_seqs=sizes.many, **settings.engine_options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # every test would fail alike
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     with llm:
@@ -173,7 +176,8 @@ def measure(benchmark, llm, environment, settings, ceilings):
 
         record(benchmark, rounds)
         info = figures(*first_seconds, runs) | memory(llm) | loading(llm)
-        info |= least_ms(runs[-1], llm.model_config, llm.config.dtype.itemsize, ceilings, llm.config.quantization)
+        made = llm.config.dtype.itemsize, ceilings, llm.config.quantization, settings.tensor_parallel_size
+        info |= least_ms(runs[-1], llm.model_config, *made)
         benchmark.extra_info.update(info)
         return outputs
 

@@ -121,7 +121,14 @@ def test_sampling_params(options, error, message):
             TypeError,
             "'trust_remote_code'; a checkpoint's own code never runs; leave it out",
         ),
-        ({"tensor_parallel_size": 2}, TypeError, "'tensor_parallel_size'; the model runs on one GPU"),
+        ({"tensor_parallel_size": 0}, ValueError, "tensor_parallel_size must be at least 1, got 0"),
+        (
+            {"tensor_parallel_size": 3},
+            ValueError,
+            "config.json: tensor_parallel_size=3 does not divide n_heads=4 and n_kv_heads=4; this model can be shared "
+            "by 1, 2, 4$",
+        ),
+        ({"tp_size": 2}, TypeError, "'tp_size'; it is called tensor_parallel_size here"),
         ({"block_size": 16}, TypeError, "'block_size'; it is called page_size here"),
         ({"max_tokens": 16}, TypeError, "'max_tokens'; it is an option of SamplingParams"),
         ({"gen_length": 16}, TypeError, "'gen_length'; in SamplingParams it is called max_tokens here"),

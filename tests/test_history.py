@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evals import conftest
-from evals.runs import machine
+from evals.runs import machine, settings
 from evals.runs.configurations import KERNEL, STEP
 
 pytest_plugins = "pytester"
@@ -48,7 +48,7 @@ def suite(pytester, monkeypatch):
         """
     )
     monkeypatch.setattr(conftest, "question", lambda *about: {"n": 4})
-    monkeypatch.setattr(conftest, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(settings, "device_name", lambda device, ranks: "NVIDIA H200")
 
     def run(*options):
         # those of pytest_configure would be this session's
@@ -82,7 +82,7 @@ def saved(folder):
 
 def test_a_history_is_kept_for_each_device(suite, pytester, monkeypatch):
     assert [suite("--benchmark-autosave")[0] for _ in range(2)] == [0, 0]
-    monkeypatch.setattr(conftest, "device_name", lambda device: "AMD EPYC(TM) 9554, 2 threads")
+    monkeypatch.setattr(settings, "device_name", lambda device, ranks: "AMD EPYC(TM) 9554, 2 threads")
     assert suite("--benchmark-save=first")[0] == 0
     (amd, _, first), (nvidia, _, one), (same, _, two) = saved(pytester.path / ".benchmarks")
     assert (amd, nvidia, same) == ("amd-epyc-9554-2-threads", "nvidia-h200", "nvidia-h200")
@@ -284,4 +284,5 @@ def test_names_of_devices(monkeypatch):
     assert machine.device_name("cpu") == "aarch64, 1 thread"
     monkeypatch.setattr(machine.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert machine.device_name("cuda") == "NVIDIA H200" and machine.cpu_name("cuda") is None
+    assert machine.device_name("cuda", 2) == "2 x NVIDIA H200"
     assert machine.slug("NVIDIA H200") == "nvidia-h200" and machine.gpu_name("cpu") is None

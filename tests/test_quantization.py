@@ -10,7 +10,6 @@ from blockinfer import LLM, SamplingParams
 from blockinfer.kernels import fp8_linear
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.memory import weight_bytes
-from blockinfer.models.registry import published
 from tests.checkpoints import save_shards, write_checkpoint
 from tests.families.checkpoints import ILLADA, write_family
 from tests.families.forward import logits_of
@@ -122,7 +121,7 @@ def test_what_is_quantised_and_what_it_takes(plain, dtype):
             else:
                 assert torch.equal(tensor, stored[name].to(tensor.dtype)) and tensor.dtype == llm.config.dtype
         taken = sum(parameter.nbytes for parameter in model.parameters())
-        assert taken == weight_bytes(published(llm.model_config), llm.config)
+        assert taken == weight_bytes(llm.model_config, llm.config)
         assert llm.generate([1, 2], SamplingParams(max_tokens=8), use_tqdm=False)
 
 

@@ -24,7 +24,7 @@ exit "${code:-0}"
 
 # writes what pytest or -m evals merge would; a shard in $DIES leaves half a file
 PYTHON = """#!/usr/bin/env bash
-echo "gpu=${CUDA_VISIBLE_DEVICES:-} threads=$OMP_NUM_THREADS $*" >>"$CALLS"
+echo "gpu=${CUDA_VISIBLE_DEVICES:-} threads=$OMP_NUM_THREADS world=${WORLD_SIZE:-} $*" >>"$CALLS"
 [[ $2 == pytest ]] || { echo "$*" >"$4"; exit 0; }
 for option in "$@"; do
     case $option in
@@ -78,7 +78,10 @@ def test_every_task_runs_a_shard_and_they_are_merged_in_order(job):
     assert shards_in(calls) == ["1/3", "2/3", "3/3"] and "shards to run: 1 2 3 of 3" in text
     assert {"srun --ntasks=3", "srun --kill-on-bad-exit=0", "srun --wait=0", "srun --cpus-per-task=4"} <= set(calls)
     one = next(line for line in calls if "--shard=1/3" in line)
-    assert one.startswith("gpu= threads=4 -m pytest evals/test_throughput.py") and " --model a b --mode=block " in one
+    assert (
+        one.startswith("gpu= threads=4 world= -m pytest evals/test_throughput.py")
+        and " --model a b --mode=block " in one
+    )
     results = "results/slurm"
     assert one.endswith(
         f"--resume={results}/shard_1.jsonl --output=/dev/null --benchmark-json={results}/shard_1.json.part"
@@ -154,3 +157,22 @@ def test_a_task_takes_one_gpu_where_it_is_given_several(job, visible, taken):
     _, _, calls = job(CUDA_VISIBLE_DEVICES=visible)
     gpus = [line.split()[0].removeprefix("gpu=") for line in calls if "pytest" in line]
     assert gpus == taken
+
+
+@pytest.mark.parametrize("options", [["--tensor-parallel-size=2"], ["--tensor-parallel-size", "2"]])
+@pytest.mark.parametrize(
+    ("visible", "taken"),
+    [("4,5,6,7", ["4,5", "6,7", "4,5"]), ("4,5", ["4,5"] * 3), ("a,b,c", ["a,b", "c,a", "b,c"]), ("", [""] * 3)],
+)
+def test_a_task_takes_the_gpus_of_its_ranks(job, options, visible, taken):
+    code, text, calls = job(*options, CUDA_VISIBLE_DEVICES=visible, RANK="0", WORLD_SIZE="3")
+    assert code == 0, text
+    lines = [line for line in calls if "pytest" in line]
+    assert [line.split()[0].removeprefix("gpu=") for line in lines] == taken
+    # the ranks that the cluster names are not the suite's
+    assert all("world= " in line and " ".join(options) in line for line in lines)
+
+
+def test_a_number_of_ranks_that_is_none(job):
+    code, text, calls = job("--tensor-parallel-size", "two")
+    assert code == 2 and "--tensor-parallel-size must be a positive integer, got two" in text and not calls

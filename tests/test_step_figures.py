@@ -18,7 +18,7 @@ from evals.runs.settings import TINY_MODEL, read_settings
 from evals.test_steps import SIZES, measured_model
 from evals.timing import stages, steps
 from evals.timing.kernels import Ceilings
-from evals.timing.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, Kernel, own_times, stages_of
+from evals.timing.stages import CONFIDENCE, LM_HEAD, OTHERS, PRODUCTS, RANKS, Kernel, own_times, stages_of
 from evals.timing.steps import Case, Timed, figures, ragged_lengths, random_prompts, timed_run
 from tests.checkpoints import write_checkpoint
 from tests.report.sample import info
@@ -92,6 +92,10 @@ def test_what_a_step_takes_at_least(llm):
     left_out = sum(parameters[last + name].numel() for name in ("attn_out", "gate_up_proj", "ff_out"))
     left_out += llm.engine.model.lm_head.numel()
     assert no_head["least_products_ms"] == pytest.approx(1000 * 2 * (matrices - left_out) * 60 / 1e12 / 2)
+
+    halves = steps.least_ms(Timed(1.0, 2, 60, 60, 0, 1, 0), config, 4, ceilings, ranks=2)
+    assert halves["least_read_ms"] == pytest.approx(all_rows["least_read_ms"] / 2)
+    assert halves["least_products_ms"] == pytest.approx(all_rows["least_products_ms"] / 2)
 
     keys = steps.least_ms(Timed(1.0, 2, 60, 60, 700, 1, 0), config, 4, ceilings)
     row = llm.engine.runner.kv_pages[:, :, 0, 0].numel() * 4
@@ -190,6 +194,8 @@ STEP_OF_KERNELS = [
     ("_paged_attention_kernel", "attention"),
     ("_combine_kernel", "attention"),
     ("_skinny_linear_kernel", PRODUCTS),
+    ("_sum_parts_kernel", RANKS),
+    ("void c10d::symmetric_memory::two_shot_all_reduce_kernel_inplace<c10::BFloat16, 16, 2>", RANKS),
     ("_add_rms_norm_kernel", "norms"),
     ("_skinny_gated_kernel", PRODUCTS),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas", PRODUCTS),
@@ -201,6 +207,8 @@ STEP_OF_KERNELS = [
     ("_tile_kernel", CONFIDENCE),
     ("_noise_kernel", CONFIDENCE),
     ("_combine_kernel", CONFIDENCE),
+    ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", RANKS),
+    ("_merge_kernel", CONFIDENCE),
     ("_unmask_kernel", OTHERS),
     ("Memcpy DtoH (Device -> Pinned)", OTHERS),
 ]

@@ -44,12 +44,14 @@ class StepGraphs:
 
     def capture(self, pool: tuple[int, int], on_capture: Callable[[], None]) -> None:
         """Graphs never run side by side, so all of them share the pool's memory for their intermediate tensors."""
+        # NCCL's threads may look at their events meanwhile
+        mode = "thread_local" if torch.distributed.is_initialized() else "global"
         # the largest first: the others fit into its memory
         for size in reversed(self._sizes):
             # what is compiled, loaded or chosen at its first call cannot be captured
             self._function(size)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
                 self._function(size)
             self._captured[size] = graph
             on_capture()

@@ -35,6 +35,7 @@ from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, to
 from blockinfer.kernels.guidance import Guidance, guide
 from blockinfer.kernels.masked_rows import masked_rows
 from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
+from blockinfer.kernels.sharded_confidence import Shard, sharded_confidence
 from blockinfer.kernels.slots import SlotOptions, SlotState
 from blockinfer.kernels.unmasking import unmask
 from blockinfer.kernels.whole_attention import with_whole
@@ -113,8 +114,12 @@ class ModelRunner:
             torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
         )
         self._vocabulary = Vocabulary(size, config.mask_token_id, self.eos_ids, self.last_ids)
+        ranks = model.ranks
+        self._shard = Shard.of(self._vocabulary, model.config.embedding_size // ranks.size, ranks.rank)
         self._logprobs = RevealedLogprobs(self.state, self._vocabulary, lambda rows: self._reveal.padded(rows))
-        self._scores = ScoreReader(self._logits, lambda rows: self._reveal.padded(rows), size, self.device)
+        self._scores = ScoreReader(
+            self._whole_logits, lambda rows: self._reveal.padded(rows), size, self.device, ranks.wait
+        )
         self._cutting, self._scratch = self._make_attention()
         # where every step finds its indices, and what those that are there depend on
         self._blocks = most_blocks(config.max_num_seqs)
@@ -123,8 +128,9 @@ class ModelRunner:
         self._layout: tuple[int, list] | None = None
         self._any_whole = False
         # what the layers leave for what follows, and what that leaves for the host
-        self._attended, self._residual = torch.zeros(
-            (2, rows, model.config.d_model), dtype=config.dtype, device=self.device
+        self._attended, self._residual = (
+            torch.zeros((rows, width), dtype=config.dtype, device=self.device)
+            for width in (model.n_heads * model.config.head_dim, model.config.d_model)
         )
         self._result = torch.zeros(2 * self._blocks + config.max_num_seqs * length, **ints)
         sizes = self._capture_sizes()
@@ -136,13 +142,13 @@ class ModelRunner:
             self._capture(2 * len(sizes) + len(whole_sizes))
 
     def _make_attention(self) -> tuple[Cutting, Scratch | None]:
-        shape = self.model.config
-        of_model = shape.head_dim, self.config.dtype, self.device
+        heads, head_dim = (self.model.n_heads, self.model.n_kv_heads), self.model.config.head_dim
+        of_model = head_dim, self.config.dtype, self.device
         if not runs_triton(self.kv_pages):
             # the twin takes each segment at once
             return with_whole(Cutting(self.config.max_num_batched_tokens, 1), *of_model), None
-        cutting = with_whole(Cutting.of(shape.n_heads, shape.n_kv_heads, self.device), *of_model)
-        return cutting, make_scratch(cutting, shape.n_heads, shape.n_kv_heads, shape.head_dim, self.device)
+        cutting = with_whole(Cutting.of(*heads, self.device), *of_model)
+        return cutting, make_scratch(cutting, *heads, head_dim, self.device)
 
     def _capture_sizes(self) -> list[int]:
         """Empty where kernels are launched one by one: by PyTorch's twins, and where that was asked for."""
@@ -251,7 +257,7 @@ class ModelRunner:
             show_shadows(self.state, guided)
         else:
             self._reveal(size)
-        self._logprobs.after(observed, self._logits)
+        self._logprobs.after(observed, self._whole_logits)
         self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
         if all(expected) and not any(sequence.stream == DENOISE for sequence in sequences):
             return [BlockResult([left]) for left in expected]
@@ -259,6 +265,7 @@ class ModelRunner:
 
     def _read(self, sequences: list[Sequence]) -> list[BlockResult]:
         """Waits for the step's result."""
+        self.model.ranks.wait()
         start, block = 2 * self._blocks, 0
         total = sum(sequence.block_end - sequence.block_start for sequence in sequences)
         values = self._result[: start + total].tolist()
@@ -328,12 +335,22 @@ class ModelRunner:
         unmask(predicted, rows, self.state, blocks, self._result)
 
     def _logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
-        """rows [N] of the last forward -> their logits [N, embedding_size], guided where that is asked for."""
+        """rows [N] of the last forward -> their logits, of this rank's share of the vocabulary, [N, columns], guided
+        where that is asked for."""
         logits = self.model.logits(self._attended, self._residual, rows)
         if guidance is None:
             return logits
         shadow = self.model.logits(self._attended, self._residual, rows + guidance.shift)
         return guide(logits, shadow, guidance.scale)
+
+    def _whole_logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
+        """`_logits` of all ranks, [N, embedding_size]: for what few requests ask for."""
+        return self.model.ranks.gather_columns(self._logits(rows, guidance))
+
+    def _confidence(self, logits: torch.Tensor, options: RowOptions) -> Confidence:
+        if self.model.ranks.size == 1:
+            return token_confidence(logits, self._vocabulary, options)
+        return sharded_confidence(logits, self._shard, options, self.model.ranks)
 
     def _predict(self, rows: torch.Tensor, options: RowOptions, guidance: Guidance | None) -> Confidence:
         """rows [N]: of the forward, with what each asks for -> what each predicts."""
@@ -346,7 +363,7 @@ class ModelRunner:
             chunk = slice(start, start + size)
             logits = self._logits(rows[chunk], guidance and Guidance(*(tensor[chunk] for tensor in guidance)))
             chunk_options = RowOptions(*(tensor[chunk] for tensor in options))
-            chunks.append(token_confidence(logits, self._vocabulary, chunk_options))
+            chunks.append(self._confidence(logits, chunk_options))
         if len(chunks) == 1:
             return chunks[0]
         return Confidence(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
@@ -359,9 +376,10 @@ def most_blocks(max_num_seqs: int) -> int:
 
 
 def page_shape(model: Transformer, page_size: int) -> tuple[int, int, int, int, int]:
-    """(layers, 2, P, HK, D): what one page of the KV cache holds, in elements of the model's dtype."""
+    """(layers, 2, P, HK, D): what one page of the KV cache holds, of this rank's heads, in elements of the model's
+    dtype."""
     config = model.config
-    return config.n_layers, 2, page_size, config.n_kv_heads, config.head_dim
+    return config.n_layers, 2, page_size, model.n_kv_heads, config.head_dim
 
 
 def _allocate_pages(model: Transformer, config: EngineConfig, num_pages: int) -> torch.Tensor:

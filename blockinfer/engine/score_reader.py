@@ -18,7 +18,7 @@ _ROWS = 256
 
 class ScoreReader:
     """logits: of rows [N] of the last forward. padded: to how many rows so many are best padded. size: of the
-    vocabulary."""
+    vocabulary. wait: for an event of the device, before it is waited for."""
 
     def __init__(
         self,
@@ -26,11 +26,13 @@ class ScoreReader:
         padded: Callable[[int], int],
         size: int,
         device: torch.device,
+        wait: Callable[[torch.cuda.Event], None],
     ) -> None:
         self._logits = logits
         self._padded = padded
         self._size = size
         self._device = device
+        self._wait = wait
 
     def read(self, scheduled: list[ScheduledSequence]) -> Scores:
         """Of the rows to score among what was just run, of which there is one; the values are not waited for."""
@@ -51,6 +53,7 @@ class ScoreReader:
         arrived.record()
 
         def read() -> list[float]:
+            self._wait(arrived)
             arrived.synchronize()
             return on_host.tolist()
 

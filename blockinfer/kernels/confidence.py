@@ -73,12 +73,8 @@ def token_confidence(logits: torch.Tensor, vocabulary: Vocabulary, options: RowO
 
 def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions) -> Confidence:
     """The twin."""
-    size, mask_token_id, eos_ids, last_ids = vocabulary
-    logits = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    if options.forbid_eos.any():
-        # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
-        logits[:, eos_ids] += torch.where(options.forbid_eos, -torch.inf, 0.0)[:, None].to(logits.dtype)
-    logits[:, mask_token_id : mask_token_id + 1] = -torch.inf
+    size, mask_token_id, _, last_ids = vocabulary
+    logits = candidates_torch(logits, vocabulary, options)
     finite = logits.amax(dim=-1).isfinite()
     sound = finite.all()
     if not sound:
@@ -106,6 +102,17 @@ def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options
     return Confidence(token_ids[:, 0], others, entropy, finite)
 
 
+def candidates_torch(logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions) -> torch.Tensor:
+    """A copy of the logits of ids below vocabulary.size, in float32 at least: -inf where there is no candidate."""
+    size, mask_token_id, eos_ids, _ = vocabulary
+    logits = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if options.forbid_eos.any():
+        # added, not assigned: a broken model's NaN or +inf there becomes NaN and is still noticed
+        logits[:, eos_ids] += torch.where(options.forbid_eos, -torch.inf, 0.0)[:, None].to(logits.dtype)
+    logits[:, mask_token_id : mask_token_id + 1] = -torch.inf
+    return logits
+
+
 def token_confidence_triton(
     logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int = 4096
 ) -> Confidence:
@@ -114,6 +121,33 @@ def token_confidence_triton(
     Raises ValueError where logits are not [N, V] with adjacent columns and a V that the vocabulary fits, where there is
     no candidate, or where the options are not contiguous tensors [N].
     """
+    read = read_tiles(logits, vocabulary, options, block)
+    rows, device = logits.shape[0], logits.device
+    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
+    others = torch.empty(rows, dtype=torch.float32, device=device)
+    entropy = torch.empty(rows, dtype=torch.float32, device=device)
+    finite = torch.empty(rows, dtype=torch.bool, device=device)
+    read.combine(read.parts, token_ids, others, entropy, finite, of_shard=False)
+    return Confidence(token_ids, others, entropy, finite)
+
+
+class ReadTiles(NamedTuple):
+    """What each tile of the logits left, [parts, N, tiles] float64, and what `_combine_kernel` takes with it."""
+
+    parts: torch.Tensor
+    arguments: tuple
+    launch: dict[str, int | bool]
+
+    def combine(self, *out: torch.Tensor, of_shard: bool) -> None:
+        """out: a shard's summary, and the four of `Confidence`; what is not asked for may be anything."""
+        _combine_kernel[(self.parts.shape[1],)](*self.arguments, *out, OF_SHARD=of_shard, **self.launch)
+
+
+def read_tiles(
+    logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int, first_id: int = 0
+) -> ReadTiles:
+    """The kernels that read all logits. first_id: the id of the first column, as its noise has it. Raises ValueError as
+    `token_confidence_triton`."""
     size, mask_token_id, eos_ids, last_ids = vocabulary
     if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(
@@ -129,10 +163,6 @@ def token_confidence_triton(
     tiles = triton.cdiv(size, block)
     # float64 holds what a tile leaves exactly, be it float32, float64 or a token id
     parts = torch.empty((_PARTS.value, rows, tiles), dtype=torch.float64, device=device)
-    token_ids = torch.empty(rows, dtype=torch.int64, device=device)
-    others = torch.empty(rows, dtype=torch.float32, device=device)
-    entropy = torch.empty(rows, dtype=torch.float32, device=device)
-    finite = torch.empty(rows, dtype=torch.bool, device=device)
     row = (logits, logits.stride(0), size, mask_token_id, options.forbid_eos, eos_ids, len(eos_ids))
     last = (options.eos_last, last_ids, len(last_ids))
     launch = dict(BLOCK=block, **launch_options(device))
@@ -146,26 +176,16 @@ def token_confidence_triton(
         parts,
         tiles,
         triton.cdiv(size, noise_block),
+        first_id,
         PURPOSE=philox.TOKEN_NOISE,
         num_warps=8,
         **launch | dict(BLOCK=noise_block),
     )
-    _combine_kernel[(rows,)](
-        *row,
-        *last,
-        options.temperature,
-        parts,
-        tiles,
-        programs,
-        *(token_ids, others, entropy, finite),
-        BLOCK_TILES=triton.next_power_of_2(tiles),
-        num_warps=8,
-        **launch,
-    )
-    return Confidence(token_ids, others, entropy, finite)
+    arguments = (*row, *last, options.temperature, parts, tiles, programs)
+    return ReadTiles(parts, arguments, dict(BLOCK_TILES=triton.next_power_of_2(tiles), num_warps=8, **launch))
 
 
-_NO_TOKEN = tl.constexpr(2**31 - 1)
+NO_TOKEN = tl.constexpr(2**31 - 1)
 _NOISE_PROGRAMS = 16  # which share a row's tiles, at most
 
 # What a tile leaves: of the tokens with a share in the softmax the largest logit m, sum e^(x - m), and the sum of
@@ -173,9 +193,13 @@ _NOISE_PROGRAMS = 16  # which share a row's tiles, at most
 # leaves: its largest noisy logit and the lowest id of that.
 _LARGEST, _TOTAL, _WEIGHTED, _BEST, _HAS_NAN, _NOISY, _TOKEN, _PARTS = (tl.constexpr(i) for i in range(8))
 
+# What a shard of the vocabulary leaves (kernels.sharded_confidence).
+SHARD_LARGEST, SHARD_TOTAL, SHARD_WEIGHTED, SHARD_OTHERS, SHARD_BEST = (tl.constexpr(i) for i in range(5))
+SHARD_KEY, SHARD_TOKEN, SHARD_HAS_SHARE, SHARD_HAS_NAN, SHARD_FIELDS = (tl.constexpr(i) for i in range(5, 10))
+
 
 @triton.jit
-def _below(x, largest):
+def below_largest(x, largest):
     """x - largest for x <= largest: 0 where both are the same infinity, at least -128, whose float32 exponential is 0.
 
     Halves are subtracted, since the difference of two finite numbers may overflow.
@@ -274,9 +298,9 @@ def _rare_tile(
         share = _has_share(at, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, CHUNK)
         known = tl.where(share, x, -float("inf"))
         new = tl.maximum(largest, tl.max(known, axis=0))
-        below = _below(largest, new)
+        below = below_largest(largest, new)
         shrink = tl.exp(below)
-        difference = _below(known, new)
+        difference = below_largest(known, new)
         weight = tl.where(share, tl.exp(difference), 0.0)
         weighted = (weighted + below * total) * shrink + tl.sum(difference * weight, axis=0)
         total = total * shrink + tl.sum(weight, axis=0)
@@ -360,6 +384,7 @@ def _noise_kernel(
     parts_ptr,
     tiles,
     noise_tiles,
+    first_id,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -371,22 +396,22 @@ def _noise_kernel(
         return
     seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
     best = tl.full([BLOCK], -float("inf"), tl.float64)
-    token = tl.full([BLOCK], _NO_TOKEN, tl.int32)
+    token = tl.full([BLOCK], NO_TOKEN, tl.int32)
     for tile in tl.range(tl.program_id(1), noise_tiles, tl.num_programs(1)):
         start = tile * BLOCK
         x = _read_tile(
             *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos, BLOCK)
         )
         token_id = start + tl.arange(0, BLOCK)
-        u = philox.uniform_triton(seed, PURPOSE, position, step, token_id)
+        u = philox.uniform_triton(seed, PURPOSE, position, step, first_id + token_id)
         noisy = tl.where(x == x, x, -float("inf")).to(tl.float64) - temperature * tl.log(-tl.log(u))
         # among candidates alone, since all of them may be at -inf
         candidate = (token_id < vocab_size) & (token_id != mask_token_id)
-        better = candidate & ((noisy > best) | (token == _NO_TOKEN))
+        better = candidate & ((noisy > best) | (token == NO_TOKEN))
         best = tl.where(better, noisy, best)
         token = tl.where(better, token_id, token)
     largest = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == largest, token, _NO_TOKEN), axis=0)
+    token = tl.min(tl.where(best == largest, token, NO_TOKEN), axis=0)
     plane = tl.num_programs(0).to(tl.int64) * tiles
     part = parts_ptr + row * tiles + tl.program_id(1)
     tl.store(part + _NOISY * plane, largest)
@@ -409,14 +434,17 @@ def _combine_kernel(
     parts_ptr,
     tiles,
     noise_programs,
+    summary_ptr,
     token_id_ptr,
     others_ptr,
     entropy_ptr,
     finite_ptr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    OF_SHARD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Of each row what `Confidence` has; OF_SHARD: what `kernels.sharded_confidence` goes on with."""
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N,)
     tile = tl.arange(0, BLOCK_TILES)
@@ -436,12 +464,14 @@ def _combine_kernel(
     # the token, or the tile to look for it: the first of those with the largest logit; tile 0 has a candidate even if
     # all are at -inf
     home = tl.min(tl.where(inside & (tile_best == best), tile, BLOCK_TILES), axis=0)
-    token = tl.full([], _NO_TOKEN, tl.int32)
+    token = tl.full([], NO_TOKEN, tl.int32)
+    key = best.to(tl.float64)
     if noisy:
         made = tile < noise_programs
         noise_best = tl.load(part + _NOISY * plane, mask=made, other=-float("inf"))
-        tokens = tl.load(part + _TOKEN * plane, mask=made, other=_NO_TOKEN).to(tl.int32)
-        token = tl.min(tl.where(noise_best == tl.max(noise_best, axis=0), tokens, _NO_TOKEN), axis=0)
+        tokens = tl.load(part + _TOKEN * plane, mask=made, other=NO_TOKEN).to(tl.int32)
+        key = tl.max(noise_best, axis=0)
+        token = tl.min(tl.where(noise_best == key, tokens, NO_TOKEN), axis=0)
         home = token // BLOCK
     start = home * BLOCK
     # relative to the largest of all tiles; the token's tile without the token, so that what is small there is not lost
@@ -457,20 +487,33 @@ def _combine_kernel(
         x = tl.where(x == x, x, -float("inf"))
         token_id = start + tl.arange(0, BLOCK)
         if not noisy:
-            token = tl.min(tl.where(x == best, token_id, _NO_TOKEN), axis=0)
+            token = tl.min(tl.where(x == best, token_id, NO_TOKEN), axis=0)
         beside = tl.sum(tl.where(token_id == token, 0.0, tl.exp(x - largest)), axis=0)
 
-    below = _below(tile_largest, largest)
+    below = below_largest(tile_largest, largest)
     scale = tl.exp(below)
     total = tl.sum(tile_total * scale, axis=0)
-    total = tl.where(total > 0, total, 1.0)  # 0 where no token has a share
     others = tl.sum(tl.where(tile == home, 0.0, tile_total * scale), axis=0) + beside
     # the sum of (x - largest) e^(x - largest): each tile's is of differences to its own largest
     weighted = tl.sum((tile_weighted + below * tile_total) * scale, axis=0)
-    tl.store(token_id_ptr + row, token.to(tl.int64))
-    tl.store(others_ptr + row, tl.where(has_share > 0, others / total, float("inf")))
-    tl.store(entropy_ptr + row, tl.where(has_share > 0, tl.log(total) - weighted / total, float("inf")))
-    tl.store(finite_ptr + row, (has_nan == 0) & (tl.abs(best) != float("inf")))
+    if OF_SHARD:
+        rows = tl.num_programs(0).to(tl.int64)
+        summary = summary_ptr + row
+        tl.store(summary + SHARD_LARGEST * rows, largest.to(tl.float64))
+        tl.store(summary + SHARD_TOTAL * rows, total.to(tl.float64))
+        tl.store(summary + SHARD_WEIGHTED * rows, weighted.to(tl.float64))
+        tl.store(summary + SHARD_OTHERS * rows, others.to(tl.float64))
+        tl.store(summary + SHARD_BEST * rows, best.to(tl.float64))
+        tl.store(summary + SHARD_KEY * rows, key)
+        tl.store(summary + SHARD_TOKEN * rows, token.to(tl.float64))
+        tl.store(summary + SHARD_HAS_SHARE * rows, has_share.to(tl.float64))
+        tl.store(summary + SHARD_HAS_NAN * rows, has_nan)
+    else:
+        total = tl.where(total > 0, total, 1.0)  # 0 where no token has a share
+        tl.store(token_id_ptr + row, token.to(tl.int64))
+        tl.store(others_ptr + row, tl.where(has_share > 0, others / total, float("inf")))
+        tl.store(entropy_ptr + row, tl.where(has_share > 0, tl.log(total) - weighted / total, float("inf")))
+        tl.store(finite_ptr + row, (has_nan == 0) & (tl.abs(best) != float("inf")))
 
 
 @triton.jit
@@ -503,7 +546,7 @@ def _rare_home(
             x = tl.where(x == x, x, -float("inf"))
             token_id = at + tl.arange(0, CHUNK)
             candidate = (token_id < vocab_size) & (token_id != mask_token_id)
-            token = tl.minimum(token, tl.min(tl.where(candidate & (x == best), token_id, _NO_TOKEN), axis=0))
+            token = tl.minimum(token, tl.min(tl.where(candidate & (x == best), token_id, NO_TOKEN), axis=0))
     beside = tl.zeros([], tl.float32)
     has_share = tl.zeros([], tl.int32)
     for at in tl.range(start, start + BLOCK, CHUNK):
@@ -513,7 +556,7 @@ def _rare_home(
         x = tl.where(x == x, x, -float("inf"))
         token_id = at + tl.arange(0, CHUNK)
         share = _has_share(at, vocab_size, mask_token_id, eos_last_ptr, last_ids_ptr, num_last, CHUNK)
-        weight = tl.where(share, tl.exp(_below(x, largest)), 0.0)
+        weight = tl.where(share, tl.exp(below_largest(x, largest)), 0.0)
         beside += tl.sum(tl.where(token_id == token, 0.0, weight), axis=0)
         has_share = tl.maximum(has_share, tl.max((share & (token_id == token)).to(tl.int32), axis=0))
     return token, beside, has_share

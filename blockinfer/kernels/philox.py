@@ -37,9 +37,12 @@ def uniform(
     return bits.clamp(min=1).double() * 2.0**-53
 
 
-def gumbel(seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Standard Gumbel noise [N, vocabulary] float64 for rows with the given seed, position and step, each [N] int64."""
-    token_ids = torch.arange(vocabulary, device=seed.device)
+def gumbel(
+    seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, vocabulary: int, first: int = 0
+) -> torch.Tensor:
+    """Standard Gumbel noise [N, vocabulary] float64 for rows with the given seed, position and step, each [N] int64, of
+    the ids from `first` on."""
+    token_ids = torch.arange(first, first + vocabulary, device=seed.device)
     return -(-uniform(seed[:, None], TOKEN_NOISE, position[:, None], step[:, None], token_ids).log()).log()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.quantize import QuantizedWeight
+from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.model_config import ModelConfig, check_tokens, if_embedded
 from blockinfer.models.hf_config import hf_reader, read_hf_shape
 from blockinfer.models.llada import LLaDALayer
@@ -39,7 +40,7 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {"layer_norm_eps": (None,), "mlp_b
 class ILLaDA(Transformer):
     EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
-    QUANTIZES = True
+    QUANTIZES = IS_SHARED = True
 
     def __init__(
         self,
@@ -48,10 +49,11 @@ class ILLaDA(Transformer):
         device: torch.device,
         max_model_len: int,
         quantization: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        layers = (LLaDALayer(config, dtype, device, quantization) for _ in range(config.n_layers))
+        layers = (LLaDALayer(config, dtype, device, quantization, ranks) for _ in range(config.n_layers))
         cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
-        super().__init__(config, layers, cos_sin, dtype, device)
+        super().__init__(config, layers, cos_sin, dtype, device, ranks)
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -11,6 +11,7 @@ from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.quantize import QuantizedWeight
+from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.llada_config import read_llada_config
 from blockinfer.models.published import TensorGroup
@@ -18,23 +19,35 @@ from blockinfer.models.transformer import Transformer, unfilled
 
 
 class LLaDALayer(nn.Module):
-    """One transformer block. q, k, v are one matrix, gate and up another."""
+    """One transformer block. q, k, v are one matrix, gate and up another.
+
+    A rank has whole heads and a share of the MLP: of the two matrices rows, of those that lead back to d_model columns,
+    whose products are summed over the ranks (arXiv 1909.08053).
+    """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         weight = partial(unfilled, dtype=dtype, device=device)
         matrix = partial(QuantizedWeight.empty, device=device) if quantization else weight
         self.quantized = quantization is not None
+        self.ranks = ranks
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
+        width, hidden = config.d_model // ranks.size, config.mlp_hidden_size // ranks.size
+        kv_width = config.n_kv_heads // ranks.size * config.head_dim
         self.attn_norm = weight(config.d_model)
-        self.qkv_proj = matrix((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.d_model)
-        self.attn_out = matrix(config.d_model, config.d_model)
+        self.qkv_proj = matrix(width + 2 * kv_width, config.d_model)
+        self.attn_out = matrix(config.d_model, width)
         self.ff_norm = weight(config.d_model)
-        self.gate_up_proj = matrix(2 * config.mlp_hidden_size, config.d_model)
-        self.ff_out = matrix(config.d_model, config.mlp_hidden_size)
+        self.gate_up_proj = matrix(2 * hidden, config.d_model)
+        self.ff_out = matrix(config.d_model, hidden)
 
     def attend(
         self,
@@ -46,7 +59,7 @@ class LLaDALayer(nn.Module):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [T, d], or parts of it [S, T, d]: the previous layer's output, which is added to residual [T, d] -> what
-        the heads attended to, [T, d], in `out` where it is given.
+        this rank's heads attended to, [T, heads * D], in `out` where it is given.
 
         kv_pages [2, pages, P, HK, D]: this layer's cache.
         """
@@ -56,11 +69,11 @@ class LLaDALayer(nn.Module):
         return attention(qkv, cos_sin, kv_pages, table, out).flatten(1)
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """attended [T, d], residual [T, d], to which the attention's output is added -> the layer's output, [T, d], or
-        parts of it [S, T, d], not yet added."""
-        x = linear_parts(attended, self.attn_out)
+        """attended [T, heads * D], residual [T, d], to which the attention's output is added -> the layer's output,
+        [T, d], or parts of it [S, T, d], not yet added."""
+        x = self.ranks.all_reduce(linear_parts(attended, self.attn_out), residual.dtype)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
-        return linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out)
+        return self.ranks.all_reduce(linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out), residual.dtype)
 
     def split(self) -> list[torch.Tensor | QuantizedWeight]:
         """Views of q, k, v, gate and up, each as a matrix of its own."""
@@ -73,7 +86,7 @@ class LLaDA(Transformer):
 
     EMBEDDINGS, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
     TIED_BY = "weight_tying"
-    QUANTIZES = True
+    QUANTIZES = IS_SHARED = True
     read_config = staticmethod(read_llada_config)
 
     def __init__(
@@ -83,10 +96,11 @@ class LLaDA(Transformer):
         device: torch.device,
         max_model_len: int,
         quantization: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        layers = (LLaDALayer(config, dtype, device, quantization) for _ in range(config.n_layers))
+        layers = (LLaDALayer(config, dtype, device, quantization, ranks) for _ in range(config.n_layers))
         cos_sin = rope_tables(config.head_dim, max_model_len, config.rope_theta, dtype, device)
-        super().__init__(config, layers, cos_sin, dtype, device)
+        super().__init__(config, layers, cos_sin, dtype, device, ranks)
 
     @staticmethod
     def published(config: ModelConfig) -> list[TensorGroup]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -25,10 +25,23 @@ class TensorGroup(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        return math.prod(map(len, self.indices)) * sum(map(math.prod, self.shapes.values()))
+        return self.parameters_of(1)
+
+    def parameters_of(self, ranks: int, everyones: Collection[str] = ()) -> int:
+        """Of one of so many ranks, which share all matrices but those of these names."""
+        sizes = (
+            math.prod(shape) // (ranks if len(shape) == 2 and self.prefix + name not in everyones else 1)
+            for name, shape in self.shapes.items()
+        )
+        return math.prod(map(len, self.indices)) * sum(sizes)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The name and the shape of each."""
         for index in itertools.product(*self.indices):
             prefix = self.prefix.format(*index)
             yield from ((prefix + name, shape) for name, shape in self.shapes.items())
+
+
+def num_parameters(groups: Iterable[TensorGroup], ranks: int = 1, everyones: Collection[str] = ()) -> int:
+    """Of one of so many ranks, which share all matrices but those of these names."""
+    return sum(group.parameters_of(ranks, everyones) for group in groups)

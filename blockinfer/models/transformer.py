@@ -11,6 +11,7 @@ from blockinfer.kernels.linear import linear
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.quantize import QuantizedWeight
+from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.published import TensorGroup
 
@@ -20,14 +21,18 @@ class Transformer(nn.Module):
 
     layers: each has an `attend` and a `finish`, as those of `models.llada.LLaDALayer`. cos_sin: `rope_tables` of all
     positions.
+    config is of the whole network. n_heads, n_kv_heads: this rank's; it has all embeddings, and of the head a share of
+    the vocabulary.
     QUANTIZES: whether the class takes quantization="fp8", which makes QuantizedWeights of the layers' matrices.
     EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the field of the config that makes them one.
+    IS_SHARED: whether ranks can share it; then it is made with them, and its matrices but the embeddings are shared.
     """
 
     QUANTIZES: ClassVar[bool] = False
     EMBEDDINGS: ClassVar[str]
     HEAD: ClassVar[str]
     TIED_BY: ClassVar[str]
+    IS_SHARED: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -36,13 +41,19 @@ class Transformer(nn.Module):
         cos_sin: torch.Tensor,
         dtype: torch.dtype,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
+        self.n_heads, self.n_kv_heads = config.n_heads // ranks.size, config.n_kv_heads // ranks.size
+        columns = config.embedding_size // ranks.size
         self.wte = unfilled(config.embedding_size, config.d_model, dtype=dtype, device=device)
         self.layers = nn.ModuleList(layers)
         self.ln_f = unfilled(config.d_model, dtype=dtype, device=device)
-        self.lm_head = self.wte if config.weight_tying else unfilled(*self.wte.shape, dtype=dtype, device=device)
+        if config.weight_tying:
+            self.lm_head = self.wte if ranks.size == 1 else self.wte.data[ranks.rank * columns :][:columns]
+        else:
+            self.lm_head = unfilled(columns, config.d_model, dtype=dtype, device=device)
         self.cos_sin = cos_sin
 
     @staticmethod
@@ -60,7 +71,8 @@ class Transformer(nn.Module):
 
     @abstractmethod
     def checkpoint_tensors(self) -> dict[str, torch.Tensor | QuantizedWeight]:
-        """The published tensor names and the part of a parameter that each fills, in the published shape."""
+        """The published tensor names and the part of a parameter that each fills, in the published shape, or this
+        rank's share of its rows or columns."""
 
     def forward(
         self,
@@ -72,7 +84,8 @@ class Transformer(nn.Module):
         residual: torch.Tensor,
     ) -> None:
         """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. All up to the last layer's
-        attention, which every row needs; what `logits` goes on with, attended and residual [T, d], is written."""
+        attention, which every row needs; what `logits` goes on with, attended [T, heads * D] and residual [T, d], is
+        written."""
         torch.index_select(self.wte, 0, token_ids, out=residual)
         x = torch.zeros_like(residual)
         cos_sin = self.cos_sin[positions]
@@ -82,7 +95,8 @@ class Transformer(nn.Module):
         last[0].attend(x, residual, cos_sin, last[1], table, attended)
 
     def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """attended, residual [T, d], as `forward` wrote them; rows [N] int64 -> their logits, [N, embedding_size]."""
+        """attended, residual, as `forward` wrote them; rows [N] int64 -> their logits, of this rank's share of the
+        vocabulary, [N, embedding_size / ranks]."""
         attended, residual = attended[rows], residual[rows]
         x = self.layers[-1].finish(attended, residual)
         return linear(add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0], self.lm_head)

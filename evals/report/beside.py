@@ -67,7 +67,7 @@ def _is_drawn(c: Configuration) -> bool:
 # What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
 IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value", *ONE_BLOCK)
 CONDITIONS = (
-    *("model", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads", "n"),
+    *("model", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "n"),
     *(
         "rows",
         "dataset",

@@ -223,7 +223,15 @@ def about(run: StoredRun) -> list[tuple[str, list[tuple[str, str]]]]:
             "dtype": of("dtype"),
             "quantization": of("quantization"),
         },
-        "Machine": {"device": of("device"), "GPU": of("gpu"), "CPU": of("cpu"), "CPU threads": of("cpu_threads")},
+        "Machine": {
+            "device": of("device"),
+            "GPU": of("gpu"),
+            "CPU": of("cpu"),
+            "CPU threads": of("cpu_threads"),
+            "ranks": of("tensor_parallel_size")
+            if any(c.tensor_parallel_size > 1 for c in run.configurations)
+            else None,
+        },
         "Versions": {
             "commit": run.commit,
             "torch": of("torch"),

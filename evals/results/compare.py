@@ -32,7 +32,7 @@ QUESTION = (
 # The same of the steps, beside those that they have in common with configurations.
 STEP_QUESTION = ("requests", "prompt_tokens", "new_tokens", "max_num_seqs")
 # Where one of these differs, speed and memory say nothing of the code. Those of SOFTWARE are merely told.
-MACHINE = ("device", "gpu", "cpu", "cpu_threads", "shards")
+MACHINE = ("device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
 # What is judged, and what it takes to judge it.
 FIGURES = ("unmasking", "n", "nfe", "tokens_per_second", "peak_memory_gib", "accuracy")

@@ -161,8 +161,9 @@ def _values(benchmark: Benchmark) -> dict[str, Any]:
     info = benchmark.extra_info
     asked = (benchmark.params or {}).get("block_length", info.get("block_length"))
     known = {key: value for key, value in info.items() if value is not None or not key.endswith("_by_source")}
-    # a file that merges no shards, or is older than shards, does not say so; nor is one that of several open blocks
-    return {"shards": 1} | ONE_BLOCK | known | {"asked_block_length": asked}
+    # a file that merges no shards, or is older than shards or ranks, does not say so; nor is one that of several open
+    # blocks
+    return {"shards": 1, "tensor_parallel_size": 1} | ONE_BLOCK | known | {"asked_block_length": asked}
 
 
 def _what(error: ValidationError) -> str:

@@ -119,6 +119,7 @@ def environment(settings: Settings, dtype: torch.dtype, quantization: str | None
         "gpu": gpu_name(settings.device),
         "cpu": cpu_name(settings.device),
         "cpu_threads": torch.get_num_threads(),
+        "tensor_parallel_size": settings.tensor_parallel_size,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "transformers": transformers.__version__,

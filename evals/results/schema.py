@@ -120,6 +120,7 @@ class Configuration(BaseModel):
     gpu: Text | None = None
     cpu: Text | None = None
     cpu_threads: Count | None = None
+    tensor_parallel_size: Positive = 1
     torch: Text | None = None
     cuda: Text | None = None
     transformers: Text | None = None

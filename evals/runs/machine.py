@@ -24,10 +24,12 @@ def cpu_name(device: str) -> str | None:
     return model[1] if model else platform.machine() or "CPU"
 
 
-def device_name(device: str) -> str:
-    """Runs on devices of one name can be compared: a GPU, or a CPU with so many threads."""
-    threads = torch.get_num_threads()
-    return gpu_name(device) or f"{cpu_name(device)}, {threads} thread{'s' * (threads > 1)}"
+def device_name(device: str, ranks: int = 1) -> str:
+    """Runs on devices of one name can be compared: so many GPUs, or a CPU with so many threads and processes."""
+    gpu, threads = gpu_name(device), torch.get_num_threads()
+    if gpu is not None:
+        return f"{ranks} x {gpu}" if ranks > 1 else gpu
+    return f"{cpu_name(device)}, {threads} thread{'s' * (threads > 1)}" + f", {ranks} ranks" * (ranks > 1)
 
 
 def slug(name: str) -> str:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from blockinfer import LLM
 from blockinfer.config import ModelConfig
 from blockinfer.engine.engine import Engine
+from blockinfer.kernels.ranks import ALONE
 
 
 class RemoteCodeModel(nn.Module):
@@ -23,7 +24,8 @@ class RemoteCodeModel(nn.Module):
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.model = model
-        self.config = config
+        self.config, self.ranks = config, ALONE
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
 
     def forward(self, token_ids: torch.Tensor, *others: object) -> None:
         """token_ids [T] of a whole canvas; its logits are kept for `logits`. No other argument is used."""

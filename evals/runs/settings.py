@@ -1,6 +1,7 @@
 """What a run of the suite measures: the command line's options, checked and resolved, and the cases they make."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from evals.questions.prompts import PROMPTS_VERSION, messages
 from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
 from evals.questions.template import PromptTemplate
 from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps, variant
+from evals.runs.machine import device_name
 from evals.runs.windows import check_window, window_options
 
 SUITE_MODES = (STANDARD, *MODES)
@@ -59,9 +61,9 @@ class Shard:
 class Settings:
     """The options of one session, with every default filled in.
 
-    device is "cpu" or "cuda"; batch_size in requests; max_seconds of repeated timing of a case; relative_error of the
-    mean at which it may end before; max_accuracy_loss a share, not points. prompt is the template of --prompt;
-    grader_versions are of what judges the rows, all shards' rows.
+    device is "cpu" or "cuda"; tensor_parallel_size: ranks that share the model; batch_size in requests; max_seconds of
+    repeated timing of a case; relative_error of the mean at which it may end before; max_accuracy_loss a share, not
+    points. prompt is the template of --prompt; grader_versions are of what judges the rows, all shards' rows.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Settings:
     dtype: str
     quantization: str | None
     device: str
+    tensor_parallel_size: int
     batch_size: int
     dataset: str
     rows: list[Row] = dataclasses.field(repr=False)
@@ -95,9 +98,14 @@ class Settings:
         return self.prompt.version if self.prompt else PROMPTS_VERSION
 
     @property
-    def engine_options(self) -> dict[str, str | None]:
+    def engine_options(self) -> dict[str, str | int | None]:
         """Those of LLM that say how the model is loaded."""
-        return {name: getattr(self, name) for name in ("dtype", "quantization", "device", "load_format")}
+        names = ("dtype", "quantization", "device", "load_format", "tensor_parallel_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def device_name(self) -> str:
+        return device_name(self.device, self.tensor_parallel_size)
 
     @property
     def is_dummy(self) -> bool:
@@ -131,6 +139,10 @@ def read_settings(config: pytest.Config) -> Settings:
         )
     if option("--reference-impl") and option("--load-format") == "dummy":
         raise pytest.UsageError("--reference-impl needs a checkpoint, and --load-format dummy has none")
+    if option("--reference-impl") and option("--tensor-parallel-size") > 1:
+        raise pytest.UsageError("--reference-impl runs on one GPU: leave out --tensor-parallel-size")
+    if option("--tensor-parallel-size") > 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise pytest.UsageError("--tensor-parallel-size starts its ranks itself: run pytest without torchrun")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     model = option("--model") or (PUBLISHED_MODEL if on_gpu else str(TINY_MODEL))
     dummy = option("--load-format") == "dummy"
@@ -163,6 +175,7 @@ def read_settings(config: pytest.Config) -> Settings:
         dtype=option("--dtype"),
         quantization=option("--quantization"),
         device="cuda" if on_gpu else "cpu",
+        tensor_parallel_size=option("--tensor-parallel-size"),
         batch_size=option("--batch-size") or (32 if on_gpu else 8),
         dataset=dataset,
         rows=[rows[i] for i in shard.positions] if shard else rows,

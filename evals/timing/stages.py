@@ -29,10 +29,11 @@ from evals.runs.machine import gpu_name
 from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
-EXPERTS, ROUTER = "products of experts", "router"
+EXPERTS, ROUTER, RANKS = "products of experts", "router", "sums over ranks"
 QUANTIZING = "quantising rows"
-# The first that is found in a kernel's name. The last are cuBLAS's, the others those of blockinfer/kernels: there
-# products may end with SiLU x up, norms begin with the sum of a product's parts.
+# The first that is found in a kernel's name. The last are cuBLAS's, those before NCCL's and torch's over symmetric
+# memory, the others those of blockinfer/kernels: there products may end with SiLU x up, norms begin with the sum of a
+# product's parts.
 _STAGES = [
     ("_skinny_|_fp8_", PRODUCTS),
     ("_(paged|whole)_attention_kernel", "attention"),
@@ -42,11 +43,12 @@ _STAGES = [
     ("_quantize_rows_kernel", QUANTIZING),
     ("_grouped_linear_kernel", EXPERTS),
     ("_route_kernel|_expert_(count|order)_kernel", ROUTER),
-    ("_(tile|noise|log_probability)_kernel", CONFIDENCE),
+    ("_(tile|noise|merge|log_probability)_kernel", CONFIDENCE),
+    ("_sum_parts_kernel|all_reduce_kernel|nccl", RANKS),
     (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
 ]
 STAGES = [PRODUCTS, EXPERTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", QUANTIZING]
-STAGES += [ROUTER, CONFIDENCE, OTHERS]
+STAGES += [ROUTER, CONFIDENCE, RANKS, OTHERS]
 
 
 class Kernel(NamedTuple):

@@ -21,7 +21,7 @@ from evals.timing.kernels import Ceilings
 # Of evals.results.record.environment: the rest is of the rows, which no step has.
 _ENVIRONMENT = (
     *("model", "load_format", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads"),
-    *("torch", "cuda", "python", "commit"),
+    *("torch", "cuda", "python", "tensor_parallel_size", "commit"),
 )
 
 
@@ -126,10 +126,15 @@ def environment_of(settings: Settings, llm: LLM) -> dict[str, Any]:
 
 
 def least_ms(
-    run: Timed, config: ModelConfig, itemsize: int, ceilings: Ceilings, quantization: str | None = None
+    run: Timed,
+    config: ModelConfig,
+    itemsize: int,
+    ceilings: Ceilings,
+    quantization: str | None = None,
+    ranks: int = 1,
 ) -> dict[str, float]:
-    """What a step of these counts takes the device at least, by the ceilings that stand beside it: ms to read the
-    weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
+    """What a step of these counts takes each rank's device at least, by the ceilings that stand beside it: ms to read
+    the weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
     attention's own left out. Of a mixture's experts those of one row are read at least; the weights say how many more.
     Quantised layers take a byte a value, and their products half the time.
     """
@@ -143,8 +148,8 @@ def least_ms(
     read = (config.n_layers * (qkv + after) * value + head * itemsize) * run.forwards
     read += 2 * config.n_layers * kv_width * run.keys * itemsize
     return {
-        "least_read_ms": 1000 * read / ceilings.read / run.forwards,
-        "least_products_ms": 1000 * flops / ceilings.sustained_matmul / run.forwards,
+        "least_read_ms": 1000 * read / ceilings.read / run.forwards / ranks,
+        "least_products_ms": 1000 * flops / ceilings.sustained_matmul / run.forwards / ranks,
         "read_tb_per_s": ceilings.read / 1e12,
         "sustained_matmul_tflop_per_s": ceilings.sustained_matmul / 1e12,
     }

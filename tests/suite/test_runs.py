@@ -97,6 +97,16 @@ def test_a_whole_run(tmp_path, folder):
     assert f"{len(kernels) + len(steps)} other benchmarks of the file are not shown." in page
 
 
+def test_a_run_on_two_ranks(tmp_path, folder):
+    """Its tests have names of their own, its device is another, and its figures say so."""
+    options = [f"--model={folder}", "--mode=block", "--tensor-parallel-size=2", "-k", "throughput or block-1x16-tp2"]
+    code, text, benchmarks, _ = run_suite(tmp_path, *options)
+    assert code == 0, text
+    assert list(benchmarks) == ["test_throughput[block-8-tp2]", "test_step[block-1x16-tp2]"]
+    assert all(benchmark["extra_info"]["tensor_parallel_size"] == 2 for benchmark in benchmarks.values())
+    assert f"{device_name('cpu')}, 2 ranks" in text and "on the CPU, shared by 2 ranks, 4 rows" in text
+
+
 def _check_kernels(kernels, text):
     """Each kernel is there, as the twin that it is, with figures that fit each other, and as a row of the table."""
     infos = [benchmark["extra_info"] for benchmark in kernels.values()]

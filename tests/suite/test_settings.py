@@ -97,11 +97,23 @@ def test_what_stands_on_the_tests_command_line_is_for_the_evals_alone(settings, 
         ),
         ({"unmasking": ["threshold"], "threshold": 2.0}, "threshold must be between 0.0 and 1.0, got 2.0"),
         ({"mode": ["vanilla"], "skip_vanilla": True}, "--skip-vanilla leaves no mode"),
+        (
+            {"tensor_parallel_size": 2, "reference_impl": True, "trust_remote_code": True},
+            "--reference-impl runs on one GPU: leave out --tensor-parallel-size",
+        ),
     ],
 )
 def test_bad_options(settings, changed, message):
     with pytest.raises(pytest.UsageError, match=message):
         settings(**changed)
+
+
+def test_ranks_are_the_suite_s_to_start(settings, monkeypatch):
+    assert settings(tensor_parallel_size=2).device_name == f"{settings().device_name}, 2 ranks"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings()
+    with pytest.raises(pytest.UsageError, match="starts its ranks itself: run pytest without torchrun"):
+        settings(tensor_parallel_size=2)
 
 
 TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume", "samples")
@@ -115,6 +127,7 @@ TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume",
         ("--block-length=8,8", "argument --block-length: names a value twice: '8,8'"),
         ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
         ("--max-tokens=0", "argument --max-tokens: must be at least 1 and finite, got 0"),
+        ("--tensor-parallel-size=0", "argument --tensor-parallel-size: must be at least 1 and finite, got 0"),
         ("--num-samples=-1", "argument --num-samples: must be at least 1 and finite, got -1"),
         *(
             (f"--{name}={text}", f"argument --{name}: must not be empty, got '{text}'")

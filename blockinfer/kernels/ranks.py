@@ -1,0 +1,80 @@
+"""The ranks that share a model, one process each, and what they tell each other within a step (arXiv 1909.08053)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from blockinfer.kernels.parts import sum_parts
+from blockinfer.kernels.symmetric_memory import SymmetricBuffer
+
+# all_gather_into_tensor until torch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Ranks:
+    """One rank alone, which has all of the model: each operation gives back what it is given."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x [T, d], or parts of it [S, T, d] of `dtype` or wider -> the sum of all ranks', in `dtype`, perhaps still in
+        parts. It holds until the next call."""
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x of one shape on all ranks -> [size, ...]."""
+        return x[None]
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C] -> [N, size * C], the first rank's columns first."""
+        return x
+
+    def wait(self, done: torch.cuda.Event | None = None) -> None:
+        """Until what the GPU was given is done, or the event; a caller that reads a result waits for it anyway."""
+
+
+ALONE = Ranks()
+
+
+class RankGroup(Ranks):
+    """The ranks of torch.distributed's default group.
+
+    store: of all ranks. wait_for: waits for an event, or says what keeps it from coming.
+    """
+
+    def __init__(self, device: torch.device, store: dist.Store, wait_for: Callable[[torch.cuda.Event], None]) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
+        self._store = store
+        self._wait_for = wait_for
+        self._buffer: SymmetricBuffer | None = None
+
+    def reserve(self, width: int, dtype: torch.dtype) -> None:
+        """Memory for the sums of rows so wide, where the ranks can reach each other's; all ranks call it together."""
+        if self._device.type == "cuda":
+            self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
+
+    def all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._buffer is not None and self._buffer.takes(x):
+            return self._buffer.all_reduce(x)
+        x = sum_parts(x, dtype)
+        dist.all_reduce(x)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        _all_gather(out.flatten(0, 1), x.contiguous())
+        return out
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gather(x).movedim(0, 1).flatten(1)
+
+    def wait(self, done: torch.cuda.Event | None = None) -> None:
+        if self._device.type != "cuda":
+            return
+        if done is None:
+            done = torch.cuda.Event()
+            done.record()
+        self._wait_for(done)

@@ -1,0 +1,123 @@
+"""Sums over the ranks of one host through memory that all of them can reach: torch's symmetric memory.
+
+On two H200 32 rows of 4,096 in bfloat16 take 7.4 us, with NCCL 22.9; 1,024 rows 32 us, with NCCL 56. Multicast (NVLink
+SHARP) is not used: not every machine has it, and where it is shared among tenants it may be switched off.
+"""
+
+import os
+import re
+import socket
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+from blockinfer.kernels.parts import sum_parts
+
+# Before torch's symmetric memory takes any.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+# Bytes up to which each rank reads all of every other's rows (one shot), and up to which each sums its share of them
+# and then reads the others' sums (two shots); beyond that it is NCCL.
+ONE_SHOT_BYTES, TWO_SHOT_BYTES = 1 << 17, 1 << 24
+# The kernels of torch read so many bytes at a time.
+_ALIGNMENT = 16
+
+
+class SymmetricBuffer:
+    """Rows of one width, in which the ranks' sums begin."""
+
+    def __init__(self, buffer: torch.Tensor, width: int, name: str, store: "FromNowOn") -> None:
+        self._buffer = buffer  # [TWO_SHOT_BYTES of its dtype]
+        self._width = width
+        self._group = name
+        self._store = store
+
+    @classmethod
+    def make(cls, width: int, dtype: torch.dtype, device: torch.device, store: dist.Store) -> "SymmetricBuffer | None":
+        """None where one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
+        all ranks."""
+        # torch keeps what it knows of a group for good, by its name: this one is new
+        told = [("", "")] * dist.get_world_size()
+        dist.all_gather_object(told, (socket.gethostname(), f"blockinfer-{uuid.uuid4()}"))
+        name, one_host = told[0][1], len({host for host, _ in told}) == 1
+        aligned = width * dtype.itemsize % (_ALIGNMENT * 8) == 0
+        buffer, store = None, FromNowOn(store, name)
+        if one_host and aligned and dtype in (torch.float32, torch.bfloat16):
+            buffer = _allocate(TWO_SHOT_BYTES // dtype.itemsize, dtype, name, store)
+        everywhere = torch.tensor(int(buffer is not None), device=device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return cls(buffer, width, name, store) if everywhere.item() else None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """x [T, d] or [S, T, d]."""
+        rows, width = x.shape[-2:]
+        return width == self._width and 0 < rows * width <= len(self._buffer)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x, or the sum of its parts, of all ranks, [T, d]."""
+        rows, width = x.shape[-2:]
+        mine = sum_parts(x, self._buffer.dtype, self._buffer[: rows * width].view(rows, width))
+        if mine.nbytes <= ONE_SHOT_BYTES:
+            return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._group)
+        return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
+
+
+class FromNowOn(dist.Store):
+    """A store in which torch's symmetric memory numbers its exchanges from 0.
+
+    It numbers those of a process's whole life, and a process that has met other ranks before would wait for ever for
+    new ones. So it does where another rank has died: here it gives up after `seconds`. torch does not keep it alive.
+    """
+
+    def __init__(self, store: dist.Store, name: str, seconds: float = 60.0) -> None:
+        super().__init__()
+        self._store = dist.PrefixStore(name, store)
+        self._seconds = seconds
+        self._first: int | None = None
+
+    def _renumbered(self, key: str) -> str:
+        """key: of a prefix and the exchange's number, and perhaps more."""
+        prefix, number, rest = re.fullmatch(r"([^/]*)/(\d+)(.*)", key).groups()
+        self._first = int(number) if self._first is None else self._first
+        return f"{prefix}/{int(number) - self._first}{rest}"
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(self._renumbered(key), value)
+
+    def add(self, key: str, value: int) -> int:
+        return self._store.add(self._renumbered(key), value)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check([self._renumbered(key) for key in keys])
+
+    def wait(self, keys: list[str], timeout: object = None) -> None:
+        end = time.monotonic() + self._seconds
+        while not self.check(keys):
+            if time.monotonic() > end:
+                raise RuntimeError(f"no other rank has answered for {self._seconds:.0f} s")
+            time.sleep(0.002)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._store.get(self._renumbered(key))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
+
+
+def _allocate(number: int, dtype: torch.dtype, name: str, store: dist.Store) -> torch.Tensor | None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        _SymmetricMemory.set_group_info(name, dist.get_rank(), dist.get_world_size(), store)
+        # outside inference mode, in which it was made: the buffer outlives it
+        with torch.inference_mode(False):
+            buffer = _SymmetricMemory.empty_strided_p2p((number,), (1,), dtype, device)
+            _SymmetricMemory.rendezvous(buffer, name)
+        return buffer
+    except (ImportError, RuntimeError, AttributeError, TypeError):
+        # no peer access, or a torch without it
+        return None

@@ -1,0 +1,49 @@
+"""`python -m blockinfer.parallel STORE RANK SIZE DEVICE`: a rank, as `blockinfer.parallel.followers` starts it."""
+
+import fcntl
+import gc
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from blockinfer.parallel.follow import follow
+from blockinfer.parallel.group import Group, Place
+
+
+def main() -> None:
+    path, rank, size, device = sys.argv[1:]
+    _end_with_parent()
+    store = dist.FileStore(path, int(size))
+    store.set(f"ready {rank}", "")
+    group = Group(Place(int(rank), int(size), int(rank)), store, device == "cuda")
+    try:
+        follow(group)
+    except BaseException:
+        # where the first rank is gone there is nothing to tell, and stdin ends this
+        time.sleep(1)
+        raise
+    gc.collect()
+    group.leave()
+    sys.stderr.flush()
+    # at once, whatever threads there are
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """The parent's end of stdin is closed when it ends, however it does."""
+    threading.Thread(target=_end_when_closed, daemon=True).start()
+    # where a library holds the interpreter, the signal does it, whose default is to end the process
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _end_when_closed() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

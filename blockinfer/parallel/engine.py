@@ -1,0 +1,135 @@
+"""An engine on several ranks: each has the whole engine around its share of the model, and all make the same calls.
+
+What an engine does is a function of these calls and of its device's results, and those are the same on all ranks: of
+each position's prediction the ranks put the same numbers together (kernels.sharded_confidence). So nothing but calls is
+told, and nothing above the model knows of ranks.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from blockinfer.checks import reason
+from blockinfer.config import EngineConfig
+from blockinfer.decoding.likelihood import Mask
+from blockinfer.engine.engine import Engine
+from blockinfer.engine.prompts import Prompt, ReadPrompt
+from blockinfer.loading import Loaded, Prepared, load
+from blockinfer.memory import free_memory, num_pages, page_bytes
+from blockinfer.models.transformer import Transformer
+from blockinfer.outputs import RequestOutput, ScoringOutput
+from blockinfer.parallel.group import Group
+from blockinfer.parallel.interrupts import undivided
+from blockinfer.sampling_params import SamplingParams
+from blockinfer.scoring_params import ScoringParams
+
+# What a call raises on all ranks alike, after which they go on.
+AGREED = (ValueError, FloatingPointError)
+
+
+class LeadingEngine(Engine):
+    """The first rank's, which tells the others every call that changes an engine. Raises besides what `Engine` does
+    RuntimeError once another rank is gone."""
+
+    _group: Group | None = None
+
+    def __init__(
+        self, model: Transformer, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None, group: Group
+    ) -> None:
+        # what this does, the others' do by themselves
+        super().__init__(model, config, tokenizer)
+        self._group = group
+
+    def add_request(
+        self, prompt: Prompt | ReadPrompt, params: SamplingParams | None = None, *, stream: str | None = None
+    ) -> int:
+        if not isinstance(params, SamplingParams | None):
+            return super().add_request(prompt, params, stream=stream)
+        read = prompt if isinstance(prompt, ReadPrompt) else self.prompts.read(prompt)
+        return self._everywhere("add_request", read, params, stream=stream)
+
+    def add_scoring(
+        self,
+        token_ids: list[int],
+        answer: range,
+        masked: Items[Mask],
+        reads: Items[list[tuple[int, int]]],
+        params: ScoringParams,
+    ) -> int:
+        return self._everywhere("add_scoring", token_ids, answer, masked, reads, params)
+
+    def draw_seed(self) -> int:
+        return self._everywhere("draw_seed")
+
+    def step(self) -> list[RequestOutput | ScoringOutput]:
+        return self._everywhere("step")
+
+    def abort(self, request_id: int) -> None:
+        self._everywhere("abort", request_id)
+
+    def abort_all(self) -> None:
+        if self._group is None or self._group.failure:
+            # also after an error that no rank goes on after
+            super().abort_all()
+        else:
+            self._everywhere("abort_all")
+
+    def restart(self, alone: bool = False) -> list[int]:
+        return self._everywhere("restart", alone)
+
+    def _everywhere(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A call of this engine, and of the others'."""
+        group = self._group
+        with undivided():
+            group.begin_call()
+            try:
+                group.tell(None if name == "step" else (name, args, kwargs))
+                return getattr(super(), name)(*args, **kwargs)
+            except AGREED:
+                raise
+            except BaseException as error:
+                # of a rank that is gone torch says something else first
+                group.wait_for_failure(f"rank {group.rank} of {group.size} has failed: {reason(error)}")
+                group.check()
+            finally:
+                group.end_call()
+
+
+def load_share(
+    group: Group, prepared: Callable[[], Prepared], seed: int, engine: type[Engine] = Engine
+) -> tuple[Loaded, Engine]:
+    """This rank's share of the model, and the engine around it; all ranks call it together. seed: of the engine, where
+    its config names none. Raises ValueError on all of them where one could not load, with its reason."""
+    loaded = _together(group, lambda: load(prepared(), group.ranks))
+    config, model = loaded.config, loaded.model_config
+    group.ranks.reserve(model.d_model, config.dtype)
+    pages = min(_together(group, lambda: num_pages(model, config, free_memory(config.device)), everyones=True))
+    agreed = dataclasses.replace(
+        config, kv_cache_memory=pages * page_bytes(model, config), seed=seed if config.seed is None else config.seed
+    )
+    extra = (group,) if engine is LeadingEngine else ()
+    return loaded, engine(loaded.network, agreed, loaded.tokenizer, *extra)
+
+
+def _together(group: Group, function: Callable[[], Any], everyones: bool = False) -> Any:
+    """What the function gives here, or on every rank. Raises ValueError where it failed on one."""
+    result, failed = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failed = error
+    told = group.exchange((None if failed is None else reason(failed), result if everyones else None))
+    for rank, (why, _) in enumerate(told):
+        if why is not None:
+            if rank == group.rank and isinstance(failed, ValueError):
+                raise failed
+            raise ValueError(f"rank {rank} of {group.size}: {why}") from failed
+    return [value for _, value in told] if everyones else result
+
+
+def draw_engine_seed() -> int:
+    return random.getrandbits(64)

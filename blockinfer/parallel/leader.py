@@ -1,0 +1,166 @@
+"""The first rank's side: the others are found or started, load with it, and end with it."""
+
+import atexit
+import threading
+import weakref
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from blockinfer.checks import reason
+from blockinfer.config import EngineConfig, find_device
+from blockinfer.loading import Loaded, Prepared, prepare
+from blockinfer.parallel.engine import LeadingEngine, draw_engine_seed, load_share
+from blockinfer.parallel.follow import follow
+from blockinfer.parallel.followers import Followers, place_outside, store_outside
+from blockinfer.parallel.group import FirstRankGone, Group, Place
+from blockinfer.parallel.interrupts import undivided
+
+# torch.distributed has one default group a process.
+_one_at_a_time = threading.Lock()
+# Ranks that were there before serve one LLM after another.
+_outside: Group | None = None
+
+
+class Leader:
+    """What an LLM of several ranks has of the others, from `open` until `close`. Without that they end with `owner`."""
+
+    def __init__(self, config: EngineConfig, owner: object) -> None:
+        """Raises ValueError for what cannot be loaded, before another process is started, and where the ranks cannot be
+        had; ChildProcessError where one ends. On a rank that is not the first of its group it serves that one, and
+        raises SystemExit when all is over."""
+        self._followers: Followers | None = None
+        self._group: Group | None = None
+        self._config = config
+        size, on_gpu = config.tensor_parallel_size, _is_on_gpu(config)
+        place = place_outside(size, on_gpu)
+        if place is not None and on_gpu:
+            torch.cuda.set_device(place.gpu)
+        self._prepared: Prepared | None = prepare(config)
+        if place is None and on_gpu and torch.cuda.device_count() < size:
+            raise ValueError(
+                f"tensor_parallel_size={size} takes a GPU for each rank, and there are {torch.cuda.device_count()}"
+            )
+        if place is not None and place.rank > 0:
+            _serve(place, on_gpu)
+        if not _one_at_a_time.acquire(blocking=False):
+            raise ValueError("another LLM with tensor_parallel_size is open in this process: close() it first")
+        self._abandon = weakref.finalize(owner, self._end_without_a_word)
+        try:
+            self._meet(place, size, on_gpu)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _meet(self, place: Place | None, size: int, on_gpu: bool) -> None:
+        global _outside
+        if place is not None and _outside is not None:
+            self._group = _outside
+            return
+        _refuse_initialized()
+        if place is None:
+            self._followers = Followers(size, on_gpu)
+            self._group = Group(Place(0, size, 0), self._followers.store, on_gpu)
+            self._followers.on_death = self._group.fail
+            return
+        self._group = _outside = Group(place, store_outside(size), on_gpu)
+        atexit.register(_dismiss, _outside)
+
+    def open(self) -> tuple[Loaded, LeadingEngine]:
+        """Raises as `LLM` does; nothing is left then."""
+        group, prepared, seed = self._group, self._prepared, draw_engine_seed()
+        self._prepared = None
+        group.begin_call()
+        try:
+            group.tell(("load", (self._config, seed), {}))
+            return load_share(group, lambda: prepared, seed, LeadingEngine)
+        except RuntimeError as error:
+            group.wait_for_failure(f"the ranks have lost each other: {reason(error)}")
+            self._abandon()
+            raise ChildProcessError(group.failure) from error
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            group.end_call()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the ranks can do nothing more together; then a GPU may never be done."""
+        return self._group.failure is not None
+
+    def close(self) -> None:
+        """Once the engine is dropped here. Closing twice is fine."""
+        if not self._abandon.alive:
+            return
+        if self.failed:
+            self._abandon()
+            return
+        with undivided():
+            self._abandon.detach()
+            try:
+                self._tell_end()
+            except RuntimeError as error:
+                # one has ended just now: there is nobody to tell
+                self._group.failure = reason(error)
+                self._group.leave()
+            finally:
+                if self._followers is not None:
+                    self._followers.end(10.0 if not self.failed else 0.0)
+                _one_at_a_time.release()
+
+    def _tell_end(self) -> None:
+        if self._followers is None:
+            self._group.tell(("close", (), {}))
+            return
+        self._followers.expect_end()
+        self._group.tell(("end", (), {}))
+        self._group.leave()
+
+    def _end_without_a_word(self) -> None:
+        if self._followers is not None:
+            self._followers.end()
+            if self._group is not None:
+                self._group.failure = self._group.failure or "the LLM was closed"
+                self._group.leave()
+            elif dist.is_initialized():
+                dist.destroy_process_group()
+        elif self._group is not None and not self.failed:
+            self._group.tell(("close", (), {}))
+        _one_at_a_time.release()
+
+
+def _serve(place: Place, on_gpu: bool) -> NoReturn:
+    """The first rank of the group, for as long as it lives. Raises SystemExit."""
+    _refuse_initialized()
+    group = Group(place, store_outside(place.size), on_gpu)
+    try:
+        follow(group)
+    except FirstRankGone as error:
+        raise SystemExit(f"blockinfer: {error}") from None
+    group.leave()
+    raise SystemExit(0)
+
+
+def _dismiss(group: Group) -> None:
+    """At this process's end."""
+    if group.failure is None:
+        group.tell(("end", (), {}))
+        group.leave()
+
+
+def _refuse_initialized() -> None:
+    if dist.is_initialized():
+        raise ValueError("torch.distributed is initialized already; with tensor_parallel_size leave that to LLM")
+
+
+def _is_on_gpu(config: EngineConfig) -> bool:
+    """Raises ValueError for a device that is one GPU's."""
+    device = find_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        raise ValueError(
+            f"device={str(device)!r} is one GPU, and tensor_parallel_size={config.tensor_parallel_size} takes one for "
+            "each rank: pass device='cuda'"
+        )
+    return device.type == "cuda"
