@@ -27,6 +27,7 @@ from blockinfer import LLM
 from blockinfer.config import DTYPES
 from evals.conftest import close_suite, refuse_others, settings_of
 from evals.results.record import loading
+from evals.runs.configurations import variant
 from evals.runs.rounds import is_enough, record, steadiness
 from evals.runs.settings import Settings
 from evals.timing.kernels import measure_ceilings
@@ -67,14 +68,23 @@ class Sizes(NamedTuple):
 
     @property
     def cases(self) -> dict[str, Case]:
-        """Named by mode, requests and prompt, and by the rule where it is not low_confidence."""
+        """Named by mode, requests and prompt, and by what is not the default: a rule, or several blocks open at once.
+
+        With two blocks open: one token a step, and six steps a block, the next of which begins once .4 are revealed.
+        """
         short, long, few, many = self.short, self.long, self.few, self.many
         cases = [self.case("block", 1, short), self.case("block", 1, long), self.case("block", 1, short, "threshold")]
         cases += [self.case("dual_cache", 1, short), self.case("vanilla", 1, short)]
         cases += [self.case("block", few, short), self.case("block", few, long), self.case("block", many, short)]
-        rules = [f"-{case.unmasking}" * (case.unmasking != "low_confidence") for case in cases]
-        names = [f"{case.mode}-{len(case.lengths)}x{case.lengths[0][0]}" for case in cases]
-        return {name + rule: case for name, rule, case in zip(names, rules, cases, strict=True)}
+        several = {"block_add_threshold": 0.4, "decoded_token_threshold": 0.4, "denoising_steps": 6}
+        cases += [self.case("block", 1, short)._replace(others=o) for o in ({"block_add_threshold": 0.01}, several)]
+        return {self._name(case): case for case in cases}
+
+    @staticmethod
+    def _name(case: Case) -> str:
+        rule = "" if case.unmasking == "low_confidence" else case.unmasking
+        name = f"{case.mode}-{len(case.lengths)}x{case.lengths[0][0]}"
+        return "-".join(filter(None, [name, rule, variant(case.params[0])]))
 
     def case(self, mode: str, number: int, prompt: int, unmasking: str = "low_confidence") -> Case:
         return Case(mode, [(prompt, self.new)] * number, self.block_length, unmasking)

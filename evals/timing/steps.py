@@ -4,6 +4,8 @@ import dataclasses
 import random
 import statistics
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.config import ModelConfig
 from evals.results.record import environment
 from evals.results.table import loading_line, number_format
-from evals.runs.configurations import STEP
+from evals.runs.configurations import ONE_BLOCK, STEP
 from evals.runs.rounds import Round, standard_error, steadiness
 from evals.runs.settings import Settings
 from evals.timing.kernels import Ceilings
@@ -28,17 +30,19 @@ _ENVIRONMENT = (
 class Case(NamedTuple):
     """Requests that arrive at once, and how they are decoded: one token a step where the rule has a schedule.
 
-    lengths: of each request the prompt's tokens and the new ones. No stop token ends one.
+    lengths: of each request the prompt's tokens and the new ones. No stop token ends one. others: of SamplingParams.
     """
 
     mode: str
     lengths: list[tuple[int, int]]
     block_length: int
     unmasking: str = "low_confidence"
+    others: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def params(self) -> list[SamplingParams]:
         options = dict(mode=self.mode, block_length=self.block_length, unmasking=self.unmasking, ignore_eos=True)
+        options |= self.others
         return [SamplingParams(max_tokens=new, **options) for _, new in self.lengths]
 
 
@@ -110,6 +114,7 @@ def about(name: str, case: Case, llm: LLM, environment: dict[str, Any]) -> dict[
         "rule_value": params.rule_value,
         "block_length": case.block_length,
         "denoising_steps": params.denoising_steps,
+        **{name: getattr(params, name) for name in ONE_BLOCK},
         "requests": len(case.lengths),
         "max_num_seqs": llm.config.max_num_seqs,
         "prompt_tokens": [min(prompts), max(prompts)],
