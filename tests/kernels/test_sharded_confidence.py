@@ -15,7 +15,7 @@ from blockinfer.kernels.sharded_confidence import (
     summary_torch,
     summary_triton,
 )
-from tests.kernels.test_confidence import FLOATS, cases, check, draw_noise, exact, flagged, plain_options, words
+from tests.kernels.test_confidence import FLOATS, Case, cases, check, draw_noise, exact, flagged, plain_options, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 
@@ -71,6 +71,23 @@ def test_noise_is_that_of_the_whole_vocabulary(device, case, ranks):
         check(result, expected)
         chosen = expected.noisy.gather(1, result.token_ids.cpu()[:, None])[:, 0]
         assert (chosen >= best - 1e-9).all()
+
+
+def test_shards_in_the_tiles_of_an_engine(device):
+    """Each has two, which noise halves; some rows have what is rare, which is read in chunks."""
+    g = torch.Generator().manual_seed(0)
+    case = Case(torch.randn(6, 13_010, generator=g) * 4, 13_000, 12_900, 0, 4096, (5, 7000), (6400, 12_999))
+    case.logits[5, 9000] = torch.nan
+    plain = flagged(case, plain_options(6, "cpu"))
+    assert plain.forbid_eos.any() and plain.eos_last.any() and not (plain.forbid_eos | plain.eos_last).all()
+    options = draw_noise(0, 6, [0.0, 0.7, 3.0], "cpu")._replace(forbid_eos=plain.forbid_eos, eos_last=plain.eos_last)
+    draws = philox.gumbel(options.seed, options.position, options.step, case.vocab_size)
+    expected = exact(case, options, noise=options.temperature[:, None] * draws)
+    tokens = expected.noisy.nan_to_num(nan=-torch.inf).argmax(dim=1).tolist()
+    assert min(tokens) < 6504 < max(tokens)
+    for result in implementations(case, device, options, ranks=2):
+        check(result, expected)
+        assert result.token_ids.tolist() == tokens
 
 
 @pytest.mark.parametrize("gap", [5.0, 25.0, 60.0])
