@@ -76,15 +76,15 @@ def test_noise_is_that_of_the_whole_vocabulary(device, case, ranks):
 def test_shards_in_the_tiles_of_an_engine(device):
     """Each has two, which noise halves; some rows have what is rare, which is read in chunks."""
     g = torch.Generator().manual_seed(0)
-    case = Case(torch.randn(6, 9010, generator=g) * 4, 9000, 8900, 0, 4096, (5, 5000), (4400, 8999))
-    case.logits[5, 7000] = torch.nan
+    case = Case(torch.randn(6, 13_010, generator=g) * 4, 13_000, 12_900, 0, 4096, (5, 7000), (6400, 12_999))
+    case.logits[5, 9000] = torch.nan
     plain = flagged(case, plain_options(6, "cpu"))
     assert plain.forbid_eos.any() and plain.eos_last.any() and not (plain.forbid_eos | plain.eos_last).all()
     options = draw_noise(0, 6, [0.0, 0.7, 3.0], "cpu")._replace(forbid_eos=plain.forbid_eos, eos_last=plain.eos_last)
     draws = philox.gumbel(options.seed, options.position, options.step, case.vocab_size)
     expected = exact(case, options, noise=options.temperature[:, None] * draws)
     tokens = expected.noisy.nan_to_num(nan=-torch.inf).argmax(dim=1).tolist()
-    assert min(tokens) < 4504 < max(tokens)
+    assert min(tokens) < 6504 < max(tokens)
     for result in implementations(case, device, options, ranks=2):
         check(result, expected)
         assert result.token_ids.tolist() == tokens
