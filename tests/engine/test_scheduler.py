@@ -227,3 +227,26 @@ def test_an_answer_waits_for_the_step_that_computes_its_prompt():
         for entry in scheduled:
             entry.sequence.ran(forward)
             entry.sequence.advance([3])
+
+
+def test_sequences_sit_out_where_more_blocks_are_open_than_a_step_takes(llm, monkeypatch):
+    """One more block opens each step, and one or two tokens are revealed: so each has some five open at once."""
+    options = dict(block_length=2, block_add_threshold=0.0, ignore_eos=True, unmasking="threshold", threshold=1.0)
+    params = [SamplingParams(max_tokens=n, **options) for n in (60, 50, 40)]
+    prompts = [[1], [2, 3], [4]]
+    alone = [llm.generate(*pair, use_tqdm=False)[0] for pair in zip(prompts, params, strict=True)]
+    scheduler, blocks, sat_out = llm.engine.scheduler, [], []
+    schedule = scheduler.schedule
+
+    def spy():
+        scheduled = schedule()
+        blocks.append(sum(entry.plan.blocks for entry in scheduled))
+        sat_out.append(len(scheduled) < len(scheduler.running))
+        return scheduled
+
+    monkeypatch.setattr(scheduler, "schedule", spy)
+    monkeypatch.setattr(scheduler, "max_blocks", 8)
+    together = llm.generate(prompts, params, use_tqdm=False)
+    assert 4 < max(blocks) <= 8 and any(sat_out)
+    assert [o.outputs for o in together] == [o.outputs for o in alone]
+    assert [o.metrics.nfe for o in together] == [o.metrics.nfe for o in alone]
