@@ -104,6 +104,7 @@ def test_the_suite_reads_and_grades_the_rows_and_stores_their_revisions(publishe
 
     def stored(rows):
         about = SimpleNamespace(device="cpu", is_tiny=True, load_format="auto", is_dummy=False, dataset=str(path))
+        about.tensor_parallel_size = 1
         about.rows, about.grader_versions, about.prompts_version = rows, GRADER_VERSIONS, PROMPTS_VERSION
         return environment(about, torch.float32)["dataset_revisions"]
 

@@ -131,7 +131,7 @@ def _check_kernels(kernels, text):
 def _check_steps(steps, text):
     """Each case is there, with figures that fit each other, and as a row of the table; they are timed after the rows,
     and the kernels after them. What was asked for comes last of all tables."""
-    assert len(steps) == 10 and {"test_step[block-1x16-threshold]", "test_ragged", "test_agreement"} <= steps.keys()
+    assert len(steps) == 12 and {"test_step[block-1x16-threshold]", "test_ragged", "test_agreement"} <= steps.keys()
     files = [text.index(f"evals/test_{name}.py") for name in ("throughput", "accuracy", "steps", "kernels")]
     assert files == sorted(files)
     tables = [text.index(title) for title in (" benchmark 'throughput'", "= kernels =", "= steps =", "= blockinfer =")]
