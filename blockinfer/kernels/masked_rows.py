@@ -9,7 +9,15 @@ import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
 from blockinfer.kernels.confidence import RowOptions
-from blockinfer.kernels.slots import Blocks, MaskedRows, SlotOptions, SlotState, check_contiguous, places_of
+from blockinfer.kernels.slots import (
+    Blocks,
+    MaskedRows,
+    SlotOptions,
+    SlotState,
+    check_contiguous,
+    places_of,
+    without_padding,
+)
 
 
 def masked_rows(state: SlotState, blocks: Blocks, size: int) -> tuple[MaskedRows, RowOptions]:
@@ -20,6 +28,7 @@ def masked_rows(state: SlotState, blocks: Blocks, size: int) -> tuple[MaskedRows
 
 def masked_rows_torch(state: SlotState, blocks: Blocks, size: int) -> tuple[MaskedRows, RowOptions]:
     """The twin."""
+    blocks = without_padding(blocks)
     where = places_of(state, blocks)
     listed, at = where.listed, where.row[where.listed]
     block, offset = listed.nonzero().unbind(1)

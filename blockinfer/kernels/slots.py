@@ -122,6 +122,12 @@ class Places(NamedTuple):
     row: torch.Tensor
 
 
+def without_padding(blocks: Blocks) -> Blocks:
+    """The blocks that there are, or one where there is none: for the twins, which need not be captured."""
+    number = max(1, int(blocks.lengths.count_nonzero()))
+    return Blocks(*(column[:number] for column in blocks))
+
+
 def places_of(state: SlotState, blocks: Blocks) -> Places:
     offsets = torch.arange(int(blocks.lengths.max()), device=blocks.starts.device)
     inside = offsets < blocks.lengths[:, None]

@@ -21,6 +21,7 @@ from blockinfer.kernels.slots import (
     SlotState,
     check_contiguous,
     places_of,
+    without_padding,
 )
 
 
@@ -39,6 +40,7 @@ def unmask_torch(
     predicted: Confidence, rows: MaskedRows, state: SlotState, blocks: Blocks, result: torch.Tensor
 ) -> None:
     """The twin."""
+    number, blocks = len(blocks.slots), without_padding(blocks)
     where, masked, listed, row = places_of(state, blocks)
     options = SlotOptions(*state.options[blocks.slots].unbind(1))
     broken = _of_windows(state.broken[blocks.slots] | (listed & ~predicted.finite[row]).any(dim=-1), blocks)
@@ -68,8 +70,7 @@ def unmask_torch(
     masked &= ~reveal
     state.tokens[where], state.masked[where] = tokens, masked
     state.broken[blocks.slots] = broken
-    number = len(blocks.slots)
-    result[: 2 * number] = torch.stack([broken.long(), masked.sum(dim=-1)], dim=1).flatten()
+    result[: 2 * len(blocks.slots)] = torch.stack([broken.long(), masked.sum(dim=-1)], dim=1).flatten()
     inside = places < blocks.lengths[:, None]
     result[(2 * number + blocks.result_starts[:, None] + places)[inside]] = tokens[inside]
 
