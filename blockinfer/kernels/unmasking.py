@@ -44,28 +44,34 @@ def unmask_torch(
     where, masked, listed, row = places_of(state, blocks)
     options = SlotOptions(*state.options[blocks.slots].unbind(1))
     broken = _of_windows(state.broken[blocks.slots] | (listed & ~predicted.finite[row]).any(dim=-1), blocks)
-    ranks, choices = options.rank[:, None], options.choice
+    # what nobody asks for is left out: here each operation costs as much as its work
+    ranks, choices = options.rank[:, None], options.choice[:, None]
+    ranks_there, choices_there = set(options.rank.tolist()), set(options.choice.tolist())
     places = torch.arange(masked.shape[1], device=masked.device)
-    positions = blocks.output_starts[:, None] + places
-    drawn = philox.uniform(
-        options.seed[:, None], philox.RULE_NOISE, positions, blocks.steps[:, None], torch.zeros_like(positions)
-    )
-    scores = torch.where(ranks == Rank.CERTAINTY, -predicted.entropy[row], -predicted.others[row])
-    # what has no share in the softmax goes last, at random too
-    last = predicted.others[row].isposinf()
-    scores = torch.where(ranks == Rank.RANDOM, drawn.float().masked_fill(last, -torch.inf), scores)
-    scores = torch.where(ranks == Rank.POSITION, -places.float(), scores)
-    of_block = sum(choices == choice for choice in OF_A_BLOCK).bool()[:, None]
-    reveal = of_block & _top(scores, listed, blocks.counts)
-    above = listed & (scores > options.value.contiguous().view(torch.float64).float()[:, None])
-    reveal |= (choices == Choice.SCHEDULED_THRESHOLD)[:, None] & above
-    if not of_block.all():
+    scores = -predicted.others[row]
+    if Rank.CERTAINTY in ranks_there:
+        scores = torch.where(ranks == Rank.CERTAINTY, -predicted.entropy[row], scores)
+    if Rank.RANDOM in ranks_there:
+        positions = blocks.output_starts[:, None] + places
+        drawn = philox.uniform(
+            options.seed[:, None], philox.RULE_NOISE, positions, blocks.steps[:, None], torch.zeros_like(positions)
+        )
+        # what has no share in the softmax goes last, at random too
+        last = predicted.others[row].isposinf()
+        scores = torch.where(ranks == Rank.RANDOM, drawn.float().masked_fill(last, -torch.inf), scores)
+    if Rank.POSITION in ranks_there:
+        scores = torch.where(ranks == Rank.POSITION, -places.float(), scores)
+    best = _top(scores, listed, blocks.counts)
+    reveal = best
+    if Choice.SCHEDULED_THRESHOLD in choices_there:
+        above = scores > options.value.contiguous().view(torch.float64).float()[:, None]
+        reveal = reveal | ((choices == Choice.SCHEDULED_THRESHOLD) & listed & above)
+    if choices_there.difference(OF_A_BLOCK):
         of_window = _chosen_of_windows(predicted, rows, options, blocks)
-        others = ~of_block & listed & of_window.gather(1, _row_in_window(row, blocks))
-        forced = _top(scores, listed, blocks.counts) & ~of_block & ~others.any(-1, keepdim=True)
-        reveal |= others | forced
-    reveal |= listed & (blocks.last_steps > 0)[:, None]
-    reveal &= ~broken[:, None]
+        others = listed & of_window.gather(1, _row_in_window(row, blocks))
+        of_block = sum(choices == choice for choice in OF_A_BLOCK).bool()
+        reveal = torch.where(of_block, reveal, others | (best & ~others.any(-1, keepdim=True)))
+    reveal = (reveal | (listed & (blocks.last_steps > 0)[:, None])) & ~broken[:, None]
     tokens = torch.where(reveal, predicted.token_ids[row], state.tokens[where])
     masked &= ~reveal
     state.tokens[where], state.masked[where] = tokens, masked
