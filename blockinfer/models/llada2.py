@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
-from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.router import RouterRule
 from blockinfer.model_config import ModelConfig, check_tokens, if_embedded
 from blockinfer.models.hf_config import hf_reader, read_hf_shape
 from blockinfer.models.llada_moe import EOS, MASK
-from blockinfer.models.moe import MoELayer, mlp_shapes
+from blockinfer.models.moe import MoETransformer, mlp_shapes
 from blockinfer.models.moe_config import MoEConfig, check_router, read_experts, read_rotary_size
 from blockinfer.models.published import TensorGroup
-from blockinfer.models.transformer import Transformer
 
 # The published config of inclusionAI/LLaDA2.0-mini, which 2.1-mini shares.
 LLADA2_MINI: dict[str, Any] = {
@@ -66,14 +64,9 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
 }
 
 
-class LLaDA2(Transformer):
+class LLaDA2(MoETransformer):
     EMBEDDINGS, HEAD = "model.word_embeddings.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
-        layers = (MoELayer(config, i, dtype, device) for i in range(config.n_layers))
-        cos_sin = rope_tables(config.rotary_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
-        super().__init__(config, layers, cos_sin, dtype, device)
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from blockinfer.checks import shown
-from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.router import RouterRule
 from blockinfer.model_config import ModelConfig, check_tokens, if_embedded
 from blockinfer.models.hf_config import hf_reader, read_hf_shape
-from blockinfer.models.moe import MoELayer, mlp_shapes
+from blockinfer.models.moe import MoETransformer, mlp_shapes
 from blockinfer.models.moe_config import MoEConfig, check_router, read_experts, read_rotary_size
 from blockinfer.models.published import TensorGroup
-from blockinfer.models.transformer import Transformer
 
 # The shape of inclusionAI/LLaDA-MoE-7B-A1B-Instruct.
 LLADA_MOE_7B: dict[str, Any] = {
@@ -50,14 +48,9 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
 }
 
 
-class LLaDAMoE(Transformer):
+class LLaDAMoE(MoETransformer):
     EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
-        layers = (MoELayer(config, i, dtype, device) for i in range(config.n_layers))
-        cos_sin = rope_tables(config.rotary_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
-        super().__init__(config, layers, cos_sin, dtype, device)
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], source: str) -> ModelConfig:

@@ -7,13 +7,13 @@ from torch import nn
 
 from blockinfer.kernels.attention import attention
 from blockinfer.kernels.experts import mixture
-from blockinfer.kernels.kv_store import HeadNorms
+from blockinfer.kernels.kv_store import HeadNorms, rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.router import route
 from blockinfer.models.moe_config import MoEConfig
-from blockinfer.models.transformer import unfilled
+from blockinfer.models.transformer import Transformer, unfilled
 
 
 class DenseMLP(nn.Module):
@@ -109,3 +109,12 @@ class MoELayer(nn.Module):
         """As `models.llada.LLaDALayer.finish`."""
         x, _ = add_rms_norm(linear_parts(attended, self.attn_out), residual, self.ff_norm, self.eps)
         return self.mlp(x)
+
+
+class MoETransformer(Transformer):
+    """A network of these layers; RoPE's angles are rounded to the network's dtype."""
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        layers = (MoELayer(config, i, dtype, device) for i in range(config.n_layers))
+        cos_sin = rope_tables(config.rotary_dim, max_model_len, config.rope_theta, dtype, device).to(dtype)
+        super().__init__(config, layers, cos_sin, dtype, device)
