@@ -225,8 +225,7 @@ class ModelRunner:
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)
         self._write_page_tables(scheduled)
-        self._write_inputs(scheduled, padded)
-        (self._layers_with_whole if self._any_whole else self._layers)(padded)
+        self._forward(scheduled, padded)
         self.stats.forwards += 1
         self.stats.rows += rows
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
@@ -278,6 +277,11 @@ class ModelRunner:
             results.append(BlockResult(left, values[start:stop], bool(broken), logprobs))
             start, block = stop, last
         return results
+
+    def _forward(self, scheduled: list[ScheduledSequence], rows: int) -> None:
+        """All layers on the rows of these, padded to so many."""
+        self._write_inputs(scheduled, rows)
+        (self._layers_with_whole if self._any_whole else self._layers)(rows)
 
     def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
         """StepInputs for so many rows, but for `step_columns`: from step to step of a block they are what they were."""

@@ -107,10 +107,10 @@ TINY = (
 
 
 def test_a_real_run(clone, temporary, monkeypatch, capsys):
-    """head's engine is given a third more work, and its threshold another default, which takes more forwards."""
+    """head's engine is given half more work, and its threshold another default, which takes more forwards."""
     monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=5))
     monkeypatch.setattr(measure, "PAIRS_A_ROUND", 1)
-    monkeypatch.setenv(SLOWDOWN, "0.35")
+    monkeypatch.setenv(SLOWDOWN, "0.5")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     rules = clone / "blockinfer" / "decoding" / "unmasking.py"
     text = rules.read_text()
@@ -119,11 +119,11 @@ def test_a_real_run(clone, temporary, monkeypatch, capsys):
     assert main(["--base", "HEAD", "--profile", "quick"], root=clone) == REGRESSION
     printed = capsys.readouterr().out
     base, worked_on = re.match(r"base (\w+), head (\w+\+); 5 pairs a case, margin 2.5 %", printed).groups()
-    assert worked_on == base + "+" and "head is made worse by 35 %" in printed
+    assert worked_on == base + "+" and "head is made worse by 50 %" in printed
     for case in TINY:
         (ratio,) = re.findall(rf"REGRESSION {case.id}: CPU time is (\S+) times", printed)
-        assert 1.2 < float(ratio)
-    assert 1.2 < float(re.search(r"REGRESSION block-8-low_confidence: CPU time is (\S+) times", printed)[1]) < 1.5
+        # of a few ms, on a machine that may have other work; the second case takes more forwards besides
+        assert 1.1 < float(ratio) < (2 if case is TINY[0] else 9)
     rises = re.findall(r"REGRESSION (\S+): \d+ forwards where there were \d+", printed)
     assert rises == ["block-8-threshold"] and printed.endswith("head fails\n")
     between, after = re.search(r"MB between units: (\S+) -> (\S+)", printed).groups()
