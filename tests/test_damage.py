@@ -21,6 +21,7 @@ OPTIONS += ["quantization", "page_size", "kv_cache_memory", "seed", "revision", 
 
 SHORT = SamplingParams(max_tokens=4)
 some = settings(max_examples=150)
+few = settings(max_examples=60)  # that load a checkpoint each
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def put(node, where, value):
         node[key] = value
 
 
-@some
+@few
 @given(
     name=st.sampled_from(
         ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "header"]
@@ -91,7 +92,7 @@ def test_a_value_of_a_checkpoint(copied, name, where, value):
     works_or_says_why(lambda: load_and_run(folder), ValueError, FloatingPointError)
 
 
-@some
+@few
 @given(number=st.integers(0, 6), at=st.floats(0, 1), put_in=st.binary(max_size=9), take_out=st.integers(0, 9))
 @example(number=0, at=0.0, put_in=b"[" * 100_000, take_out=0)
 def test_bytes_of_a_checkpoint(copied, number, at, put_in, take_out):

@@ -124,7 +124,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
 
 def layout(scheduled: Items[ScheduledSequence]) -> list:
     """What a packed tensor depends on besides its sizes."""
-    return [(s.request_id, s.slot, s.position, plan) for s, plan in scheduled]
+    return [(s.request_id, s.slot, plan) for s, plan in scheduled]
 
 
 def slot_options(sequence: Sequence) -> list[int]:

@@ -27,7 +27,7 @@ from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.score_reader import ScoreReader
 from blockinfer.engine.scoring import Scores
-from blockinfer.engine.sequence import DENOISE, Resident, Sequence
+from blockinfer.engine.sequence import Resident, Sequence
 from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
 from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
@@ -66,9 +66,9 @@ class EngineStats:
 
 
 class BlockResult(NamedTuple):
-    """A sequence's open blocks after a step: how many positions of each are still masked, and, where the result was
-    read, the tokens of all.
+    """A sequence's open blocks after a step: how many positions of each are still masked.
 
+    token_ids: of all positions, the mask token where one is masked, where a block may be at its end or someone watches.
     broken: its logits were NaN or infinite, and the rest means nothing; as far as was read. logprobs: of each position,
     by token id, where they were asked for and a block may be at its end.
     """
@@ -258,7 +258,7 @@ class ModelRunner:
             self._reveal(size)
         self._logprobs.after(observed, self._whole_logits)
         self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
-        if all(expected) and not any(sequence.stream == DENOISE for sequence in sequences):
+        if all(expected):
             return [BlockResult([left]) for left in expected]
         return self._read(sequences)
 
@@ -273,8 +273,9 @@ class ModelRunner:
             stop, last = start + sequence.block_end - sequence.block_start, block + len(sequence.window)
             broken, left = values[2 * block], values[2 * block + 1 : 2 * last : 2]
             may_end = not left[0] or sequence.has_several_blocks
+            token_ids = values[start:stop] if may_end or sequence.is_watched else None
             logprobs = self._logprobs.read(sequence) if may_end else None
-            results.append(BlockResult(left, values[start:stop], bool(broken), logprobs))
+            results.append(BlockResult(left, token_ids, bool(broken), logprobs))
             start, block = stop, last
         return results
 

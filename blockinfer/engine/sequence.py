@@ -17,12 +17,13 @@ BLOCKS, DENOISE = "blocks", "denoise"
 
 class Plan(NamedTuple):
     """What a step computes of a sequence: its segments, of which the last holds the open blocks, how many rows they
-    have, and the largest kv_len; and how many blocks are open."""
+    have, and the largest kv_len; and how many blocks are open, from position `block_start` on."""
 
     segments: list[Segment]
     rows: int
     kv_len: int
     blocks: int
+    block_start: int
 
 
 class Resident:
@@ -36,7 +37,7 @@ class Resident:
     mode: str
     prompt_len: int
     guided: bool
-    position = 0
+    block_start = 0
     window: Window = ()
 
     def __init__(self, request_id: int, siblings: "list[Resident] | None") -> None:
@@ -74,7 +75,8 @@ class Resident:
         if self._plan is None:
             segments = self._segments()
             rows = self.lanes * sum(stop - start for start, stop, _ in segments)
-            self._plan = Plan(segments, rows, max(kv_len for _, _, kv_len in segments), len(self.window))
+            kv_len = max(kv_len for _, _, kv_len in segments)
+            self._plan = Plan(segments, rows, kv_len, len(self.window), self.block_start)
         return self._plan
 
     def _segments(self) -> list[Segment]:
@@ -228,6 +230,11 @@ class Sequence(Resident):
         return self.block_start - self.prompt_len
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the tokens of each step are looked at, and not a finished block's alone."""
+        return self.has_several_blocks or self.edits is not None or self.stream == DENOISE
+
+    @property
     def num_masked(self) -> int:
         """Positions of the open blocks that are still to be revealed."""
         return sum(block.left for block in self.window)
@@ -265,8 +272,8 @@ class Sequence(Resident):
         return scheduled_count(block.number, block.limit, block.active_step) if block.is_active else 0
 
     def masked_after_step(self) -> int | None:
-        """What `num_masked` will be after the next step, 0 at the block's end; None where only the device can tell."""
-        if not self._is_scheduled or self.has_several_blocks or self.edits is not None:
+        """What `num_masked` will be after the next step, 0 at the block's end; None where the device is to tell."""
+        if not self._is_scheduled or self.is_watched:
             return None
         return max(0, self.num_masked - self._must_reveal(self.window[0], 0))
 
@@ -275,12 +282,18 @@ class Sequence(Resident):
         token_ids: of all their positions, where the result was read -> how many of these are final by it; `finish`
         them, where there are any."""
         window = after_step(self.window, left)
-        final = window[: num_finished(window)]
+        if self.step == 0 or self.num_cached != self.window_start:
+            # a mode asks whether a step is the first of its window, and no more
+            self._plan = None
         self.step += 1
         self.denoising_steps += 1
         self.num_cached = self.window_start
         self.prompt_source = None
-        self._plan = None
+        if not (self.is_watched or self._leaving):
+            # one block, which opens no other
+            self.window = window
+            return 0 if left[0] else window[0].stop - window[0].start
+        final = window[: num_finished(window)]
         self._leaving = tuple((stop, steps - 1) for stop, steps in self._leaving)
         if self.edits is not None:
             self.edits, ends = self.edits.after_step(tuple(token_ids), self.params.post_steps)
@@ -308,6 +321,7 @@ class Sequence(Resident):
         """Finished blocks whose time is over are the window's no more."""
         while self._leaving and self._leaving[0][1] <= 0:
             self.window_start, self._leaving, self.step = self._leaving[0][0], self._leaving[1:], 0
+            self._plan = None
 
     def _with_next(self, window: Window) -> Window:
         """With one more block, where there is one and enough of the last is revealed."""
@@ -315,6 +329,7 @@ class Sequence(Resident):
         following = self._block_from(window[-1].stop) if may_open else None
         if following is not None and window[-1].is_revealed(self.params.block_add_threshold):
             window += (following._replace(is_active=False),)
+            self._plan = None
         return activated(window, self.params.decoded_token_threshold)
 
     def finish(

@@ -34,6 +34,14 @@ def test_segments(mode):
     assert [MODES[mode](state) for state in states] == EXPECTED[mode]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_asks_for_no_more_of_the_step_than_whether_it_is_the_first(mode):
+    """The engine keeps a window's segments from its second step on."""
+    for state in (FIRST._replace(num_cached=5), LAST._replace(num_cached=13)):
+        second, *later = (MODES[mode](state._replace(step=step)) for step in (1, 2, 3, 100))
+        assert all(segments == second for segments in later)
+
+
 def test_block_rebuilds_each_committed_block_to_its_own_end_after_a_preemption():
     segments = MODES["block"](LAST._replace(num_cached=0))
     assert segments == [(0, 5, 5), (5, 9, 9), (9, 13, 13), (13, 15, 15)]

@@ -109,7 +109,7 @@ def test_any_order_of_events(folder, alone):
             assert not self.alive, "requests hang"
             assert engine.pool.num_free == 14
 
-    options = dict(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
+    options = dict(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True)
     run_state_machine_as_test(Machine, settings=settings(**options))
     assert counts["steps"] > 2000 and counts["finished"] > 100, counts
     assert counts["preemptions"] > 20 and counts["aborted"] > 20, counts
