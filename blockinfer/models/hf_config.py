@@ -10,6 +10,8 @@ from blockinfer.model_config import MAX_LAYERS, ConfigReader, architecture, chec
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "clip_qkv": (None,),
+    # compressed-tensors' name for quantization_config, of before it joined transformers
+    "compression_config": (None,),
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "use_sliding_window": (False, None),

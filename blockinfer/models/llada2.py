@@ -49,6 +49,9 @@ LLADA2_MINI: dict[str, Any] = {
 # What all of them were trained with; their configs do not say.
 BLOCK_LENGTH = 32
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
+    # LLaDA2.2's, which has this architecture's name: experts are chosen for a block, and tokens that move others
+    "delete_token_id": (None,),
+    "expert_capacity": (None,),
     "moe_router_enable_expert_bias": (True,),
     "norm_head": (False, None),
     "norm_softmax": (False, None),
@@ -56,6 +59,7 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "num_shared_experts": (1, 0, None),
     "router_dtype": ("fp32", None),
     "score_function": ("sigmoid",),
+    "split_token_id": (None,),
     "use_bias": (False, None),
     "use_qk_norm": (True,),
     "use_qkv_bias": (False, None),
@@ -94,7 +98,7 @@ class LLaDA2(MoETransformer):
             rule=rule,
             router_bias=True,
             block_length=BLOCK_LENGTH,
-            rotary_size=read_rotary_size(read, shape["d_model"] // shape["n_heads"]),
+            rotary_size=read_rotary_size(read, shape["d_model"] // shape["n_heads"], 0.5),
         )
         check_tokens(source, config)
         return config

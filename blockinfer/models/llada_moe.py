@@ -42,8 +42,9 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "moe_router_score_function": ("softmax", None),
     "qk_layernorm": (True,),
     "routed_scaling_factor": (1.0, None),
-    "router_num_group": (None, 0, 1),
-    "router_topk_group": (None, 0, 1),
+    # -2 is what the published config class has where it is told nothing
+    "router_num_group": (None, 0, 1, -2),
+    "router_topk_group": (None, 0, 1, -2),
     "shared_expert_intermediate_size": (None, 0),
 }
 
@@ -69,7 +70,7 @@ class LLaDAMoE(MoETransformer):
             dense_layers=0,
             rule=rule,
             router_bias=False,
-            rotary_size=read_rotary_size(read, shape["d_model"] // shape["n_heads"]),
+            rotary_size=read_rotary_size(read, shape["d_model"] // shape["n_heads"], 1.0),
         )
         check_tokens(source, config)
         return config

@@ -46,9 +46,9 @@ class MoEConfig(ModelConfig):
         return share * super().mlp_elements + (1 - share) * of_experts
 
 
-def read_rotary_size(read: ConfigReader, head_dim: int) -> int:
-    """Of the partial_rotary_factor, with which a rotary_dim must agree."""
-    factor = read.positive("partial_rotary_factor", default=1.0)
+def read_rotary_size(read: ConfigReader, head_dim: int, usual_factor: float) -> int:
+    """Of the partial_rotary_factor, the family's usual one where the config is silent; a rotary_dim must agree."""
+    factor = read.positive("partial_rotary_factor", default=usual_factor)
     size = int(head_dim * factor)
     if factor > 1 or size < 2 or size % 2:
         raise ValueError(
@@ -82,6 +82,6 @@ def check_router(source: str, experts: int, rule: RouterRule, names: tuple[str, 
     if rule.groups_kept > rule.groups:
         raise ValueError(f"{source}: {kept}={rule.groups_kept} is more than {groups}={rule.groups}")
     if rule.top_k > rule.groups_kept * per:
-        raise ValueError(
-            f"{source}: num_experts_per_tok={rule.top_k} is more than the {rule.groups_kept * per} experts of groups"
-        )
+        there = f"the {rule.groups_kept * per} experts of {kept}={rule.groups_kept} groups"
+        there = there if rule.groups > 1 else f"num_experts={experts}"
+        raise ValueError(f"{source}: num_experts_per_tok={rule.top_k} is more than {there}")

@@ -131,7 +131,7 @@ WRONG = [
     (LLADA_MOE, {"num_experts": 2000}, "num_experts must be at most 1024, got 2000"),
     (LLADA_MOE, {"num_experts": None}, "num_experts is missing"),
     (LLADA_MOE, {"num_experts": 1000}, "asks for num_hidden_layers=2 of num_experts=1000, and there are 75 tensors"),
-    (LLADA_MOE, {"num_experts_per_tok": 10}, "num_experts_per_tok=10 is more than the 9 experts of groups"),
+    (LLADA_MOE, {"num_experts_per_tok": 10}, "num_experts_per_tok=10 is more than num_experts=9$"),
     (
         LLADA_MOE,
         {"moe_layer_freq": [0, 1]},
@@ -149,7 +149,7 @@ WRONG = [
     (LLADA2, {"n_group": 3}, "num_experts=16 does not split into n_group=3 groups"),
     (LLADA2, {"n_group": 16}, "n_group=16 of num_experts=16 are groups of one, where two count"),
     (LLADA2, {"topk_group": 5}, "topk_group=5 is more than n_group=4"),
-    (LLADA2, {"topk_group": 1, "num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts of"),
+    (LLADA2, {"topk_group": 1, "num_experts_per_tok": 5}, "is more than the 4 experts of topk_group=1 groups"),
     (LLADA2, {"n_group": None}, "n_group is missing"),
     (LLADA2, {"first_k_dense_replace": 4}, "first_k_dense_replace must be at most 3, got 4"),
     (LLADA2, {"first_k_dense_replace": 0}, "53 missing: model.layers.0.mlp.experts.0.down_proj.weight"),
@@ -164,6 +164,10 @@ WRONG = [
     (LLADA2, {"head_dim": 32}, "head_dim=32 is not implemented, only hidden_size / num_attention_heads, 16, is"),
     (LLADA2, {"use_sliding_window": True}, "use_sliding_window=True is not implemented"),
     (LLADA2, {"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number, got 0"),
+    (LLADA2, {"expert_capacity": 8}, "expert_capacity=8 is not implemented, only None is"),
+    (LLADA2, {"delete_token_id": 5}, "delete_token_id=5 is not implemented, only None is"),
+    (LLADA2, {"split_token_id": 5}, "split_token_id=5 is not implemented, only None is"),
+    (LLADA2, {"compression_config": {"format": "int"}}, "compression_config={'format': 'int'} is not implemented"),
 ]
 
 
@@ -172,6 +176,24 @@ def test_configs_that_are_wrong(tmp_path, config, says, message):
     folder = write_family(tmp_path, config, says=says)
     with pytest.raises(ValueError, match=message):
         LLM(folder, device="cpu", mask_token_id=57)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        # the published classes' defaults
+        (LLADA2, {"partial_rotary_factor": None}),
+        (LLADA2, {"partial_rotary_factor": None, "rotary_dim": None}),
+        (LLADA_MOE, {"partial_rotary_factor": None}),
+        (LLADA_MOE, {"router_num_group": -2, "router_topk_group": -2}),
+    ],
+)
+def test_configs_that_leave_a_field_to_its_class(tmp_path, config, says):
+    found = []
+    for folder in (write_family(tmp_path / "plain", config), write_family(tmp_path / "silent", config, says=says)):
+        with LLM(folder, device="cpu", mask_token_id=57) as llm:
+            found.append(logits_of(llm.engine.model, TOKENS))
+    assert torch.equal(*found)
 
 
 def damaged(change):
