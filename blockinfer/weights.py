@@ -42,6 +42,8 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
         if group.number > 10 * len(stored):
             raise ValueError(f"{folder}: the config asks for {group.asked}, and there are {len(stored)} tensors")
     wanted = dict(tensor for group in groups for tensor in group.tensors())
+    # one without elements holds nothing: LLaDA2's class stores a shared expert of width 0 where there is none
+    stored = {name: tensor for name, tensor in stored.items() if name in wanted or 0 not in tensor.shape}
     scales = _scales(config, groups, stored)
     quantized = {name.removesuffix(config.quantization.suffix) for name in scales} if config.quantization else set()
     problems = _named("missing", (wanted.keys() | scales.keys()) - stored.keys())

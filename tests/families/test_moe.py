@@ -196,6 +196,20 @@ def test_configs_that_leave_a_field_to_its_class(tmp_path, config, says):
     assert torch.equal(*found)
 
 
+def test_a_shared_expert_of_width_0_is_none(tmp_path):
+    """Which LLaDA2's class stores where num_shared_experts is 0."""
+    folder = write_family(tmp_path, LLADA2, num_shared_experts=0)
+    params = SamplingParams(max_tokens=8, block_length=4, ignore_eos=True)
+    empty = {"gate_proj": (0, 64), "up_proj": (0, 64), "down_proj": (64, 0)}
+    extra = {f"model.layers.1.mlp.shared_experts.{x}.weight": torch.empty(shape) for x, shape in empty.items()}
+    answers = []
+    for tensors in ({}, extra):
+        damaged(lambda stored, tensors=tensors: stored.update(tensors))(folder)
+        with LLM(folder, device="cpu", mask_token_id=57) as llm:
+            answers.append(llm.generate([6, 7, 8], params, use_tqdm=False)[0].outputs[0].token_ids)
+    assert answers[0] == answers[1]
+
+
 def damaged(change):
     def damage(folder):
         tensors = load_file(folder / "model.safetensors")
