@@ -1,6 +1,6 @@
 """What the options of other programs are called here, for those who come from one: unknown option -> a hint.
 
-From LLaDA's generate.py, Fast-dLLM, dInfer, Dream, transformers and vLLM.
+From the generate functions of LLaDA and LLaDA2, Fast-dLLM, dInfer, Dream, transformers and vLLM.
 """
 
 
@@ -21,6 +21,10 @@ SAMPLING_HINTS = {
         "denoising_steps are those of one block, not of all blocks together",
     ),
     **_is("denoising_steps", "steps_per_block"),
+    **dict.fromkeys(
+        ("minimal_topk", "num_to_transfer"),
+        "denoising_steps say how many positions a step reveals at least; None is one",
+    ),
     **_is("unmasking", "remasking", "remask", "alg", "rule", "strategy"),
     **_is("threshold", "confidence_threshold"),
     **_is("editing_threshold", "edit_threshold"),
@@ -48,7 +52,9 @@ SAMPLING_HINTS = {
     **_is("stop", "stop_strings", "stop_sequences", "until"),
     "truncate_prompt_tokens": "prompts are never cut",
     **_is("stop_token_ids", "eos_token_id", "eos_id", "stop_tokens"),
-    **dict.fromkeys(("early_stop", "early_termination"), "a stop token always ends a request, but for ignore_eos"),
+    **dict.fromkeys(
+        ("early_stop", "early_termination", "eos_early_stop"), "a stop token always ends a request, but for ignore_eos"
+    ),
     **_is("mask_token_id, an option of LLM,", "mask_id"),
     **dict.fromkeys(("skip_special_tokens", "detokenize"), "text is decoded without special tokens"),
 }

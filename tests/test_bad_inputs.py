@@ -73,6 +73,8 @@ from blockinfer import LLM, SamplingParams
         ({"prompt_logprobs": 1}, TypeError, "a prompt's tokens have no probabilities of their own"),
         ({"gen_length": 2}, TypeError, "unknown option 'gen_length'; it is called max_tokens here"),
         ({"max_new_tokens": 2}, TypeError, "it is called max_tokens here"),
+        ({"num_to_transfer": 1}, TypeError, "denoising_steps say how many positions a step reveals at least; None is"),
+        ({"eos_early_stop": True}, TypeError, "a stop token always ends a request, but for ignore_eos"),
         ({"steps": 2}, TypeError, "unknown option 'steps'; denoising_steps are those of one block"),
         ({"block_size": 2}, TypeError, "it is called block_length here"),
         ({"remasking": "random"}, TypeError, "it is called unmasking here"),
