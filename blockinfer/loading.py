@@ -50,16 +50,23 @@ def prepare(config: EngineConfig) -> Prepared:
             "quantised"
         )
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
-    eos = getattr(tokenizer, "eos_token_id", None)
-    eos = model_config.usual_eos_token_id if eos is None else eos
-    if not model_config.eos_token_ids and eos is not None:
-        model_config = dataclasses.replace(model_config, eos_token_ids=(eos,))
+    if not model_config.eos_token_ids:
+        usual = model_config.usual_eos_token_id
+        model_config = dataclasses.replace(model_config, eos_token_ids=_eos_token_ids(tokenizer, usual))
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
     if resolved.quantization and not make_model.QUANTIZES:
         raise ValueError(f"quantization={resolved.quantization!r} is not implemented for {model_config.architecture}")
     stored = find_weights(model_config, folder) if config.load_format == "auto" else None
     check_fits(model_config, resolved)
     return Prepared(make_model, stored, model_config, resolved, tokenizer)
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, usual: int | None) -> tuple[int, ...]:
+    """The tokenizer's, and the family's usual one, where the tokenizer has such a token or there is none."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    if usual is not None and own is not None and tokenizer.convert_ids_to_tokens(usual) is None:
+        usual = None
+    return tuple(token_id for token_id in dict.fromkeys((own, usual)) if token_id is not None)
 
 
 def load(prepared: Prepared, ranks: Ranks = ALONE) -> Loaded:

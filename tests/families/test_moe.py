@@ -112,6 +112,11 @@ def test_the_ids_where_the_config_is_silent(tmp_path, config):
         (prompt,) = llm.chat_prompts([{"role": "user", "content": "hi"}])
         assert prompt["prompt"] == "<role>USER</role>hi<|role_end|><role>"
         assert prompt["prompt_token_ids"].count(259) == 2 and prompt["prompt_token_ids"].count(257) == 1
+    published = {"<|endoftext|>": 156892, "<|mask|>": 156895, "<|role_end|>": 156900}
+    for named in ({}, {"eos_token": "<|endoftext|>"}, {"eos_token": "<|role_end|>"}):
+        write_tokenizer(folder, published, 260, **named)
+        with LLM(folder, device="cpu", max_num_seqs=1) as llm:
+            assert llm.config.mask_token_id == 156895 and llm.engine.stop_token_ids == {156892, 156900}
 
 
 @pytest.mark.parametrize("shape, parameters", [("llada-moe-7b", 7_356_880_896), ("llada2-mini", 16_255_643_392)])
