@@ -11,6 +11,7 @@ import torch
 
 from tests import reference
 from tests.reference import (
+    COUNTED,
     STATIC,
     Guided,
     Prediction,
@@ -122,7 +123,7 @@ class OpenBlock:
     masked: list[int]  # canvas positions
     logits: torch.Tensor  # of these, [masked, columns]
     prediction: Prediction  # of these
-    quota: int | None  # by its schedule; None where the rule has none, or it is not active
+    quota: int | None  # by its schedule, 0 where it is not active; None where the rule has none
     last: bool  # its step limit is reached
 
 
@@ -215,11 +216,11 @@ class Window:
         own = torch.stack([logits[i] for i in masked])
         output = [i - self.P for i in masked]
         prediction = predict(own, output, self.steps - self.opened[number], self.model.config, settings)
-        limit = step_limit(n, settings)
+        limit, counted = step_limit(n, settings), settings.unmasking in COUNTED
         if number not in self.active or limit is None:
-            return OpenBlock(masked, own, prediction, None, False)
+            return OpenBlock(masked, own, prediction, 0 if counted else None, False)
         active_step = self.steps - self.active[number]
-        quota = quota_at(active_step, n, limit) if settings.unmasking in STATIC else None
+        quota = quota_at(active_step, n, limit) if counted else None
         return OpenBlock(masked, own, prediction, quota, active_step == limit - 1)
 
     def open_one_more(self) -> None:
@@ -236,7 +237,7 @@ def choose(ready: list[OpenBlock], settings: Settings) -> tuple[list[int], float
     for block in ready:
         numbers.append(list(range(count, count + len(block.masked))))
         count += len(block.masked)
-    if settings.unmasking in STATIC:
+    if settings.unmasking in COUNTED:
         return *scheduled(ready, numbers, settings), [], []
     together = Prediction(*(sum(parts, []) for parts in zip(*(parts_of(block) for block in ready), strict=True)))
     limited = [k for block, own in zip(ready, numbers, strict=True) if block.last for k in own]
@@ -252,10 +253,10 @@ def choose(ready: list[OpenBlock], settings: Settings) -> tuple[list[int], float
 
 
 def scheduled(ready: list[OpenBlock], numbers: list[list[int]], settings: Settings) -> tuple[list[int], float]:
-    """Every active block by itself, by its own schedule."""
+    """Every block by itself, by its own schedule; where that reveals nothing, a threshold beside it still may."""
     chosen, margins = [], []
     for block, own in zip(ready, numbers, strict=True):
-        if block.quota is not None:
+        if block.quota or settings.unmasking not in STATIC:
             indices, margin = reveal(block.prediction, block.quota, block.last, settings)
             chosen += [own[i] for i in indices]
             margins.append(margin)

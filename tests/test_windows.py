@@ -16,13 +16,14 @@ from tests.reference import STATIC
 from tests.test_equivalence import DEVICES, MODES, SHAPES, VOCAB, Case, assert_same, engines, expect, run  # noqa: F401
 from tests.test_equivalence import draw_cell as draw_ordinary_cell
 
-RULES = [*STATIC, "threshold", "factor", "entropy", "entropy_threshold"]
-OPTION = {rule: rule for rule in RULES[3:]} | {"entropy": "entropy_bound"}
+RULES = [*STATIC, "threshold", "factor", "entropy", "entropy_threshold", "scheduled_threshold"]
+OPTION = {rule: rule for rule in RULES[3:]} | {"entropy": "entropy_bound", "scheduled_threshold": "threshold"}
 VALUES = {
     "threshold": [0.3, 0.5, 0.8, 1.0],
     "factor": [0.5, 1.0, 2.0],
     "entropy": [0.0, 0.5, 2.0],
     "entropy_threshold": [0.0, 0.5, 1.0, 1.6, 3.0],
+    "scheduled_threshold": [0.3, 0.5, 0.8, 1.0],
 }
 THRESHOLDS = [0, 0.1, 0.3, 0.5, 0.95, 1]
 PER_CELL = 8  # sequences per mode and rule
@@ -106,11 +107,11 @@ def test_a_mixed_batch_changes_nothing(engines, expect, shape):  # noqa: F811
 
 @pytest.mark.parametrize("shape, page_size", [("dense", 16), ("gqa", 3)])
 def test_preemption_and_sitting_out_change_nothing(folders, expect, shape, page_size):  # noqa: F811
-    """Pages for 230 tokens, where six sequences want up to 100 each; rows for two of the longest."""
+    """Pages for 230 tokens, where eight sequences want up to 100 each; rows for two of the longest."""
     cases = all_cases(shape)
     random.Random(page_size).shuffle(cases)
     token_bytes = 2 * 2 * 32 * 8 // (1 if shape == "dense" else 2)  # layers, K and V, d_model, float64
-    options = dict(max_model_len=LONGEST, max_num_batched_tokens=2 * LONGEST, max_num_seqs=6, page_size=page_size)
+    options = dict(max_model_len=LONGEST, max_num_batched_tokens=2 * LONGEST, max_num_seqs=8, page_size=page_size)
     with LLM(folders[shape], device="cpu", dtype="float64", kv_cache_memory=230 * token_bytes, **options) as llm:
         params = [dataclasses.replace(case.params, logprobs=0) for case in cases]
         outputs = llm.generate([list(case.prompt) for case in cases], params, use_tqdm=False)
