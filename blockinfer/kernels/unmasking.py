@@ -64,8 +64,9 @@ def unmask_torch(
     best = _top(scores, listed, blocks.counts)
     reveal = best
     if Choice.SCHEDULED_THRESHOLD in choices_there:
-        above = scores > options.value.contiguous().view(torch.float64).float()[:, None]
-        reveal = reveal | ((choices == Choice.SCHEDULED_THRESHOLD) & listed & above)
+        value = options.value.contiguous().view(torch.float64)
+        beside_threshold = _scheduled_threshold(scores, listed, blocks.counts, value)
+        reveal = torch.where(choices == Choice.SCHEDULED_THRESHOLD, beside_threshold, best)
     if choices_there.difference(OF_A_BLOCK):
         of_window = _chosen_of_windows(predicted, rows, options, blocks)
         others = listed & of_window.gather(1, _row_in_window(row, blocks))
@@ -104,7 +105,7 @@ def _chosen_of_windows(predicted: Confidence, rows: MaskedRows, options: SlotOpt
     value = options.value.contiguous().view(torch.float64)
     chosen = torch.zeros_like(listed)
     for choice, choose in CHOICES.items():
-        if (options.choice == choice).any():
+        if choice not in OF_A_BLOCK and (options.choice == choice).any():
             chosen |= (options.choice == choice)[:, None] & choose(scores, listed, blocks.counts, value)
     return chosen
 
