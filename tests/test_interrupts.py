@@ -36,7 +36,7 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
     params = SamplingParams(max_tokens=4, block_length=2)
     expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
-    files = {"llm.py", "engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
+    files = {"llm.py", "engine.py", "scheduler.py", "page_pool.py", "resident.py", "sequence.py"}
     source, first_line = inspect.getsourcelines(LLM.generate)
     (clean_up,) = [first_line + i for i, line in enumerate(source) if line.strip() == "engine.abort_all()"]
     lines = 0
@@ -83,7 +83,7 @@ def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
     page_bytes = 2 * 2 * 32 * 8 * 4
     options = dict(dtype="float64", max_num_seqs=3, page_size=4, kv_cache_memory=8 * page_bytes)
     prompts, params = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], dataclasses.replace(PARAMS, max_tokens=8)
-    files = {"engine.py", "scheduler.py", "page_pool.py", "sequence.py"}
+    files = {"engine.py", "scheduler.py", "page_pool.py", "resident.py", "sequence.py"}
     with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
         expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
         engine = llm.engine
@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_answers_shadows_and_scores_whole(tmp_path):
     sampled = dataclasses.replace(PARAMS, max_tokens=8, temperature=0.8, seed=3, n=3)
     guided = dataclasses.replace(PARAMS, max_tokens=8, cfg_scale=1.0)
     canvas, answer = [3, 1, 4, 1, 5, 9, 2, 6], range(5, 8)
-    files = {"engine.py", "scheduler.py", "page_pool.py", "sequence.py", "scoring.py"}
+    files = {"engine.py", "scheduler.py", "page_pool.py", "resident.py", "sequence.py", "scoring.py"}
     options = dict(dtype="float64", max_num_seqs=4, page_size=4)
     with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
         engine = llm.engine

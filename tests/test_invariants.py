@@ -8,8 +8,9 @@ import torch
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.modes import MODES, Segment
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine.resident import Plan
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.engine.sequence import Plan, Sequence
+from blockinfer.engine.sequence import Sequence
 
 
 def requests(count, seed=2):

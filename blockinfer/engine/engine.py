@@ -20,9 +20,10 @@ from blockinfer.engine.limits import Limits
 from blockinfer.engine.model_runner import ModelRunner, most_blocks
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.prompts import Prompt, PromptReader, ReadPrompt
+from blockinfer.engine.resident import Resident
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.scoring import Scores, ScoringRow
-from blockinfer.engine.sequence import BLOCKS, DENOISE, Resident, Sequence
+from blockinfer.engine.sequence import BLOCKS, DENOISE, Sequence
 from blockinfer.memory import free_memory, num_pages
 from blockinfer.models.transformer import Transformer
 from blockinfer.outputs import RequestOutput, ScoringOutput

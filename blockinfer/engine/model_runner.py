@@ -24,10 +24,11 @@ from blockinfer.engine.batch import (
 from blockinfer.engine.editing import edit, edited_rows
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
 from blockinfer.engine.logprobs import RevealedLogprobs
+from blockinfer.engine.resident import Resident
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.score_reader import ScoreReader
 from blockinfer.engine.scoring import Scores
-from blockinfer.engine.sequence import Resident, Sequence
+from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
 from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton

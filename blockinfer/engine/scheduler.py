@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from blockinfer.engine.page_pool import PagePool
-from blockinfer.engine.sequence import Plan, Resident
+from blockinfer.engine.resident import Plan, Resident
 
 # From so many tiles of rows on the time of a step is that of its matrix products (measured on an H200).
 _MANY_TILES = 8

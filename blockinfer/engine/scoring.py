@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from blockinfer.decoding.likelihood import SCORING_MODES, Mask
 from blockinfer.decoding.modes import BlockState, Segment
-from blockinfer.engine.sequence import Resident
+from blockinfer.engine.resident import Resident
 
 
 class ScoringRow(Resident):
