@@ -13,14 +13,17 @@ from tests.checkpoints import write_checkpoint
 PARAMS = SamplingParams(max_tokens=12, block_length=4, ignore_eos=True)
 
 
-def interrupting(files, stop_at):
-    """A trace function that raises KeyboardInterrupt at the stop_at-th line of these files of the engine."""
+def interrupting(files, stop_at, functions=None):
+    """A trace function that raises KeyboardInterrupt at the stop_at-th line of these files of the engine, or of these
+    functions there."""
     lines = 0
 
     def trace(frame, event, _):
         nonlocal lines
         path = Path(frame.f_code.co_filename)
         if path.name not in files or "blockinfer" not in path.parts or frame.f_code.co_name == "has_unfinished":
+            return None
+        if functions and frame.f_code.co_name not in functions:
             return None
         lines += event == "line"
         if lines == stop_at:
@@ -79,10 +82,13 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_can_go_on(llm):
 
 
 def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
-    """Whoever steps by hand goes on after it. The pages are few, so that requests are preempted, too."""
+    """Whoever steps by hand goes on after it. The pages are few, so that requests are preempted, too, and some have
+    several blocks open."""
     page_bytes = 2 * 2 * 32 * 8 * 4
     options = dict(dtype="float64", max_num_seqs=3, page_size=4, kv_cache_memory=8 * page_bytes)
-    prompts, params = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], dataclasses.replace(PARAMS, max_tokens=8)
+    prompts, one = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], dataclasses.replace(PARAMS, max_tokens=8)
+    several = dataclasses.replace(one, block_add_threshold=0.3, decoded_token_threshold=0.3, commit_delay=1, logprobs=0)
+    params = [one, several, several, one]
     files = {"engine.py", "scheduler.py", "page_pool.py", "resident.py", "sequence.py"}
     with LLM(write_checkpoint(tmp_path), device="cpu", **options) as llm:
         expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
@@ -91,8 +97,8 @@ def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
         def run(stop_at):
             """-> whether there was an interrupt, at the stop_at-th line."""
             trace = interrupting(files, stop_at)
-            ids = [engine.add_request(prompt, params) for prompt in prompts]
-            dropped = engine.add_request([9, 9], params)
+            ids = [engine.add_request(*request) for request in zip(prompts, params, strict=True)]
+            dropped = engine.add_request([9, 9], one)
             outputs, interrupted, steps = {}, 0, 0
             sys.settrace(trace)
             while engine.has_unfinished():
@@ -117,6 +123,34 @@ def test_ctrl_c_at_any_line_of_a_step_or_an_abort_loses_nothing(tmp_path):
         finally:
             sys.settrace(former)
         assert stop_at > 3000
+
+
+@pytest.mark.parametrize(
+    "prompt, options",
+    [
+        ([1, 2, 3], {}),
+        ([1, 2, 3], dict(block_add_threshold=0.3, commit_delay=1, logprobs=0)),
+        ({"prompt": "a{fill:4}b"}, dict(mode="vanilla")),
+    ],
+)
+def test_ctrl_c_at_every_line_that_makes_tokens_final_loses_nothing(llm, prompt, options):
+    params, engine = dataclasses.replace(PARAMS, max_tokens=4, block_length=2, **options), llm.engine
+    expected = [output.outputs for output in llm.generate([prompt], params, use_tqdm=False)]
+    former, stop_at, interrupted = sys.gettrace(), 0, True
+    while interrupted:
+        stop_at, interrupted, outputs, steps = stop_at + 1, False, [], 0
+        engine.add_request(prompt, params)
+        sys.settrace(interrupting({"sequence.py", "infilling.py"}, stop_at, {"finish", "_go_on"}))
+        while engine.has_unfinished() and steps < 20:
+            steps += 1
+            try:
+                outputs += [output.outputs for output in engine.step()]
+            except KeyboardInterrupt:
+                interrupted = True
+        sys.settrace(former)
+        assert not engine.has_unfinished(), f"it hangs after an interrupt at line {stop_at}"
+        assert outputs == expected
+    assert stop_at > 20
 
 
 def test_ctrl_c_leaves_answers_shadows_and_scores_whole(tmp_path):

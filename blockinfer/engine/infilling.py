@@ -84,7 +84,7 @@ class InfillSequence(Sequence):
         return None
 
     def is_finished(self) -> bool:
-        return not self.window
+        return self.has_all_blocks()
 
     def spans(self) -> list[slice]:
         """The masked spans, as parts of the output."""

@@ -263,10 +263,14 @@ class Sequence(Resident):
         super().requeue()
         self._go_on()
 
+    def has_all_blocks(self) -> bool:
+        """Whether none is left to be finished, by what is saved: Ctrl-C may come before it goes on from there."""
+        return not self._saved.window
+
     def stop_position(self) -> int | None:
         """Where in the output the first stop token is, if any."""
         return next((i for i, token in enumerate(self.output_token_ids) if token in self.stop_token_ids), None)
 
     def is_finished(self) -> bool:
         """Whether the final tokens end it: by a stop token, by a stop string that was found, or by max_tokens."""
-        return not self.window or self.stopped_by is not None or self.stop_position() is not None
+        return self.has_all_blocks() or self.stopped_by is not None or self.stop_position() is not None
