@@ -206,7 +206,7 @@ class LLM:
         last one as `generate` gives it.
 
         Text that a later block could change is held back: half a character. denoise gives besides an output after every
-        step, whose `canvas` is the open block. An iterator that is closed, or breaks off, leaves an empty engine.
+        step, whose `canvas` is the open blocks. An iterator that is closed, or breaks off, leaves an empty engine.
 
         Raises what `generate` does, once the first output is asked for.
         """

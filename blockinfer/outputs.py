@@ -57,10 +57,11 @@ class CompletionOutput:
 
     finish_reason: "stop" (stop_reason is then the stop token's id, or the stop string) or "length"; None of an
     unfinished one, whose text and token_ids are those of finished blocks: later outputs of the request begin with them,
-    or, where a stop string ends it, with the text. canvas: the open block after a step, where that was asked for, None
-    where a position is still masked. It is provisional: a preemption starts the block anew. logprobs: for each
-    of token_ids, where SamplingParams.logprobs asked for it, its own and the likeliest tokens' by id. infilled: of a
-    prompt with masked spans; token_ids and text are then those of all spans, and how it ended is how the last one did.
+    or, where a stop string ends it, with the text. canvas: the open blocks after a step, where that was asked for, None
+    where a position is still masked. It is provisional: a preemption goes back to where the last block was finished.
+    logprobs: for each of token_ids, where SamplingParams.logprobs asked for it, its own and the likeliest tokens' by
+    id. infilled: of a prompt with masked spans; token_ids and text are then those of all spans, and how it ended is how
+    the last one did.
     """
 
     index: int

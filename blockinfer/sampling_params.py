@@ -47,14 +47,15 @@ class SamplingParams:
         scheduled_threshold. Every mode takes every rule.
     threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9,
         1.0, 0.15 nats, 0.5 nats). scheduled_threshold reads threshold too, by default 0.95. One that the chosen rule
-        does not read is refused. With threshold 1.0 a step reveals one token, but for those whose probability is 1
-        even when that of all others is summed in float32.
+        does not read is refused. With threshold 1.0 and one block open a step reveals one token, but for those whose
+        probability is 1 even when that of all others is summed in float32.
     block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
         most 128 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
         schedule choose among the masked positions of all open blocks as if these were one, and reveal one at least of
-        the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
-    decoded_token_threshold: an open block is active once this share of the one before it is revealed. The schedule
-        reveals nothing in a block that is not active, and its steps, which denoising_steps limits, do not count.
+        the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked; until
+        then what is open behind it is revealed as ever, where d3LLM's early_stop puts stop tokens.
+    decoded_token_threshold: an open block is active once this share of the one before it is revealed. Until then the
+        schedule reveals nothing in it, and its steps do not count for denoising_steps; thresholds hold in it too.
     suffix_window: masks behind the last open block that `block` and `block_refresh` keep, up to the canvas's end.
     commit_delay: steps for which `block` computes a finished block on, beside the open ones, before it is committed.
     editing_threshold: None, or the confidence above which a token of the open block that is revealed is replaced, by

@@ -20,7 +20,7 @@ from blockinfer.outputs import (
 )
 
 Decode = Callable[[list[int]], str]
-# Of sequences, by their ids, the open block: None where a position is masked.
+# Of sequences, by their ids, the open blocks: None where a position is masked.
 Canvases = dict[int, tuple[int | None, ...]]
 
 
@@ -44,7 +44,7 @@ def scoring_output(siblings: list[ScoringRow]) -> ScoringOutput:
 
 def request_output(siblings: list[Sequence], decode: Decode | None, canvases: Canvases | None = None) -> RequestOutput:
     """Of a request whose sequences are all finished, or that is streamed. decode: None where there is no tokenizer.
-    canvases: of sequences whose open block came on."""
+    canvases: of sequences whose open blocks came on."""
     first, now = siblings[0], time.perf_counter()
     first_blocks = [sequence.first_block_at for sequence in siblings if sequence.first_block_at is not None]
     return RequestOutput(

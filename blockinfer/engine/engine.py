@@ -70,7 +70,7 @@ class Engine:
         """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
         {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`); or what `prompts.read`
         made of it. stream: "blocks" has `step` give out each of its blocks as it is finished, "denoise" besides that
-        the open block after each step, for which every step waits for the device.
+        the open blocks after each step, for which every step waits for the device.
 
         Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
         a request that the page pool could never hold, and for an option that this checkpoint cannot follow.

@@ -85,12 +85,12 @@ class Resident:
         self.nfe += self.lanes
 
     def restart_block(self) -> None:
-        """Back to the start of the current block, with nothing cached: a preemption took the pages."""
+        """Back to where its last block was finished, with nothing cached: a preemption took the pages."""
         self.preemptions += 1
         self.begin_with(0, None)
 
     def requeue(self) -> None:
-        """Out of slots and pages and back to the start of the block, whatever a call that was cut short left."""
+        """Out of slots and pages and back to where its last block was finished, whatever an interrupted call left."""
         self.preemptions += self.slot is not None
         self.slot, self.pages, self.on_device, self.broken = None, [], False, False
         self.shadow_slot, self.shadow_pages = None, []

@@ -107,7 +107,7 @@ class Answer:
         return self._head("chat.completion.chunk") | {"choices": [choice]} | usage_so_far
 
     def _canvas(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        """The open block after a step, None where a position is masked; and what was done so far."""
+        """The open blocks after a step, None where a position is masked; and what was done so far."""
         canvas = [None if token is None else self.token_text(token) for token in one.canvas]
         done = {"tokens": len(one.token_ids), "forwards": output.metrics.nfe}
         return {"provisional": True, "canvas": canvas} | done
