@@ -19,13 +19,13 @@ def plan(mode: str, block_length: int) -> list[tuple[dict, dict]]:
         *({"unmasking": "entropy_threshold", "entropy_threshold": value} for value in (0.1, 0.5)),
         {"unmasking": "low_confidence", "denoising_steps": max(1, block_length // 2)},
     ]
-    return [(rule, window) for rule in rules for window in _windows(mode, RULES[rule["unmasking"]].scheduled)]
+    return [(rule, window) for rule in rules for window in _windows(mode, RULES[rule["unmasking"]].has_schedule)]
 
 
-def _windows(mode: str, scheduled: bool) -> list[dict]:
+def _windows(mode: str, has_schedule: bool) -> list[dict]:
     def opened(share: float) -> dict:
         # only a schedule asks whether a block is active
-        return {"block_add_threshold": share} | ({"decoded_token_threshold": share} if scheduled else {})
+        return {"block_add_threshold": share} | ({"decoded_token_threshold": share} if has_schedule else {})
 
     windows = [{}, *map(opened, _EARLY)]
     if mode == "block":

@@ -52,4 +52,4 @@ def _reads(option: Option, field: str, mode: str, rule: str) -> bool:
         return mode != STANDARD
     # one block at a time, the next one is active when it opens
     opens_early = _given(option, "block_add_threshold") not in (None, ONE_BLOCK["block_add_threshold"])
-    return opens_early and (RULES[rule].scheduled or option("--denoising-steps") is not None)
+    return opens_early and (RULES[rule].has_schedule or option("--denoising-steps") is not None)

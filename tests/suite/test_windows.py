@@ -15,7 +15,7 @@ from evals.runs.resume import settings_hash
 from evals.runs.windows import _READERS
 from tests.suite.test_samples import lines
 
-SCHEDULED = "low_confidence"
+SCHEDULED = ["low_confidence", "scheduled_threshold"]
 OPEN = {"block_add_threshold": 0.5}
 
 
@@ -40,11 +40,12 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
     assert given(cases, "block_add_threshold") == set(MODES), "and not the standard decoding"
     cases = settings(suffix_window=8, commit_delay=1).cases
     assert given(cases, "suffix_window") == {"block", "block_refresh"} and given(cases, "commit_delay") == {"block"}
-    rules = ["low_confidence", "threshold"]
+    rules = [*SCHEDULED, "threshold"]
     both = settings(**OPEN, decoded_token_threshold=0.5, unmasking=rules, mode=["vanilla_llada", "block"]).cases
-    assert [(c.mode, c.unmasking) for c in both if c.params.decoded_token_threshold < 1] == [("block", SCHEDULED)]
+    read = [(c.mode, c.unmasking) for c in both if c.params.decoded_token_threshold < 1]
+    assert read == [("block", rule) for rule in SCHEDULED]
     limited = settings(**OPEN, decoded_token_threshold=0.5, unmasking=rules, mode=["block"], denoising_steps=4).cases
-    assert [c.params.decoded_token_threshold for c in limited] == [0.5, 0.5]
+    assert [c.params.decoded_token_threshold for c in limited] == [0.5, 0.5, 0.5]
     two = settings(unmasking=["threshold", "entropy_threshold"], mode=["block"], entropy_threshold=0.1).cases
     assert [c.params.rule_value for c in two] == [0.9, 0.1]
 
