@@ -62,7 +62,7 @@ def step_columns(blocks: int) -> slice:
 def pack_steps(scheduled: Items[ScheduledSequence], blocks: int) -> np.ndarray:
     """Of Blocks the columns that change from step to step of a block, one after the other, int64."""
     columns = np.zeros((_STEP_FIELDS, blocks), dtype=np.int64)
-    steps = [block for sequence, _ in denoised(scheduled) for block in sequence.block_steps()]
+    steps = [block for sequence, _ in denoised(scheduled) for block in sequence.next_step()]
     columns[:4, : len(steps)] = np.array(steps, dtype=np.int64).reshape(-1, 4).T
     columns[4] = columns[3].cumsum() - columns[3]
     return columns.ravel()

@@ -152,17 +152,18 @@ class Sequence(Resident):
         """Of the first `number` positions of the open blocks those that the output has."""
         return slice(number)
 
-    def block_steps(self) -> list[tuple[int, int, bool, int]]:
+    def next_step(self) -> list[tuple[int, int, bool, int]]:
         """Of each open block, as `kernels.slots.Blocks` has them: steps, counts, last_steps and masked_counts."""
         return [
             (block.step, self._must_reveal(block, i), block.is_last_step, block.left)
             for i, block in enumerate(self.window)
         ]
 
-    def _must_reveal(self, block: OpenBlock, number: int) -> int:
+    def _must_reveal(self, block: OpenBlock, index: int) -> int:
+        """How many positions of the block, which is the window's index-th from 0, a step reveals at least."""
         if not self._has_schedule:
-            # the first open block is not finished
-            return int(number == 0)
+            # so that there is progress: the first one is not finished
+            return int(index == 0)
         return scheduled_count(block.number, block.limit, block.active_step) if block.is_active else 0
 
     def masked_after_step(self) -> int | None:
