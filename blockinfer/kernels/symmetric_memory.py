@@ -28,27 +28,28 @@ _ALIGNMENT = 16
 class SymmetricBuffer:
     """Rows of one width, in which the ranks' sums begin."""
 
-    def __init__(self, buffer: torch.Tensor, width: int, name: str, store: "FromNowOn") -> None:
+    def __init__(self, buffer: torch.Tensor, width: int, name: str, kept: tuple[object, ...]) -> None:
         self._buffer = buffer  # [TWO_SHOT_BYTES of its dtype]
         self._width = width
         self._group = name
-        self._store = store
+        # what torch finds by the name, and does not keep alive
+        self._kept = kept
 
     @classmethod
     def make(cls, width: int, dtype: torch.dtype, device: torch.device, store: dist.Store) -> "SymmetricBuffer | None":
         """None where one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
         all ranks."""
-        # torch keeps what it knows of a group for good, by its name: this one is new
+        # torch keeps what it has exchanged, by a group's name: this one is new
         told = [("", "")] * dist.get_world_size()
         dist.all_gather_object(told, (socket.gethostname(), f"blockinfer-{uuid.uuid4()}"))
         name, one_host = told[0][1], len({host for host, _ in told}) == 1
         aligned = width * dtype.itemsize % (_ALIGNMENT * 8) == 0
-        buffer, store = None, FromNowOn(store, name)
+        made, store = None, FromNowOn(store, name)
         if one_host and aligned and dtype in (torch.float32, torch.bfloat16):
-            buffer = _allocate(TWO_SHOT_BYTES // dtype.itemsize, dtype, name, store)
-        everywhere = torch.tensor(int(buffer is not None), device=device)
+            made = _allocate(TWO_SHOT_BYTES // dtype.itemsize, dtype, name, store)
+        everywhere = torch.tensor(int(made is not None), device=device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        return cls(buffer, width, name, store) if everywhere.item() else None
+        return cls(made[0], width, name, (made[1], store)) if everywhere.item() else None
 
     def takes(self, x: torch.Tensor) -> bool:
         """x [T, d] or [S, T, d]."""
@@ -107,17 +108,33 @@ class FromNowOn(dist.Store):
         return [self.get(key) for key in keys]
 
 
-def _allocate(number: int, dtype: torch.dtype, name: str, store: dist.Store) -> torch.Tensor | None:
+def _allocate(
+    number: int, dtype: torch.dtype, name: str, store: dist.Store
+) -> tuple[torch.Tensor, dist.ProcessGroup] | None:
+    """So many numbers, and the group that they were met in."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        _SymmetricMemory.set_group_info(name, dist.get_rank(), dist.get_world_size(), store)
+        group = _name_group(name, store)
         # outside inference mode, in which it was made: the buffer outlives it
         with torch.inference_mode(False):
             buffer = _SymmetricMemory.empty_strided_p2p((number,), (1,), dtype, device)
             _SymmetricMemory.rendezvous(buffer, name)
-        return buffer
+        return buffer, group
     except (ImportError, RuntimeError, AttributeError, TypeError):
         # no peer access, or a torch without it
         return None
+
+
+def _name_group(name: str, store: dist.Store) -> dist.ProcessGroup:
+    """All ranks once more, as a group that torch's symmetric memory finds by this name: of it torch takes the rank and
+    the store."""
+    from torch._C._distributed_c10d import _register_process_group
+
+    group = dist.ProcessGroup(store, dist.get_rank(), dist.get_world_size())
+    # torch's operations ask for the name of its backend too, and use no more of it
+    cpu = torch.device("cpu")
+    group._register_backend(cpu, dist.ProcessGroup.BackendType.GLOO, dist.group.WORLD._get_backend(cpu))
+    _register_process_group(name, group)
+    return group
