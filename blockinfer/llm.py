@@ -125,6 +125,7 @@ class LLM:
         else:
             loaded = load(prepare(config))
             self._engine = Engine(loaded.network, loaded.config, loaded.tokenizer)
+            self._engine.runner.capture()
         self.model_config, self.config, self.tokenizer = loaded.model_config, loaded.config, loaded.tokenizer
         self._chat_template = self.tokenizer and ChatTemplate(self.tokenizer)
         self.load_seconds = time.perf_counter() - start

@@ -35,6 +35,11 @@ class StepGraphs:
         self._sizes = sorted(sizes)
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
 
+    @property
+    def number(self) -> int:
+        """How many graphs `capture` makes."""
+        return len(self._sizes)
+
     def padded(self, size: int) -> int:
         """The next size that was captured; above all of them the size in whole tiles of large matrix products."""
         if not self._sizes:
@@ -55,6 +60,12 @@ class StepGraphs:
                 self._function(size)
             self._captured[size] = graph
             on_capture()
+
+    def drop(self) -> None:
+        """The graphs, whoever still holds this: what they have captured may be destroyed then, and function goes on
+        without them."""
+        while self._captured:
+            self._captured.popitem()[1].reset()
 
     def __call__(self, size: int) -> None:
         """function(size), by its graph where it was captured."""

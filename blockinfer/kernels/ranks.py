@@ -1,5 +1,6 @@
 """The ranks that share a model, one process each, and what they tell each other within a step (arXiv 1909.08053)."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,13 @@ class RankGroup(Ranks):
         """Memory for the sums of rows so wide, where the ranks can reach each other's; all ranks call it together."""
         if self._device.type == "cuda":
             self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
+
+    def release(self, leave_behind: bool = False) -> None:
+        """That memory. leave_behind: where the GPU may never be done: it is not given back, for which torch would wait
+        for the GPU."""
+        if leave_behind and self._buffer is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._buffer))
+        self._buffer = None
 
     def all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self._buffer is not None and self._buffer.takes(x):

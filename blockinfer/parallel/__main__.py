@@ -1,11 +1,12 @@
 """`python -m blockinfer.parallel STORE RANK SIZE DEVICE`: a rank, as `blockinfer.parallel.followers` starts it."""
 
 import fcntl
-import gc
 import os
 import sys
 import threading
 import time
+import traceback
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -24,12 +25,16 @@ def main() -> None:
     except BaseException:
         # where the first rank is gone there is nothing to tell, and stdin ends this
         time.sleep(1)
-        raise
-    gc.collect()
+        traceback.print_exc()
+        _exit(1)
     group.leave()
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    """At once, whatever threads there are, and what a GPU may still wait for."""
     sys.stderr.flush()
-    # at once, whatever threads there are
-    os._exit(0)
+    os._exit(status)
 
 
 def _end_with_parent() -> None:

@@ -112,7 +112,10 @@ def load_share(
         config, kv_cache_memory=pages * page_bytes(model, config), seed=seed if config.seed is None else config.seed
     )
     extra = (group,) if engine is LeadingEngine else ()
-    return loaded, engine(loaded.network, agreed, loaded.tokenizer, *extra)
+    # a rank without memory for it would leave the others waiting in the first sum
+    made = _together(group, lambda: engine(loaded.network, agreed, loaded.tokenizer, *extra))
+    made.runner.capture()
+    return loaded, made
 
 
 def _together(group: Group, function: Callable[[], Any], everyones: bool = False) -> Any:

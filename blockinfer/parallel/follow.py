@@ -17,15 +17,17 @@ def follow(group: Group) -> None:
     while True:
         message = group.hear()
         name, args, kwargs = message or ("step", (), {})
-        if name == "end":
-            return
         if name == "load":
             engine = _load(group, *args)
-        elif name == "close":
+        elif name in ("close", "end"):
+            if engine is not None:
+                engine.runner.drop_graphs()
             engine = None
             gc.collect()
             if group.on_gpu:
                 torch.cuda.empty_cache()
+            if name == "end":
+                return
         else:
             try:
                 getattr(engine, name)(*args, **kwargs)

@@ -68,6 +68,7 @@ class Followers:
             self._wait_until_ready()
         except BaseException:
             self.end()
+            self.clean()
             raise
         for rank, process in enumerate(self._processes, 1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
@@ -123,4 +124,7 @@ class Followers:
                 process.kill()
                 process.wait()
             process.stdin.close()
+
+    def clean(self) -> None:
+        """Once nobody looks into the store any more, torch's own threads included: they would wait for its file."""
         shutil.rmtree(self._folder, ignore_errors=True)

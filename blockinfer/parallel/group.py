@@ -5,8 +5,10 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from blockinfer.kernels.ranks import RankGroup
 _FOREVER = timedelta(days=3650)
 # A process that is not back from its GPU so long after another rank has died will not be.
 _GRACE = 15.0
+# Seconds for the end of what a communicator's abort lets go on.
+_ABORT, _DONE = 5.0, 1.0
 
 
 class FirstRankGone(RuntimeError):
@@ -32,13 +36,17 @@ class Place(NamedTuple):
 
 
 class Group:
-    """This process's end of it. failure: why the ranks can do nothing more together, once that is so."""
+    """This process's end of it. failure: why the ranks can do nothing more together, once that is so. stuck: why this
+    process's GPU will never be done, once that is so, whatever becomes of the group."""
+
+    stuck: ClassVar[str | None] = None
 
     def __init__(self, place: Place, store: dist.Store, on_gpu: bool) -> None:
         self.rank, self.size = place.rank, place.size
         self.on_gpu = on_gpu
         self.failure: str | None = None
         self._calling = False
+        self._gpu = place.gpu
         if on_gpu:
             torch.cuda.set_device(place.gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -116,14 +124,39 @@ class Group:
             self.check()
             time.sleep(20e-6)
 
-    def leave(self) -> None:
-        """Out of torch.distributed; where the ranks have failed, without waiting for the others."""
+    def leave(self, drop_graphs: Callable[[], None] = lambda: None) -> None:
+        """Out of torch.distributed; where the ranks have failed, without waiting for the others. drop_graphs: the
+        communicators that graphs have captured end after these."""
         if not dist.is_initialized():
             return
         if self.failure is None or not self.on_gpu:
+            drop_graphs()
+            self.ranks.release()
             dist.destroy_process_group()
             return
+
+        def abort() -> None:
+            with suppress(RuntimeError):
+                drop_graphs()
+                dist.distributed_c10d._abort_process_group()
+
         # a kernel that waits for another rank is ended by its communicator's abort, if by anything
-        abort = threading.Thread(target=dist.distributed_c10d._abort_process_group, daemon=True)
-        abort.start()
-        abort.join(5)
+        aborting = threading.Thread(target=abort, daemon=True)
+        aborting.start()
+        aborting.join(_ABORT)
+        if not self._gpu_is_done():
+            Group.stuck = self.failure
+        self.ranks.release(leave_behind=Group.stuck is not None)
+
+    def _gpu_is_done(self) -> bool:
+        """With all that it was given; not where it will not be within a second, or has failed for good."""
+        try:
+            with torch.cuda.device(self._gpu):
+                done = torch.cuda.Event()
+                done.record()
+            end = time.monotonic() + _DONE
+            while not done.query() and time.monotonic() < end:
+                time.sleep(0.01)
+            return done.query()
+        except RuntimeError:
+            return False

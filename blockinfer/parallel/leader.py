@@ -3,6 +3,7 @@
 import atexit
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from blockinfer.checks import reason
 from blockinfer.config import EngineConfig, find_device
+from blockinfer.engine.model_runner import ModelRunner
 from blockinfer.loading import Loaded, Prepared, prepare
 from blockinfer.parallel.engine import LeadingEngine, draw_engine_seed, load_share
 from blockinfer.parallel.follow import follow
@@ -21,6 +23,8 @@ from blockinfer.parallel.interrupts import undivided
 _one_at_a_time = threading.Lock()
 # Ranks that were there before serve one LLM after another.
 _outside: Group | None = None
+# What ends the one that is open, or the last one that was.
+_abandon_open: weakref.finalize | None = None
 
 
 class Leader:
@@ -32,12 +36,15 @@ class Leader:
         raises SystemExit when all is over."""
         self._followers: Followers | None = None
         self._group: Group | None = None
+        self._runner: Callable[[], ModelRunner | None] = lambda: None
         self._config = config
         size, on_gpu = config.tensor_parallel_size, _is_on_gpu(config)
         place = place_outside(size, on_gpu)
         if place is not None and on_gpu:
             torch.cuda.set_device(place.gpu)
         self._prepared: Prepared | None = prepare(config)
+        if Group.stuck is not None:
+            raise ValueError(f"{Group.stuck}, for which a GPU of this process waits still: load it in a new process")
         if place is None and on_gpu and torch.cuda.device_count() < size:
             raise ValueError(
                 f"tensor_parallel_size={size} takes a GPU for each rank, and there are {torch.cuda.device_count()}"
@@ -46,7 +53,8 @@ class Leader:
             _serve(place, on_gpu)
         if not _one_at_a_time.acquire(blocking=False):
             raise ValueError("another LLM with tensor_parallel_size is open in this process: close() it first")
-        self._abandon = weakref.finalize(owner, self._end_without_a_word)
+        global _abandon_open
+        self._abandon = _abandon_open = weakref.finalize(owner, self._end_without_a_word)
         try:
             self._meet(place, size, on_gpu)
         except BaseException:
@@ -74,7 +82,9 @@ class Leader:
         group.begin_call()
         try:
             group.tell(("load", (self._config, seed), {}))
-            return load_share(group, lambda: prepared, seed, LeadingEngine)
+            loaded, engine = load_share(group, lambda: prepared, seed, LeadingEngine)
+            self._runner = weakref.ref(engine.runner)
+            return loaded, engine
         except RuntimeError as error:
             group.wait_for_failure(f"the ranks have lost each other: {reason(error)}")
             self._abandon()
@@ -104,31 +114,41 @@ class Leader:
             except RuntimeError as error:
                 # one has ended just now: there is nobody to tell
                 self._group.failure = reason(error)
-                self._group.leave()
+                self._group.leave(self._drop_graphs)
             finally:
                 if self._followers is not None:
                     self._followers.end(10.0 if not self.failed else 0.0)
+                    self._followers.clean()
                 _one_at_a_time.release()
 
     def _tell_end(self) -> None:
         if self._followers is None:
+            self._drop_graphs()
             self._group.tell(("close", (), {}))
             return
         self._followers.expect_end()
         self._group.tell(("end", (), {}))
-        self._group.leave()
+        self._group.leave(self._drop_graphs)
 
     def _end_without_a_word(self) -> None:
         if self._followers is not None:
             self._followers.end()
             if self._group is not None:
                 self._group.failure = self._group.failure or "the LLM was closed"
-                self._group.leave()
+                self._group.leave(self._drop_graphs)
             elif dist.is_initialized():
                 dist.destroy_process_group()
+            self._followers.clean()
         elif self._group is not None and not self.failed:
+            self._drop_graphs()
             self._group.tell(("close", (), {}))
         _one_at_a_time.release()
+
+    def _drop_graphs(self) -> None:
+        """Of an engine that others may hold: a user's script, or an error's traceback."""
+        runner = self._runner()
+        if runner is not None:
+            runner.drop_graphs()
 
 
 def _serve(place: Place, on_gpu: bool) -> NoReturn:
@@ -138,6 +158,8 @@ def _serve(place: Place, on_gpu: bool) -> NoReturn:
     try:
         follow(group)
     except FirstRankGone as error:
+        group.fail(str(error))
+        group.leave()
         raise SystemExit(f"blockinfer: {error}") from None
     group.leave()
     raise SystemExit(0)
@@ -145,6 +167,8 @@ def _serve(place: Place, on_gpu: bool) -> NoReturn:
 
 def _dismiss(group: Group) -> None:
     """At this process's end."""
+    if _abandon_open is not None:
+        _abandon_open()
     if group.failure is None:
         group.tell(("end", (), {}))
         group.leave()
