@@ -47,7 +47,8 @@ class LLM:
     quantization: "fp8" keeps the layers' matrices in float8_e4m3fn, with a scale for each output channel, and quantises
         what they are multiplied with row by row: half of bfloat16's memory, and faster on a GPU of compute capability
         8.9; elsewhere slower, for the same tokens but for rounding. Embeddings and LM head stay in dtype. By default
-        what the checkpoint is stored in. Not with several ranks (tensor_parallel_size).
+        what the checkpoint is stored in. Several ranks (tensor_parallel_size) quantise their parts of a row each by
+        itself, as of a matrix that they have in columns, so their tokens are those of one rank but for rounding too.
     device: "auto" (the GPU where there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also be a published shape's name: "llada-8b", "illada-8b",

@@ -44,11 +44,6 @@ def prepare(config: EngineConfig) -> Prepared:
         name = model_config.architecture
         raise ValueError(f"{source}: tensor_parallel_size is not implemented for {name}; leave it at 1")
     model_config.check_shares(config.tensor_parallel_size, source)
-    if config.tensor_parallel_size > 1 and (config.quantization or model_config.quantization):
-        raise ValueError(
-            f"{source}: tensor_parallel_size is not implemented with quantization; leave it at 1, or load what is not "
-            "quantised"
-        )
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
     if not model_config.eos_token_ids:
         usual = model_config.usual_eos_token_id

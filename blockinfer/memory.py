@@ -38,16 +38,18 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
 
 
 def weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Of one rank. Of a quantised layer, which no other rank shares, the matrices take a byte a value and 4 for an
-    output channel."""
-    groups, itemsize = published(model), config.dtype.itemsize
-    total = itemsize * num_parameters(
-        groups, config.tensor_parallel_size, {model_class(model.architecture, "").EMBEDDINGS}
-    )
+    """Of one rank. Of a quantised layer the matrices take a byte a value and 4 for an output channel, of which a rank
+    has all where it has columns."""
+    groups, itemsize, ranks = published(model), config.dtype.itemsize, config.tensor_parallel_size
+    of_model = model_class(model.architecture, "")
+    total = itemsize * num_parameters(groups, ranks, {of_model.EMBEDDINGS})
     for group in groups:
         if config.quantization and group.indices:
-            matrices = (shape for shape in group.shapes.values() if len(shape) == 2)
-            saved = sum(rows * columns * (itemsize - 1) - 4 * rows for rows, columns in matrices)
+            matrices = ((name, shape) for name, shape in group.shapes.items() if len(shape) == 2)
+            saved = sum(
+                rows * columns // ranks * (itemsize - 1) - 4 * rows // (1 if name in of_model.BY_COLUMNS else ranks)
+                for name, (rows, columns) in matrices
+            )
             total -= math.prod(map(len, group.indices)) * saved
     return total
 

@@ -32,23 +32,30 @@ class StoredQuantization:
             return (tuple(-(-size // part) for size, part in zip(shape, self.block, strict=True)),)
         return (shape[0], 1), (shape[0],), (1,), ()
 
-    def load(self, target: torch.Tensor | QuantizedWeight, values: torch.Tensor, scale: torch.Tensor) -> None:
+    def load(
+        self,
+        target: torch.Tensor | QuantizedWeight,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        share: tuple[slice, ...] | None = None,
+    ) -> None:
         """Into a quantised weight as they are, if scales are of its rows; those of blocks are rounded once more, to its
-        rows' scales. Into a plain tensor what they stand for."""
+        rows' scales. Into a plain tensor what they stand for. share: the rows and columns of the matrix that the values
+        are, if not all; the scale is of the whole."""
+        first_row, first_column = (part.start or 0 for part in share or (slice(None), slice(None)))
         scale = scale.float()
         if self.block:
-            target.copy_(_dequantized(values, scale, self.block))
-        elif isinstance(target, QuantizedWeight):
+            rows, columns = (torch.arange(size) for size in values.shape)
+            rows, columns = (rows + first_row) // self.block[0], (columns + first_column) // self.block[1]
+            target.copy_(values.float() * scale[rows[:, None], columns])
+            return
+        scale = scale.reshape(-1, 1)
+        scale = scale[first_row : first_row + len(values)] if len(scale) > 1 else scale
+        if isinstance(target, QuantizedWeight):
             target.values.copy_(values)
-            target.scale.copy_(scale.reshape(-1, 1))
+            target.scale.copy_(scale)
         else:
-            target.copy_(values.float() * scale.reshape(-1, 1))
-
-
-def _dequantized(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    rows, columns = values.shape
-    each = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return values.float() * each
+            target.copy_(values.float() * scale)
 
 
 def read_quantization(raw: Mapping[str, Any], source: str) -> StoredQuantization | None:

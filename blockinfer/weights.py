@@ -79,11 +79,11 @@ def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
     for path in sorted({tensor.path for tensor in stored.values()}):
         names = [name for name, tensor in stored.items() if tensor.path == path and name in wanted]
         shares = [_share(stored[name].shape, wanted[name].shape, model.ranks.rank) for name in names]
-        for name, tensor in zip(names, _read(path, names, shares), strict=True):
+        for name, share, tensor in zip(names, shares, _read(path, names, shares), strict=True):
             target, scale = wanted[name], quantization and quantization.scale_name(name)
             if scale in stored:
                 scales.add(scale)
-                quantization.load(target, tensor, *_read(stored[scale].path, [scale], [None]))
+                quantization.load(target, tensor, *_read(stored[scale].path, [scale], [None]), share)
             else:
                 target.copy_(tensor)
             if not _is_finite(target):

@@ -41,6 +41,7 @@ class ILLaDA(Transformer):
     EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
     TIED_BY = "tie_word_embeddings"
     QUANTIZES = IS_SHARED = True
+    BY_COLUMNS = "self_attn.o_proj.weight", "mlp.down_proj.weight"
 
     def __init__(
         self,

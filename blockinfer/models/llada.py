@@ -87,6 +87,7 @@ class LLaDA(Transformer):
     EMBEDDINGS, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
     TIED_BY = "weight_tying"
     QUANTIZES = IS_SHARED = True
+    BY_COLUMNS = "attn_out.weight", "ff_out.weight"
     read_config = staticmethod(read_llada_config)
 
     def __init__(

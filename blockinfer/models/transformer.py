@@ -25,7 +25,8 @@ class Transformer(nn.Module):
     the vocabulary.
     QUANTIZES: whether the class takes quantization="fp8", which makes QuantizedWeights of the layers' matrices.
     EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the field of the config that makes them one.
-    IS_SHARED: whether ranks can share it; then it is made with them, and its matrices but the embeddings are shared.
+    IS_SHARED: whether ranks can share it; then it is made with them, and its matrices but the embeddings are shared, by
+    columns those of a layer that BY_COLUMNS names, and by rows the others.
     """
 
     QUANTIZES: ClassVar[bool] = False
@@ -33,6 +34,7 @@ class Transformer(nn.Module):
     HEAD: ClassVar[str]
     TIED_BY: ClassVar[str]
     IS_SHARED: ClassVar[bool] = False
+    BY_COLUMNS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

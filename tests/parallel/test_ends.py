@@ -1,7 +1,6 @@
 """How the ranks end: with the LLM, with its process, and where one of them dies."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,12 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from blockinfer import LLM, SamplingParams
 from blockinfer.parallel import engine
 from blockinfer.parallel.followers import Followers
-from tests.test_quantization import fine_grained
 
 LONG = SamplingParams(max_tokens=200, block_length=8, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=8, block_length=8)
@@ -231,15 +228,3 @@ def test_ranks_that_cannot_be_split_into_groups(shared_folders, monkeypatch):
 def test_a_family_that_ranks_cannot_share():
     with pytest.raises(ValueError, match="tensor_parallel_size is not implemented for LLaDAMoEModelLM; leave it at 1"):
         LLM("llada-moe-7b", load_format="dummy", device="cpu", tensor_parallel_size=2)
-
-
-@pytest.mark.parametrize("quantization", ["fp8", None])
-def test_quantised_layers_are_not_shared(shared_folders, tmp_path, monkeypatch, quantization):
-    """Quantised by the option, or as the checkpoint has them; that is known before anything is loaded."""
-    config = json.loads((shared_folders["dense"] / "config.json").read_text())
-    stored = {} if quantization else {"quantization_config": fine_grained(16, 24)}
-    (tmp_path / "config.json").write_text(json.dumps(config | stored))
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("something was allocated"))
-    message = "config.json: tensor_parallel_size is not implemented with quantization; leave it at 1, or load what is"
-    with pytest.raises(ValueError, match=message):
-        LLM(tmp_path, device="cpu", quantization=quantization, tensor_parallel_size=2)
