@@ -324,10 +324,12 @@ class LLM:
         self._engine = None
         if self._chat_template is not None:
             self._chat_template.close()
-        # the runner and its two functions hold each other
-        gc.collect()
-        if self.config.device.type == "cuda" and not (self._leader and self._leader.failed):
-            torch.cuda.empty_cache()
+        # where ranks have failed, a GPU may never be done: what waits for it is the leader's to drop
+        if not (self._leader and self._leader.failed):
+            # the runner and its two functions hold each other
+            gc.collect()
+            if self.config.device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._leader is not None:
             self._leader.close()
 

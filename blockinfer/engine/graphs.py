@@ -47,14 +47,16 @@ class StepGraphs:
         place = bisect_left(self._sizes, size)
         return self._sizes[place] if place < len(self._sizes) else -(-size // ROW_TILE) * ROW_TILE
 
-    def capture(self, pool: tuple[int, int], on_capture: Callable[[], None]) -> None:
-        """Graphs never run side by side, so all of them share the pool's memory for their intermediate tensors."""
+    def capture(self, pool: tuple[int, int], on_capture: Callable[[], None], wait: Callable[[], None]) -> None:
+        """Graphs never run side by side, so all of them share the pool's memory for their intermediate tensors. wait:
+        for the GPU, before it is waited for."""
         # NCCL's threads may look at their events meanwhile
         mode = "thread_local" if torch.distributed.is_initialized() else "global"
         # the largest first: the others fit into its memory
         for size in reversed(self._sizes):
             # what is compiled, loaded or chosen at its first call cannot be captured
             self._function(size)
+            wait()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
                 self._function(size)

@@ -171,11 +171,12 @@ class ModelRunner:
             self._run_layers(rows, may_be_whole=True)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
         self._scores.log_probabilities([0], [0], None)
+        self.model.ranks.wait()
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=number, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
             for graphs in parts:
-                graphs.capture(pool, progress.update)
+                graphs.capture(pool, progress.update, self.model.ranks.wait)
         self.stats.graphs = number
         self.stats.graph_bytes = free - self._free_memory()
         self.stats.capture_seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from blockinfer.kernels.ranks import RankGroup
+from blockinfer.parallel.watch import Watch
 
 # Between two requests a rank may wait for as long as nobody asks for anything.
 _FOREVER = timedelta(days=3650)
@@ -54,6 +55,11 @@ class Group:
         self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
         device = torch.device("cuda", place.gpu) if on_gpu else torch.device("cpu")
         self.ranks = RankGroup(device, store, self._wait_for)
+        self._watch: Watch | None = None
+
+    def watch(self) -> None:
+        """From now on the end of another rank is a failure. All ranks call it together."""
+        self._watch = Watch(_FOREVER, self.fail)
 
     def tell(self, message: Any) -> None:
         """From the first rank to the others; None, which most messages are, in one broadcast."""
@@ -132,6 +138,8 @@ class Group:
         if self.failure is None or not self.on_gpu:
             drop_graphs()
             self.ranks.release()
+            if self._watch is not None and self.failure is None:
+                self._watch.leave()
             dist.destroy_process_group()
             return
 
@@ -144,12 +152,14 @@ class Group:
         aborting = threading.Thread(target=abort, daemon=True)
         aborting.start()
         aborting.join(_ABORT)
-        if not self._gpu_is_done():
+        if not self.gpu_is_done():
             Group.stuck = self.failure
         self.ranks.release(leave_behind=Group.stuck is not None)
 
-    def _gpu_is_done(self) -> bool:
+    def gpu_is_done(self) -> bool:
         """With all that it was given; not where it will not be within a second, or has failed for good."""
+        if not self.on_gpu:
+            return True
         try:
             with torch.cuda.device(self._gpu):
                 done = torch.cuda.Event()

@@ -73,6 +73,7 @@ class Leader:
             self._followers.on_death = self._group.fail
             return
         self._group = _outside = Group(place, store_outside(size), on_gpu)
+        _outside.watch()
         atexit.register(_dismiss, _outside)
 
     def open(self) -> tuple[Loaded, LeadingEngine]:
@@ -132,6 +133,9 @@ class Leader:
 
     def _end_without_a_word(self) -> None:
         if self._followers is not None:
+            if self._group is not None and not self.failed:
+                # what they were told they do yet: a GPU would wait for ever for one that is ended within a sum
+                self._group.gpu_is_done()
             self._followers.end()
             if self._group is not None:
                 self._group.failure = self._group.failure or "the LLM was closed"
@@ -155,12 +159,15 @@ def _serve(place: Place, on_gpu: bool) -> NoReturn:
     """The first rank of the group, for as long as it lives. Raises SystemExit."""
     _refuse_initialized()
     group = Group(place, store_outside(place.size), on_gpu)
+    group.watch()
     try:
         follow(group)
-    except FirstRankGone as error:
+    except RuntimeError as error:
+        if not isinstance(error, FirstRankGone) and group.failure is None:
+            raise
         group.fail(str(error))
         group.leave()
-        raise SystemExit(f"blockinfer: {error}") from None
+        raise SystemExit(f"blockinfer: {group.failure}") from None
     group.leave()
     raise SystemExit(0)
 

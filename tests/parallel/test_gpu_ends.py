@@ -113,10 +113,13 @@ llm = LLM(sys.argv[1], device="cpu", dtype="float64", tensor_parallel_size=2)
 llm.generate([[1, 2]], SamplingParams(max_tokens=8, block_length=8), use_tqdm=False)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+while sys.argv[2] == "the other is killed":
+    print("here", file=sys.stderr, flush=True)
+    llm.generate([[1, 2]], SamplingParams(max_tokens=64, block_length=8), use_tqdm=False)
 """
 
 
-@pytest.mark.parametrize("how", ["without close", "killed"])
+@pytest.mark.parametrize("how", ["without close", "killed", "the other is killed"])
 def test_ranks_that_were_there_end_with_the_first(shared_folders, tmp_path, how):
     path = tmp_path / "outside.py"
     path.write_text(OUTSIDE)
@@ -126,9 +129,14 @@ def test_ranks_that_were_there_end_with_the_first(shared_folders, tmp_path, how)
         subprocess.Popen(command, env=os.environ | address | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
+    if how == "the other is killed":
+        assert ranks[0].stderr.readline() == "here\n"
+        ranks[1].kill()
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    if how == "killed":
+    if how == "the other is killed":
+        assert ranks[0].returncode == 1 and "RuntimeError: rank 1 of 2 has ended; this LLM is of no more use" in said[0]
+    elif how == "killed":
         assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
-        assert "the first of this rank's group of 2 has ended without a word" in said[1]
+        assert "blockinfer: " in said[1] and "has ended" in said[1] and "Traceback" not in said[1]
     else:
         assert [rank.returncode for rank in ranks] == [0, 0] and said == ["", ""]

@@ -1,0 +1,38 @@
+"""Whether the other ranks are still there, where their processes were not started here: srun says nothing of it."""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Watch:
+    """The first rank looks at all others, and they at the first: a connection that ends says so.
+
+    All ranks make one together. on_death: called with what is to be said.
+    """
+
+    def __init__(self, forever: timedelta, on_death: Callable[[str], None]) -> None:
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._on_death = on_death
+        self._group = dist.new_group(backend="gloo", timeout=forever)
+        self._others = range(1, self._size) if self._rank == 0 else [0]
+        self._threads = [threading.Thread(target=self._look, args=(other,), daemon=True) for other in self._others]
+        for thread in self._threads:
+            thread.start()
+
+    def _look(self, other: int) -> None:
+        try:
+            # the last word of a rank that leaves
+            dist.recv(torch.zeros(1), other, group=self._group)
+        except RuntimeError:
+            self._on_death(f"rank {other} of {self._size} has ended")
+
+    def leave(self) -> None:
+        """All ranks together: nothing is to be said then."""
+        for other in self._others:
+            dist.send(torch.zeros(1), other, group=self._group)
+        for thread in self._threads:
+            thread.join()
