@@ -109,14 +109,14 @@ def round_rows(x):
 def test_tokens_are_those_of_a_plain_implementation(shared_folders, size):
     """And not those of one rank, which rounds whole rows: the comparison is not blind."""
     folder, modes = shared_folders["dense"], ["vanilla", "dual_cache", "block"]
-    options = [dict(mode=mode, max_tokens=20, block_length=8) for mode in modes]
-    params = [SamplingParams(**one, ignore_eos=True) for one in options for _ in range(6)]
+    options = [dict(mode=mode, max_tokens=12, block_length=8) for mode in modes]
+    params = [SamplingParams(**one, ignore_eos=True) for one in options for _ in range(4)]
     with LLM(folder, device="cpu", dtype="float64", quantization="fp8", tensor_parallel_size=size) as llm:
-        made = [output.outputs[0].token_ids for output in llm.generate(prompts(6) * 3, params, use_tqdm=False)]
+        made = [output.outputs[0].token_ids for output in llm.generate(prompts(4) * 3, params, use_tqdm=False)]
 
     def expected(ranks):
         reference = ShardedReference(folder, ranks)
-        return [list(reference.generate(prompt, **one).tokens) for one in options for prompt in prompts(6)]
+        return [list(reference.generate(prompt, **one).tokens) for one in options for prompt in prompts(4)]
 
     assert [list(tokens) for tokens in made] == expected(size)
     assert [list(tokens) for tokens in made] != expected(1)
