@@ -49,7 +49,7 @@ def test_a_model_larger_than_memory(free, options, message):
     start = time.perf_counter()
     with pytest.raises(ValueError, match=message):
         LLM("llada-8b", load_format="dummy", device="cpu", **options)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 def test_a_checkpoint_larger_than_memory(tmp_path, free):

@@ -192,7 +192,7 @@ def test_headers_that_do_not_come(serve, sent):
     with connection(server) as one:
         start = time.monotonic()
         one.sendall(sent)
-        assert rest(one) == b"" and 0.1 < time.monotonic() - start < 3
+        assert rest(one) == b"" and 0.1 < time.monotonic() - start < 10
 
 
 def test_headers_that_come_byte_by_byte(serve):
@@ -212,7 +212,7 @@ def test_second_headers_that_do_not_come(serve):
             answer += one.recv(4096)
         start = time.monotonic()
         one.sendall(b"GET /health HTTP/1.1\r\n")
-        assert rest(one) == b"" and 0.2 < time.monotonic() - start < 3
+        assert rest(one) == b"" and 0.2 < time.monotonic() - start < 10
 
 
 def test_a_body_that_does_not_come(serve):
@@ -224,7 +224,7 @@ def test_a_body_that_does_not_come(serve):
         start = time.monotonic()
         one.sendall(head.encode())
         answer = rest(one)
-        assert 0.1 < time.monotonic() - start < 2
+        assert 0.1 < time.monotonic() - start < 10
     assert answer.startswith(b"HTTP/1.1 408 ") and b"the body did not arrive within 0.2 s" in answer
 
 
