@@ -90,6 +90,19 @@ def test_speed_of_one_round_on_a_cpu_is_not_judged(compare):
     assert code == NOT_WORSE and "on a CPU one round does not tell how well its time is known" in printed
 
 
+def test_a_file_older_than_ranks_is_of_one(make_suite, tmp_path, capsys):
+    new, old = run(make_suite(), tmp_path / "new.json", [10, 5]), tmp_path / "old.json"
+    content = json.loads(new.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    new.write_text(json.dumps(content))
+    for benchmark in content["benchmarks"]:
+        del benchmark["extra_info"]["tensor_parallel_size"]
+        benchmark["extra_info"]["tokens_per_second"] *= 2
+    old.write_text(json.dumps(content))
+    assert main([str(old), str(new)]) == WORSE
+    printed = capsys.readouterr().out
+    assert f"WORSE {BLOCK}: tokens/s is 0.500 times the old" in printed and "tensor_parallel_size" not in printed
+
+
 def test_speed_of_many_rounds_is_judged_by_their_error(make_suite, tmp_path, capsys):
     path, new = run(make_suite(), tmp_path / "old.json", [10, 5]), tmp_path / "new.json"
     old = json.loads(path.read_text())
@@ -295,7 +308,7 @@ def test_a_merged_result_is_of_the_same_rows_as_a_whole_one(make_suite, tmp_path
     shards = [str(run(make_suite(shard=(i, 3)), tmp_path / f"{i}.json", [i, 5 - i])) for i in (1, 2, 3)]
     merge.main([str(tmp_path / "merged.json"), *shards])
     assert main([str(whole), str(tmp_path / "merged.json")]) == NOT_WORSE
-    assert "shards was None, is 3: tokens/s and memory are not judged" in capsys.readouterr().out
+    assert "shards was 1, is 3: tokens/s and memory are not judged" in capsys.readouterr().out
     assert main([str(whole), shards[0]]) == NOT_COMPARABLE
 
 

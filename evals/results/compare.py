@@ -18,7 +18,7 @@ from evals.results.forwards import nfe_fault
 from evals.results.paired import Paired
 from evals.results.reader import BadFile, check_whole, read_file
 from evals.results.wilson import wilson_interval
-from evals.runs.configurations import ONE_BLOCK, RESUMED, is_configuration
+from evals.runs.configurations import ALONE, ONE_BLOCK, RESUMED, is_configuration
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 
@@ -154,7 +154,8 @@ def _check_comparable(matches: list[Match]) -> None:
 
 def _note_environment(matches: list[Match], result: Comparison) -> None:
     for key in (*MACHINE, *SOFTWARE):
-        changes = {(b.get(key), a.get(key)) for _, b, a in matches if b.get(key) != a.get(key)}
+        both = {(_of(key, b), _of(key, a)) for _, b, a in matches}
+        changes = {(before, after) for before, after in both if before != after}
         unjudged = ": tokens/s and memory are not judged" if key in MACHINE else ""
         result.notes += [f"{key} was {before}, is {after}{unjudged}" for before, after in sorted(changes, key=str)]
     if any(_is_unknown_time(info) for _, *both in matches for info in both):
@@ -163,8 +164,12 @@ def _note_environment(matches: list[Match], result: Comparison) -> None:
         result.notes.append("a file does not hold a hash of its rows: that their text is the same is not certain")
 
 
+def _of(key: str, info: Info) -> Any:
+    return info.get(key, ALONE.get(key))
+
+
 def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> None:
-    if any(before.get(key) != after.get(key) for key in MACHINE):
+    if any(_of(key, before) != _of(key, after) for key in MACHINE):
         return
     speeds = before["tokens_per_second"], after["tokens_per_second"]
     if None in speeds:

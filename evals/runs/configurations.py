@@ -19,6 +19,8 @@ WINDOW = {
 }
 # A file that does not say so is of one block at a time, or of a time when there was nothing else.
 ONE_BLOCK = {name: default for name, (default, _) in WINDOW.items()}
+# The same of how many shared the rows, and the model.
+ALONE = {"shards": 1, "tensor_parallel_size": 1}
 # Of the rule entropy_threshold.
 ENTROPY_THRESHOLD = 0.5
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
