@@ -54,6 +54,8 @@ def check_conversations(messages: object) -> list[list[dict[str, str]]]:
             if not isinstance(message, dict):
                 raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE}, got {type(message).__name__}")
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                keys = shown(list(message))
-                raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE} with strings, got the keys {keys}")
+                kinds = [type(message[key]).__name__ for key in ("role", "content") if key in message]
+                keys = f"the keys {shown(list(message))}"
+                got = keys if len(kinds) < 2 else f"role of type {kinds[0]} and content of type {kinds[1]}"
+                raise ValueError(f"conversation {i}: message {j} must be {_MESSAGE} with strings, got {got}")
     return list(conversations)

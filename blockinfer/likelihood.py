@@ -72,7 +72,7 @@ def score(
         with _named(f"prompt {i}"):
             canvas = _canvas(engine, prompt, spans=0)
             answer = engine.prompts.encode(continuation, "continuation")
-            works.append(_of_answer(engine, canvas, answer, masks_of))
+            works.append(_of_answer(engine, canvas, answer, masks_of, params))
     _run(engine, works, params, use_tqdm)
     return [_score_output(work, params, seed) for work in works]
 
@@ -93,8 +93,10 @@ def choose(
             canvas = _canvas(engine, prompt, spans=1)
             answers = [engine.prompts.encode(candidate, "choice") for candidate in candidates]
             _check_choices(canvas, answers)
-            single = _of_position(engine, canvas, [answer[0] for answer in answers if len(answer) == 1])
-            longer = [_of_answer(engine, canvas, answer, masks_of) if len(answer) > 1 else None for answer in answers]
+            single = _of_position(engine, canvas, [answer[0] for answer in answers if len(answer) == 1], params)
+            longer = [
+                _of_answer(engine, canvas, answer, masks_of, params) if len(answer) > 1 else None for answer in answers
+            ]
             asked.append((canvas, answers, single, longer))
     works = [work for _, _, single, longer in asked for work in (single, *longer) if work is not None]
     _run(engine, works, replace(params, is_greedy=False), use_tqdm)
@@ -145,18 +147,27 @@ def _check_tokens(engine: Engine, token_ids: list[int]) -> None:
         raise ValueError(f"token {outside[0]} is none of the {size} that the model predicts")
 
 
-def _of_answer(engine: Engine, canvas: _Canvas, answer: list[int], masks_of: Callable[[int], list[Mask]]) -> _Work:
+def _of_answer(
+    engine: Engine,
+    canvas: _Canvas,
+    answer: list[int],
+    masks_of: Callable[[int], list[Mask]],
+    params: ScoringParams,
+) -> _Work:
     _check_tokens(engine, answer)
     token_ids, positions = canvas.around(answer)
+    # before the masks, which take long to draw, and before anything runs
+    engine.check_scoring(len(token_ids), params)
     return _Work(canvas.prompt, token_ids, positions, masks_of(len(answer)))
 
 
-def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int]) -> _Work | None:
+def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int], params: ScoringParams) -> _Work | None:
     """One forward that tells of all candidates of one token."""
     if not tokens:
         return None
     _check_tokens(engine, tokens)
     token_ids, positions = canvas.around([engine.config.mask_token_id])
+    engine.check_scoring(len(token_ids), params)
     return _Work(canvas.prompt, token_ids, positions, [(0,)], tokens)
 
 

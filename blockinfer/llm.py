@@ -202,7 +202,12 @@ class LLM:
         return [outputs[request_id] for request_id in ids]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, denoise: bool = False
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        denoise: bool = False,
+        **unknown: Any,
     ) -> Iterator[RequestOutput]:
         """Completes one prompt -> an output for each block as it is finished, each with all text and tokens so far, the
         last one as `generate` gives it.
@@ -210,12 +215,19 @@ class LLM:
         Text that a later block could change is held back: half a character. denoise gives besides an output after every
         step, whose `canvas` is the open blocks. An iterator that is closed, or breaks off, leaves an empty engine.
 
-        Raises what `generate` does, once the first output is asked for.
+        Raises TypeError for an unknown option, and what else `generate` does once the first output is asked for.
         """
+        refuse_unknown("LLM.stream", unknown, ("prompt", "sampling_params", "denoise"), OF_SAMPLING)
+        return self._stream(prompt, sampling_params, denoise)
+
+    def _stream(self, prompt: Prompt, params: SamplingParams | None, denoise: bool) -> Iterator[RequestOutput]:
         engine = self._idle_engine()
         check_bool("denoise", denoise)
+        prompts = as_list(prompt)
+        if len(prompts) != 1:
+            raise ValueError(f"stream takes one prompt, got {len(prompts)}; generate takes several")
         try:
-            engine.add_request(prompt, sampling_params, stream=DENOISE if denoise else BLOCKS)
+            engine.add_request(prompts[0], params, stream=DENOISE if denoise else BLOCKS)
             while engine.has_unfinished():
                 yield from engine.step()
         finally:
@@ -244,8 +256,9 @@ class LLM:
     def chat_prompts(self, messages: list[dict[str, str]] | list[list[dict[str, str]]]) -> list[Prompt]:
         """The prompts that `chat` makes of a conversation, or of a list of them; raises what it does for them."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
-            missing = "tokenizer" if self.tokenizer is None else "chat template"
-            raise ValueError(f"chat needs a {missing}, and {self.config.model} has none; use generate")
+            if self.tokenizer is None:
+                raise ValueError("chat needs a tokenizer, and there is none; pass tokenizer= to LLM")
+            raise ValueError(f"chat needs a chat template, and {self.tokenizer.name_or_path} has none; use generate")
         engine = self.engine
         prompts: list[Prompt] = []
         for i, conversation in enumerate(check_conversations(messages)):

@@ -237,7 +237,7 @@ def test_strings_and_chat_without_a_tokenizer(tmp_path):
     with LLM(write_checkpoint(tmp_path), device="cpu") as llm:
         with pytest.raises(ValueError, match="there is no tokenizer, so prompts must be token ids"):
             llm.generate("hello")
-        with pytest.raises(ValueError, match="chat needs a tokenizer"):
+        with pytest.raises(ValueError, match="chat needs a tokenizer, and there is none; pass tokenizer="):
             llm.chat([{"role": "user", "content": "hi"}])
         assert llm.generate([1, 2], use_tqdm=False)[0].outputs[0].text is None
 

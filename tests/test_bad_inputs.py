@@ -255,7 +255,7 @@ def test_params_of_generate(llm, params, message):
         ("hello", "must be a list of {'role': ..., 'content': ...}, got str"),
         ([{"role": "user"}], "conversation 0: message 0 must be .*got the keys .'role'"),
         ([[{"role": "user", "content": "a"}], []], "conversation 1: it has no messages"),
-        ([{"role": "user", "content": 5}], "conversation 0: message 0 must be"),
+        ([{"role": "user", "content": 5}], "message 0 must be .*, got role of type str and content of type int"),
         (
             [{"role": "user", "content": "\ud800"}],
             "conversation 0: the prompt must be valid Unicode, got a lone surrogate",

@@ -320,10 +320,19 @@ def test_scoring_params(options, error, message):
     [
         (lambda llm: llm.score([[1], [2]], [[3]]), ValueError, "there are 2 prompts but 1 continuations"),
         (lambda llm: llm.score([1], []), ValueError, "there are 1 prompts but 0 continuations"),
-        (lambda llm: llm.score([1], ""), ValueError, "prompt 0: continuation is empty"),
+        (lambda llm: llm.score([1], ""), ValueError, "prompt 0: the continuation is empty"),
         (lambda llm: llm.score([1], 5), ValueError, "continuations must be a list of strings or of lists"),
         (lambda llm: llm.score([1], [[99]]), ValueError, "continuation token 0 must be an integer from 0 to"),
-        (lambda llm: llm.score([1], [1] * 256), ValueError, "257 tokens are more than max_model_len=256"),
+        (
+            lambda llm: llm.score([[1], [1]], [[1], [1] * 256]),
+            ValueError,
+            "prompt 1: the prompt's and the answer's 257 tokens are more than max_model_len=256",
+        ),
+        (
+            lambda llm: llm.choose([[1], [1] * 256], [[1], [2]]),
+            ValueError,
+            "prompt 1: the prompt's and the answer's 257 tokens",
+        ),
         (lambda llm: llm.score("", "a"), ValueError, "prompt 0: the prompt is empty"),
         (lambda llm: llm.score({"prompt": "a{fill:1}"}, "a"), ValueError, "score takes no masked spans"),
         (lambda llm: llm.score([1], [2], SamplingParams()), ValueError, "scoring_params must be a ScoringParams"),

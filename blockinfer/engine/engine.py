@@ -122,16 +122,20 @@ class Engine:
         Raises ValueError where the canvas does not fit, and for a block-causal network: the estimates are of one whose
         positions all see each other.
         """
-        if self.model.config.block_length is not None:
-            raise ValueError(
-                "likelihoods are not defined here for a block-causal model, and this one is; generate instead"
-            )
-        self._limits.check_fits(len(token_ids), 0, params.cfg_scale > 0)
+        self.check_scoring(len(token_ids), params)
         siblings: list[ScoringRow] = []
         for i, (mask, wanted) in enumerate(zip(masked, reads, strict=True)):
             options = params.mode, params.cfg_scale, siblings
             ScoringRow(self._next_id + i, token_ids, answer, mask, wanted, *options)
         return self._queue(siblings)
+
+    def check_scoring(self, length: int, params: ScoringParams) -> None:
+        """Raises what `add_scoring` does of a canvas of so many tokens."""
+        if self.model.config.block_length is not None:
+            raise ValueError(
+                "likelihoods are not defined here for a block-causal model, and this one is; generate instead"
+            )
+        self._limits.check_fits(length, 0, params.cfg_scale > 0, whose="the prompt's and the answer's")
 
     def draw_seed(self) -> int:
         """The next of the seeds that requests without one get."""

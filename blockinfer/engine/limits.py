@@ -17,15 +17,16 @@ class Limits(NamedTuple):
     num_last: int
     has_tokenizer: bool
 
-    def check_fits(self, given: int, max_tokens: int, guided: bool, block_length: int = 1) -> None:
-        """given: tokens of the prompt; guided: with a shadow beside it; block_length: the canvas is of whole blocks."""
+    def check_fits(
+        self, given: int, max_tokens: int, guided: bool, block_length: int = 1, whose: str = "the prompt's"
+    ) -> None:
+        """given: tokens that are there, and whose; guided: with a shadow beside them; block_length: the canvas is of
+        whole blocks."""
         if guided and self.config.max_num_seqs < 2:
             raise ValueError("cfg_scale needs max_num_seqs of at least 2, got 1: its shadow runs beside a request")
         lanes = 2 if guided else 1
         total = -(-(given + max_tokens) // block_length) * block_length
-        asked = f"the prompt's {given} tokens" + (
-            f" and max_tokens={max_tokens} make {total}," if max_tokens else " are"
-        )
+        asked = f"{whose} {given} tokens" + (f" and max_tokens={max_tokens} make {total}," if max_tokens else " are")
         if total > given + max_tokens:
             asked = asked.replace(" make", f" in whole blocks of {block_length} make")
         advice = "shorten the prompt" + " or lower max_tokens" * (max_tokens > 0)

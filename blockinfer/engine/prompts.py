@@ -54,7 +54,7 @@ class PromptReader:
         """The token ids of a text that goes on from another, or those that are given, checked."""
         if isinstance(text, str):
             if not text:
-                raise ValueError(f"{name} is empty")
+                raise ValueError(f"the {name} is empty")
             text = self._encode(text, add_special_tokens=False)
         return self._checked(text, name)
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with listener, LLM(**{name: value for name, value in options.items() if value is not None}) as llm:
             if llm.tokenizer is None:
-                raise ValueError(f"{options['model']} has no tokenizer, and answers are text; pass --tokenizer")
+                raise ValueError(f"{options['model']}: there is no tokenizer, and answers are text; pass --tokenizer")
             # by default the thread of the engine, back from the device, waits 5 ms for one that writes answers
             sys.setswitchinterval(0.0005)
             engine = AsyncLLM(llm)

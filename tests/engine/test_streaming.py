@@ -137,6 +137,11 @@ def test_two_streams_at_once_are_refused(llm):
 def test_bad_options(llm, options, message):
     with pytest.raises(ValueError, match=message):
         list(llm.stream(PROMPT, **options))
+    for prompts in (["a", "b"], []):
+        with pytest.raises(ValueError, match=f"stream takes one prompt, got {len(prompts)}; generate takes several"):
+            list(llm.stream(prompts))
+    with pytest.raises(TypeError, match="unknown option 'max_tokens'; it is an option of SamplingParams"):
+        llm.stream(PROMPT, max_tokens=4)
     with pytest.raises(ValueError, match="stream must be one of blocks, denoise, got 'block'; did you mean 'blocks'?"):
         llm.engine.add_request(PROMPT, stream="block")
 

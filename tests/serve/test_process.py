@@ -220,7 +220,7 @@ def test_a_model_without_a_tokenizer(tmp_path, capsys):
     write_checkpoint(tmp_path)
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--port", "0", "--device", "cpu"])
-    assert "has no tokenizer, and answers are text; pass --tokenizer" in capsys.readouterr().err
+    assert "there is no tokenizer, and answers are text; pass --tokenizer" in capsys.readouterr().err
 
 
 def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(capsys):
