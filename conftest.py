@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from evals.files import text_argument
+from evals.files import number_argument, text_argument
 from evals.runs.git import git_environment
 
 # Before triton is imported: where there is no GPU, its interpreter runs the kernels' tests.
@@ -20,21 +20,6 @@ if not torch.cuda.is_available():
 # Before a test or pytest-benchmark calls git: in a hook of git it would see the hook's repository and index.
 for variable in os.environ.keys() - git_environment().keys():
     del os.environ[variable]
-
-
-def _at_least(minimum, number=int):
-    def parse(text):
-        try:
-            value = number(text)
-        except ValueError:
-            kind = "an integer" if number is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {kind}, got {text!r}") from None
-        # neither NaN nor infinity
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
-        return value
-
-    return parse
 
 
 def _comma_list(item):
@@ -59,28 +44,29 @@ def _shard(text):
 def pytest_addoption(parser):
     group = parser.getgroup("blockinfer", "BlockInfer's suite (read by evals/ alone)")
     add = group.addoption
+    share = number_argument(0, float, 1)
     add("--dataset", type=text_argument, help="rows to evaluate, a .jsonl file (sample_200.jsonl)")
     prompt = "a Jinja template over a row's fields, which makes its prompt (evals/questions/prompts.py)"
     add("--prompt", type=text_argument, metavar="FILE", help=prompt)
-    add("--num-samples", type=_at_least(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
-    add("--skip-sample", type=_at_least(0), default=0, help="leave out the first N rows (0)")
+    add("--num-samples", type=number_argument(1), help="evaluate the first N rows (32 on a CPU, all on a GPU)")
+    add("--skip-sample", type=number_argument(0), default=0, help="leave out the first N rows (0)")
     add("--shard", type=_shard, help="i/n: of these rows the i-th of n parts, from 1/n to n/n (all)")
     add("--source", type=_comma_list(str), help="rows of these sources only, a comma list (all)")
-    add("--max-tokens", type=_at_least(1), default=128, help="new tokens per row (128)")
-    add("--block-length", type=_comma_list(_at_least(1)), default=[32], help="block lengths, a comma list (32)")
-    add("--denoising-steps", type=_at_least(1), help="steps per block (32; threshold, factor, entropy: no limit)")
+    add("--max-tokens", type=number_argument(1), default=128, help="new tokens per row (128)")
+    add("--block-length", type=_comma_list(number_argument(1)), default=[32], help="block lengths, a comma list (32)")
+    add("--denoising-steps", type=number_argument(1), help="steps per block (32; no limit at rules without a schedule)")
     add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
-    add("--threshold", type=float, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
-    add("--entropy-threshold", type=float, help="of the rule entropy_threshold, nats (0.5)")
+    add("--threshold", type=share, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
+    add("--entropy-threshold", type=number_argument(0, float), help="of the rule entropy_threshold, nats (0.5)")
     opens = "the next block opens once this share of the last one is revealed; vanilla_llada is one block still (1)"
-    add("--block-add-threshold", type=float, help=opens)
+    add("--block-add-threshold", type=share, help=opens)
     active = "and takes its scheduled or limited steps once this share is; read below --block-add-threshold 1 (1)"
-    add("--decoded-token-threshold", type=float, help=active)
+    add("--decoded-token-threshold", type=share, help=active)
     suffix = "masks kept behind the open blocks in block and block_refresh; other modes keep all (0)"
-    add("--suffix-window", type=_at_least(0), help=suffix)
+    add("--suffix-window", type=number_argument(0), help=suffix)
     delay = "steps for which a finished block waits for its commit in block; other modes commit none (0)"
-    add("--commit-delay", type=_at_least(0), help=delay)
+    add("--commit-delay", type=number_argument(0), help=delay)
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
     model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
     add("--model", type=text_argument, help=model)
@@ -91,20 +77,30 @@ def pytest_addoption(parser):
     add("--quantization", choices=["fp8"], help="fp8: the layers' matrices in FP8 (what the checkpoint is stored in)")
     add("--device", type=text_argument, default="auto", help="auto, cpu or cuda (auto)")
     ranks = "GPUs that share the model, on a CPU processes (1)"
-    add("--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help=ranks)
-    add("--batch-size", type=_at_least(1), help="requests at once (8 on a CPU, 32 on a GPU)")
+    add("--tensor-parallel-size", type=number_argument(1), default=1, metavar="N", help=ranks)
+    add("--batch-size", type=number_argument(1), help="requests at once (8 on a CPU, 32 on a GPU)")
     add("--reference-impl", action="store_true", help="time the checkpoint's own modelling code too, without a cache")
     add("--trust-remote-code", action="store_true", help="let --reference-impl run the code that the checkpoint brings")
     add(
         "--max-seconds",
-        type=_at_least(0, float),
+        type=number_argument(0, float),
         help="repeat each timed run for so long at most (0 on a CPU, 60 on a GPU)",
     )
-    add("--relative-error", type=_at_least(0, float), default=0.01, help="or until its mean is known so well (0.01)")
+    add(
+        "--relative-error",
+        type=number_argument(0, float),
+        default=0.01,
+        help="or until its mean is known so well (0.01)",
+    )
     add("--steps-and-kernels", action="store_true", help="on a CPU too, small, to see that they run (on a GPU always)")
     mmlu = "likelihood: answer mmlu's rows by the likelihood of the letter too, beside generation (generation)"
     add("--mmlu", choices=["generation", "likelihood"], default="generation", help=mmlu)
-    add("--max-accuracy-loss", type=_at_least(0, float), default=3.0, help="points that a mode may lose to vanilla (3)")
+    add(
+        "--max-accuracy-loss",
+        type=number_argument(0, float),
+        default=3.0,
+        help="points that a mode may lose to vanilla (3)",
+    )
     resume = "a .jsonl file that keeps every generation; the same command again goes on from it (none)"
     add("--resume", type=text_argument, help=resume)
     samples = "every answer with its prompt, gold and grade, /dev/null for nowhere (samples.jsonl beside the results)"

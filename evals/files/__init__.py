@@ -5,11 +5,12 @@ Who reads and writes a run's files needs this, and needs no torch.
 
 import argparse
 import fcntl
+import math
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -31,6 +32,24 @@ def text_argument(text: str) -> str:
 
 def path_argument(text: str) -> Path:
     return Path(text_argument(text))
+
+
+def number_argument(minimum: float, number: type = int, maximum: float = math.inf) -> Callable[[str], int | float]:
+    """An argparse type: an integer, or a `float`, from `minimum` to `maximum`; neither NaN nor infinity."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = number(text)
+        except ValueError:
+            kind = "an integer" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {kind}, got {text!r}") from None
+        if not minimum <= value <= maximum or value == math.inf:
+            least = f"at least {minimum}{' and finite' * (number is float)}"
+            bounds = least if maximum == math.inf else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    return parse
 
 
 def show(text: str, file: TextIO) -> None:

@@ -25,6 +25,12 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
+    except SystemExit as error:
+        # Python's own way out of a sentence is 1, which is a verdict here
+        code = error.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = FAILED
     except Exception:
         traceback.print_exc()
         code = FAILED

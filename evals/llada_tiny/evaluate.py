@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evals.files import path_argument
+from blockinfer.checks import foreign_errors
+from evals.files import number_argument, path_argument
 from evals.llada_tiny.data import Encoder
 from evals.llada_tiny.model import TinyLLaDA, attention_bias, load
 from evals.llada_tiny.problems import SOURCES, problem
+from evals.llada_tiny.problems.split import SPLITS
 
 MODES = ("vanilla", "block", "block_uncached")
 MAX_TOKENS = 128
@@ -184,11 +186,17 @@ def report(model: TinyLLaDA, encoder: Encoder, rows: list[dict], settings: list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m evals evaluate-tiny", description=__doc__)
-    parser.add_argument("folder", type=path_argument)
-    parser.add_argument("--rows", type=int, default=250, help="problems a source")
-    parser.add_argument("--split", default="heldout")
+    parser = argparse.ArgumentParser(
+        "python -m evals evaluate-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=path_argument, help="the small model's")
+    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
+    parser.add_argument("--split", choices=SPLITS, default="heldout", help="whose problems (heldout)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.folder).to(device)
-    report(model, Encoder(str(args.folder / "tokenizer.json")), heldout_rows(args.rows, args.split), SETTINGS)
+    try:
+        with foreign_errors(f"{args.folder} holds no small model"):
+            model, encoder = load(args.folder).to(device), Encoder(str(args.folder / "tokenizer.json"))
+    except ValueError as error:
+        parser.error(str(error))
+    report(model, encoder, heldout_rows(args.rows, args.split), SETTINGS)

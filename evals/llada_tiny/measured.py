@@ -1,8 +1,10 @@
 """One configuration over a study's problems, by the engine."""
 
+import argparse
 import statistics
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from blockinfer import LLM, RequestOutput, SamplingParams
 from evals.llada_tiny.evaluate import final_answer
@@ -45,6 +47,14 @@ class Result:
         """On the same rows."""
         pairs = list(zip(chain(*self.right.values()), chain(*other.right.values()), strict=True))
         return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
+
+
+def loaded(parser: argparse.ArgumentParser, folder: Path, **options: int | str | None) -> LLM:
+    """The checkpoint, in float32; what is wrong with it or the options ends the command."""
+    try:
+        return LLM(str(folder), dtype="float32", **options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def label(rule: dict) -> str:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 
-from blockinfer import LLM
 from blockinfer.decoding.modes import MODES
-from evals.files import BadOutput, check_output, path_argument, write_measured
+from evals.files import BadOutput, check_output, number_argument, path_argument, write_measured
 from evals.llada_tiny.evaluate import heldout_rows
-from evals.llada_tiny.measured import BLOCK_LENGTH, Result, measure
+from evals.llada_tiny.measured import BLOCK_LENGTH, Result, loaded, measure
 from evals.results.paired import stored
 
 RULES: tuple[dict, ...] = (
@@ -42,10 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
         "python -m evals quantized-loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=path_argument, help="the checkpoint")
-    parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
+    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
-    parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
+    parser.add_argument("--max-num-seqs", type=number_argument(1), default=32, help="problems at a time (32)")
     parser.add_argument("--out", type=path_argument, help="a .json file for every grade (none)")
     return parser
 
@@ -64,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = heldout_rows(args.rows, "heldout", args.seed)
     found: dict[str | None, list[Result]] = {}
     for quantization in (None, "fp8"):
-        options = dict(dtype="float32", quantization=quantization, max_num_seqs=args.max_num_seqs)
-        with LLM(str(args.folder), **options) as llm:
+        with loaded(parser, args.folder, quantization=quantization, max_num_seqs=args.max_num_seqs) as llm:
             found[quantization] = [
                 measure(llm, rows, mode, BLOCK_LENGTH, rule, {}) for mode, rule in product(modes, RULES)
             ]

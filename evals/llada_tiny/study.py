@@ -21,12 +21,19 @@ from xml.sax.saxutils import escape
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from blockinfer import LLM
 from blockinfer.decoding.modes import MODES
-from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
+from evals.files import (
+    BadOutput,
+    check_folder,
+    check_output,
+    number_argument,
+    path_argument,
+    read_bytes,
+    write_measured,
+)
 from evals.llada_tiny import several_blocks
 from evals.llada_tiny.evaluate import heldout_rows
-from evals.llada_tiny.measured import BLOCK_LENGTH, Result, label, measure, table_row, window_label
+from evals.llada_tiny.measured import BLOCK_LENGTH, Result, label, loaded, measure, table_row, window_label
 from evals.llada_tiny.problems import SOURCES
 from evals.report.scales import Scale, around
 from evals.results.paired import Paired
@@ -182,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
         "python -m evals study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=path_argument, help="the checkpoint")
-    parser.add_argument("--rows", type=int, default=250, help="problems a source (250)")
+    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
     parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
     parser.add_argument(
@@ -190,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     several = "a few rules with one block at a time and with several open, instead of every rule with one"
     parser.add_argument("--several-blocks", action="store_true", help=several)
-    parser.add_argument("--max-num-seqs", type=int, default=32, help="problems at a time (32)")
+    parser.add_argument("--max-num-seqs", type=number_argument(1), default=32, help="problems at a time (32)")
     parser.add_argument(
         "--add", type=path_argument, nargs="+", default=[], help="study.json of other modes, put before"
     )
@@ -215,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_output(path, args.add)
     except BadOutput as error:
         parser.error(f"--out: {error}")
-    with LLM(str(args.folder), dtype="float32", max_num_seqs=args.max_num_seqs) as llm:
+    with loaded(parser, args.folder, max_num_seqs=args.max_num_seqs) as llm:
         labels = [f"{label(rule)}, {window_label(window)}" for *_, rule, window in configurations(plan, _EXAMPLES)]
         about = {"model": fingerprint(llm), "rows": args.rows, "seed": args.seed, "rules": labels}
         if not args.several_blocks:

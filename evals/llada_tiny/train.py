@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.files import BadOutput, check_folder, path_argument
+from evals.files import BadOutput, check_folder, number_argument, path_argument
 from evals.llada_tiny import data
 from evals.llada_tiny.data import ROW, Batch, Encoder, make_batch
 from evals.llada_tiny.evaluate import QUICK, heldout_rows, report
@@ -269,10 +269,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for config, tokenizer and weights")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a smaller model")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default {FULL['steps']})")
-    parser.add_argument("--rows", type=int, help=f"packed rows of {ROW} tokens a step (default {FULL['rows']})")
-    parser.add_argument("--minutes", type=float, help="end by then, with the learning rate at zero (default: no limit)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=number_argument(1), help=f"optimizer steps (default {FULL['steps']})")
+    parser.add_argument(
+        "--rows", type=number_argument(1), help=f"packed rows of {ROW} tokens a step (default {FULL['rows']})"
+    )
+    limit = "end by then, with the learning rate at zero (default: no limit)"
+    parser.add_argument("--minutes", type=number_argument(0.1, float), help=limit)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and problems (0)")
     return parser
 
 

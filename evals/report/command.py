@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("results", type=path_argument, help="the file of pytest evals/ --benchmark-json=FILE")
-    add("history", type=path_argument, nargs="*", help="such files of earlier runs, in any order")
+    add("history", type=path_argument, nargs="*", default=[], help="such files of earlier runs, in any order")
     add(
         "--samples",
         type=path_argument,

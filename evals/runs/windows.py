@@ -17,14 +17,15 @@ def check_window(option: Option, modes: list[str], rules: list[str]) -> None:
     for name in ONE_BLOCK:
         if _given(option, name) is None or any(_reads(option, name, mode, rule) for mode in modes for rule in rules):
             continue
+        if name == "decoded_token_threshold" and not _opens_early(option):
+            raise pytest.UsageError(f"{_name(name)} is read below --block-add-threshold 1 alone: pass that too")
         chosen = f"got --mode {','.join(modes)} --unmasking {','.join(rules)}"
         raise pytest.UsageError(f"{_name(name)} is read by {_READERS[name]} alone, {chosen}")
 
 
 _READERS = {
     "block_add_threshold": "modes but vanilla_llada",
-    "decoded_token_threshold": "modes but vanilla_llada, below --block-add-threshold 1, at rules with a schedule or "
-    "--denoising-steps,",
+    "decoded_token_threshold": "modes but vanilla_llada at rules with a schedule, or with --denoising-steps,",
     "suffix_window": f"modes {' and '.join(DROP_SUFFIX)}",
     "commit_delay": f"mode {' and '.join(MAY_DELAY)}",
 }
@@ -44,6 +45,10 @@ def _given(option: Option, field: str) -> Any:
     return option(_name(field))
 
 
+def _opens_early(option: Option) -> bool:
+    return _given(option, "block_add_threshold") not in (None, ONE_BLOCK["block_add_threshold"])
+
+
 def _reads(option: Option, field: str, mode: str, rule: str) -> bool:
     """The standard decoding is of one block."""
     if field in ("suffix_window", "commit_delay"):
@@ -51,5 +56,4 @@ def _reads(option: Option, field: str, mode: str, rule: str) -> bool:
     if mode == STANDARD or field == "block_add_threshold":
         return mode != STANDARD
     # one block at a time, the next one is active when it opens
-    opens_early = _given(option, "block_add_threshold") not in (None, ONE_BLOCK["block_add_threshold"])
-    return opens_early and (RULES[rule].has_schedule or option("--denoising-steps") is not None)
+    return _opens_early(option) and (RULES[rule].has_schedule or option("--denoising-steps") is not None)

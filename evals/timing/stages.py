@@ -22,7 +22,7 @@ from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.models.registry import SHAPES
 from blockinfer.quantization import QUANTIZATIONS
-from evals.files import BadOutput, check_output, path_argument, text_argument, write_measured
+from evals.files import BadOutput, check_output, number_argument, path_argument, text_argument, write_measured
 from evals.results.table import number_format
 from evals.runs.git import commit
 from evals.runs.machine import gpu_name
@@ -151,10 +151,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quantization", choices=QUANTIZATIONS, help="of the layers' matrices (none)")
     add("--mode", default="block", choices=MODES)
     add("--unmasking", default="low_confidence", choices=RULES)
-    add("--batch", type=int, default=1, help="requests at once (1)")
-    add("--prompt", type=int, default=128, help="tokens of each prompt, drawn at random (128)")
-    add("--max-tokens", type=int, default=256, help="new tokens of each (256)")
-    add("--block-length", type=int, default=32, help="(32)")
+    add("--batch", type=number_argument(1), default=1, help="requests at once (1)")
+    add("--prompt", type=number_argument(1), default=128, help="tokens of each prompt, drawn at random (128)")
+    add("--max-tokens", type=number_argument(1), default=256, help="new tokens of each (256)")
+    add("--block-length", type=number_argument(1), default=32, help="positions denoised together (32)")
     add("--json", type=path_argument, help="a file for the figures")
     return parser
 

@@ -36,7 +36,7 @@ def test_from_the_hub(published, tmp_path):
 def test_a_set_that_the_hub_does_not_give(tmp_path):
     out = tmp_path / "rows.jsonl"
     done = run(f"--out={out}", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 1 and not out.exists() and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and not out.exists() and len(done.stderr.splitlines()) == 1
     assert "openai/gsm8k: the split test of config main could not be loaded from the Hugging Face Hub" in done.stderr
     assert done.stderr.endswith("With a copy of the set in DIR/openai/gsm8k, pass --from DIR\n")
 

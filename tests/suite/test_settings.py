@@ -122,13 +122,18 @@ TEXTS = ("dataset", "model", "tokenizer", "dtype", "device", "output", "resume",
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--block-length=0", "argument --block-length: must be at least 1 and finite, got 0"),
+        ("--block-length=0", "argument --block-length: must be at least 1, got 0"),
         ("--block-length=8,x", "argument --block-length: must be an integer, got 'x'"),
         ("--block-length=8,8", "argument --block-length: names a value twice: '8,8'"),
         ("--block-length=,", "argument --block-length: must be a comma list of at least one value"),
-        ("--max-tokens=0", "argument --max-tokens: must be at least 1 and finite, got 0"),
-        ("--tensor-parallel-size=0", "argument --tensor-parallel-size: must be at least 1 and finite, got 0"),
-        ("--num-samples=-1", "argument --num-samples: must be at least 1 and finite, got -1"),
+        ("--max-tokens=0", "argument --max-tokens: must be at least 1, got 0"),
+        ("--tensor-parallel-size=0", "argument --tensor-parallel-size: must be at least 1, got 0"),
+        ("--threshold=2", "argument --threshold: must be from 0 to 1, got 2"),
+        ("--block-add-threshold=nan", "argument --block-add-threshold: must be from 0 to 1, got nan"),
+        ("--decoded-token-threshold=-1", "argument --decoded-token-threshold: must be from 0 to 1, got -1"),
+        ("--entropy-threshold=inf", "argument --entropy-threshold: must be at least 0 and finite, got inf"),
+        ("--entropy-threshold=x", "argument --entropy-threshold: must be a number, got 'x'"),
+        ("--num-samples=-1", "argument --num-samples: must be at least 1, got -1"),
         *(
             (f"--{name}={text}", f"argument --{name}: must not be empty, got '{text}'")
             for name in TEXTS

@@ -65,12 +65,12 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
         ({"block_add_threshold": float("nan")}, "block_add_threshold must be a finite number"),
         (
             {"decoded_token_threshold": 0.5},
-            "--decoded-token-threshold is read by modes but .*--block-add-threshold 1, at",
+            "--decoded-token-threshold is read below --block-add-threshold 1 alone: pass that too",
         ),
         ({**OPEN, "decoded_token_threshold": -1.0}, "decoded_token_threshold must be between 0.0 and 1.0, got -1.0"),
         (
             {**OPEN, "decoded_token_threshold": 0.5, "unmasking": ["threshold"]},
-            "--decoded-token-threshold is read by .* at rules with a schedule .*--unmasking threshold",
+            "--decoded-token-threshold is read by .* at rules with a schedule, .*--unmasking threshold",
         ),
         (
             {"suffix_window": 8, "mode": ["vanilla"]},
