@@ -60,6 +60,7 @@ REFUSED = {
     "best_of": Refused("every answer that is made is given: use n", (1,)),
     "top_logprobs": Refused("of a completion logprobs is their number"),
 }
+_HINTS = SAMPLING_HINTS | {"extra_body": "what it holds are fields of the body itself, where the client puts them"}
 # What has OpenAI's limits is a field of its own below; the engine's other options are extra fields.
 _OPENAI = ("max_tokens", "temperature", "seed", "logprobs")
 DECODING = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in _OPENAI)
@@ -195,7 +196,7 @@ def _check_extra(name: str, value: object, fields: dict[str, Any]) -> None:
         if not any(type(value) in (type(n), float) and value == n for n in neutral):
             raise ApiError(400, f"{name} is not supported: {reason}; got {shown(value)}", param=name)
         return
-    hint = f"; {SAMPLING_HINTS[name]}" if name in SAMPLING_HINTS else nearest(name, [*fields, *DECODING])
+    hint = f"; {_HINTS[name]}" if name in _HINTS else nearest(name, [*fields, *DECODING]) or "; leave it out"
     shown_name = name if name.isidentifier() else shown(name)
     raise ApiError(400, f"there is no field {shown_name[:100]}{hint}", param=name if name.isidentifier() else None)
 

@@ -87,7 +87,8 @@ class Job:
             for prompt in prompts:
                 self._generations.append(await self._service.engine.add(prompt, params, stream=stream))
         except ValueError as error:
-            raise ApiError(400, str(error)) from error
+            number = f"prompt {len(self._generations)}: " if len(prompts) > 1 else ""
+            raise ApiError(400, f"{number}{error}") from error
         except RuntimeError as error:  # the engine is closed
             raise ApiError(503, str(error)) from error
 
