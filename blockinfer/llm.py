@@ -213,7 +213,8 @@ class LLM:
         last one as `generate` gives it.
 
         Text that a later block could change is held back: half a character. denoise gives besides an output after every
-        step, whose `canvas` is the open blocks. An iterator that is closed, or breaks off, leaves an empty engine.
+        step that finishes none, whose `canvas` is the open blocks. An iterator that is closed, or breaks off, leaves an
+        empty engine.
 
         Raises TypeError for an unknown option, and what else `generate` does once the first output is asked for.
         """

@@ -139,7 +139,7 @@ def test_the_scripts(monkeypatch, capsys):
     assert lines[-2].endswith("14 + 23 = 37 apples. The answer is 37.") and tokens > 2 * forwards > 0
 
 
-def test_the_server_s_commands():
+def test_the_server_s_commands(capsys):
     """The last two as they are shown, but for the port."""
     serve, curl = map(shlex.split, SERVE[1:])
     assert serve[:3] == [".venv/bin/python", "-m", "blockinfer.serve"] and curl[:2] == ["curl", "-N"]
@@ -148,18 +148,19 @@ def test_the_server_s_commands():
         url = url.replace("http://127.0.0.1:8000", server.url)
         with httpx.stream("POST", url, headers=dict([header.split(": ")]), content=body, timeout=30) as answer:
             events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-        script_of_a_client(server.url)
+        script_of_a_client(server.url, capsys)
     assert events.pop() == "[DONE]"
     deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
     texts = [delta["content"] for delta in deltas if delta.get("content")]
     assert len(texts) == 2 and "".join(texts).endswith("The answer is 37.")
 
 
-def script_of_a_client(url):
+def script_of_a_client(url, capsys):
     script = re.findall(r"```python\n(.*?)```", TEXT["blockinfer/serve/README.md"], re.DOTALL)[0]
     names = {}
     exec(compile(script.replace("http://127.0.0.1:8000", url), "blockinfer/serve/README.md", "exec"), names)
     assert names["chunk"].choices[0].finish_reason == "stop"
+    assert capsys.readouterr().out.endswith("The answer is 37.")
     names["client"].close()
 
 
@@ -168,10 +169,10 @@ def test_the_server_s_scripts_without_http(monkeypatch, capsys):
     names = {}
     monkeypatch.chdir(ROOT)
     exec(compile(script, "blockinfer/serve/README.md", "exec"), names)
-    assert names["output"].finished
+    assert names["output"].finished and names["output"].outputs[0].text.endswith("The answer is 37.")
     capsys.readouterr()
     asyncio.run(names["main"]())
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out.endswith("The answer is 37.\n")
     names["llm"].close()
 
 
