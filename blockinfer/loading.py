@@ -50,7 +50,8 @@ def prepare(config: EngineConfig) -> Prepared:
         model_config = dataclasses.replace(model_config, eos_token_ids=_eos_token_ids(tokenizer, usual))
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
     if resolved.quantization and not make_model.QUANTIZES:
-        raise ValueError(f"quantization={resolved.quantization!r} is not implemented for {model_config.architecture}")
+        name, leave = model_config.architecture, "; leave it out" * (config.quantization is not None)
+        raise ValueError(f"{source}: quantization={resolved.quantization!r} is not implemented for {name}{leave}")
     stored = find_weights(model_config, folder) if config.load_format == "auto" else None
     check_fits(model_config, resolved)
     return Prepared(make_model, stored, model_config, resolved, tokenizer)

@@ -31,7 +31,8 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
         raise ValueError(
             f"{config.model} needs {_gb(weights + working + cache)} on {config.device}"
             f"{f' for each of {ranks} ranks' * (ranks > 1)}, {_gb(free)} are free: "
-            f"{_gb(weights)} for the weights in {dtype}, {_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
+            f"{_gb(weights)} for the weights in {dtype} (dtype), "
+            f"{_gb(cache)} for the KV cache (kv_cache_memory, page_size), "
             f"{_gb(working)} to work with (max_num_seqs={config.max_num_seqs}, max_model_len={config.max_model_len}, "
             f"max_num_batched_tokens={config.max_num_batched_tokens})"
         )

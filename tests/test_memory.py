@@ -31,7 +31,7 @@ def free(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"llada-8b needs 35.\d\d GB on cpu, 21.00 GB are free: 32.06 GB for the weights in float32, 0.02 GB for"),
+        ({}, r"llada-8b needs 35.\d\d GB on cpu, 21.00 GB are free: 32.06 GB for the weights in float32 .dtype., 0.02"),
         (
             {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_memory": 20 * GB},
             r"needs 26.29 GB on .* 16.03 .* 8.59 GB for",
@@ -39,7 +39,7 @@ def free(monkeypatch):
         # half of the layers' bytes; on a CPU a matrix is widened when it is multiplied
         (
             {"dtype": "bfloat16", "quantization": "fp8", "max_model_len": 512, "kv_cache_memory": 20 * GB},
-            r"needs 19.5\d GB on .* 9.06 GB for the weights in bfloat16 and fp8, 8.59 GB for",
+            r"needs 19.5\d GB on .* 9.06 GB for the weights in bfloat16 and fp8 .dtype., 8.59 GB for",
         ),
         ({"dtype": "bfloat16", "max_num_seqs": 10**6}, r"90.24 GB to work with .max_num_seqs=1000000, max_model_len"),
     ],
