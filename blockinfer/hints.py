@@ -9,7 +9,7 @@ def _is(name: str, *foreign: str) -> dict[str, str]:
 
 
 _TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
-_PENALTY = "tokens are neither penalized nor favoured here"
+_PENALTY = "tokens are neither penalised nor favoured here"
 _CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
 
 SAMPLING_HINTS = {

@@ -15,7 +15,7 @@ from blockinfer.serve.errors import ApiError
 
 _NO_TOOLS = "tools cannot be called here"
 _NO_GRAMMAR = "answers cannot be bound to a grammar here"
-_NO_PENALTY = "tokens are neither penalized nor favoured here"
+_NO_PENALTY = "tokens are neither penalised nor favoured here"
 _NO_FILTER = "temperature alone shapes the sampling here"
 _TEXT_ONLY = "messages and answers are text alone here"
 _NOT_KEPT = "nothing is kept here"
