@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tqdm.auto import tqdm
 
 from blockinfer import LLM, RequestOutput
-from blockinfer.engine.block_causal import check_block_causal
+from blockinfer.engine.block_causal import EXACT_MODE, check_block_causal
 from evals.questions.graders import grade
 from evals.questions.rows import encode
 from evals.results.record import environment, extra_info, loading
@@ -49,7 +49,8 @@ class Suite:
                 try:
                     check_block_causal(case.params)
                 except ValueError as error:
-                    raise ValueError(f"{llm.config.model}: {error}: --mode block") from error
+                    option = ": --mode block" * (case.params.mode != EXACT_MODE)
+                    raise ValueError(f"{llm.config.model}: {error}{option}") from error
         self.llm = llm
         self.reference = None
         if any(case.mode == REFERENCE_IMPL for case in settings.cases):

@@ -42,6 +42,7 @@ from evals.timing.steps import (
     memory,
     ragged_lengths,
     random_prompts,
+    refusal,
     timed_run,
     warmed_up,
 )
@@ -196,11 +197,11 @@ def measure(benchmark, llm, environment, settings, ceilings):
 
 @pytest.fixture
 def check(request, llm, environment):
-    """check(name, case) -> the case. Skips the test where the model takes no requests so long."""
+    """check(name, case) -> the case. Skips the test where the model decodes otherwise, or takes no requests so long."""
 
     def check(name, case):
-        if llm.model_config.block_length is not None and case.mode != "block":
-            pytest.skip(f"{llm.config.model} is block-causal, and {case.mode} is not")
+        if reason := refusal(llm, case):
+            pytest.skip(reason)
         longest = max(map(sum, case.lengths))
         if longest > llm.config.max_model_len:
             pytest.skip(f"{llm.config.model} takes {llm.config.max_model_len} tokens in all, this case has {longest}")

@@ -13,6 +13,7 @@ import triton
 
 from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.config import ModelConfig
+from blockinfer.engine.block_causal import check_block_causal
 from evals.results.record import environment
 from evals.results.table import loading_line, number_format
 from evals.runs.configurations import ONE_BLOCK, STEP
@@ -67,6 +68,16 @@ class Timed(NamedTuple):
     @property
     def ms_per_step(self) -> float:
         return 1000 * self.seconds / self.forwards
+
+
+def refusal(llm: LLM, case: Case) -> str | None:
+    """Why a block-causal model does not decode so; None where the model does."""
+    try:
+        if llm.model_config.block_length is not None:
+            check_block_causal(case.params[0])
+    except ValueError as error:
+        return f"{llm.config.model}: {error}"
+    return None
 
 
 def ragged_lengths(number: int, prompts: tuple[int, int], new: tuple[int, int], seed: int = 0) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ import torch
 from blockinfer import LLM, SamplingParams
 from evals.runs.settings import Case
 from evals.suite import Suite
+from evals.test_steps import SIZES
+from evals.timing.steps import refusal
 from tests.families.checkpoints import LLADA2, write_family
 from tests.families.networks import LLaDA2Network
 
@@ -173,3 +175,12 @@ def test_the_suite_says_which_mode_to_pass(llm):
     case = Case("dual_cache", 32, "low_confidence", SamplingParams(mode="dual_cache"))
     with pytest.raises(ValueError, match="this model is block-causal: use 'block', .*: --mode block"):
         Suite(llm, SimpleNamespace(cases=[case]))
+    case = Case("block", 32, "low_confidence", SamplingParams(suffix_window=4))
+    with pytest.raises(ValueError, match="suffix_window=4 has .*; leave it 0$"):
+        Suite(llm, SimpleNamespace(cases=[case]))
+
+
+def test_steps_that_are_not_block_causal_are_left_out(llm):
+    """Of modes that see what comes after, and of several blocks open at once."""
+    refused = {name for name, case in SIZES["cpu"].cases.items() if refusal(llm, case)}
+    assert refused == {"dual_cache-1x16", "vanilla-1x16", "block-1x16-add0.01", "block-1x16-add0.4-active0.4"}
