@@ -61,17 +61,17 @@ class Generation:
 
 
 class AsyncLLM:
-    """Takes over an LLM: nothing else may use its engine until `close`. Its methods belong to one event loop.
+    """Takes over an LLM, whose own calls are refused until `close`. Its methods belong to one event loop.
 
     Requests of all coroutines share the engine's batches. One that fails does so alone: after an error that names no
     request, those that ran are begun anew one at a time, until the one that it comes from is found.
     """
 
     def __init__(self, llm: LLM) -> None:
-        if llm.engine.has_unfinished():
-            raise RuntimeError("the LLM's engine has unfinished requests; step() until they are done, or abort_all()")
+        if not isinstance(llm, LLM):
+            raise ValueError(f"llm must be an LLM, got {type(llm).__name__}")
+        self._engine = llm.take_over()
         self.llm = llm
-        self._engine = llm.engine
         self._unfinished = 0
         # texts are tokenized, and chat templates run, one after another and beside the engine's steps
         self.helper: Executor = ThreadPoolExecutor(1, "blockinfer-text")
@@ -149,6 +149,7 @@ class AsyncLLM:
             self.abort_all(RuntimeError("this AsyncLLM was closed"))
         self._thread.join()
         self.helper.shutdown(cancel_futures=True)
+        self.llm.give_back()
 
     def _forget(self, generation: Generation) -> None:
         self._unfinished -= 1

@@ -121,6 +121,7 @@ class LLM:
         )
         self._leader = None if tensor_parallel_size == 1 else Leader(config, self)
         self._engine: Engine | None = None
+        self._taken = False
         if self._leader is not None:
             loaded, self._engine = self._leader.open()
         else:
@@ -152,8 +153,8 @@ class LLM:
 
         Raises ValueError for a bad prompt, naming its number; TypeError for an unknown option; FloatingPointError where
         the model's logits are NaN or infinite, at the latest once that block is through; RuntimeError on a closed LLM,
-        once another rank has ended (tensor_parallel_size), while requests added to `engine` by hand are unfinished, and
-        where on_finish aborted one of these.
+        once another rank has ended (tensor_parallel_size), while requests added to `engine` by hand are unfinished or
+        an AsyncLLM has the engine, and where on_finish aborted one of these.
         """
         refuse_generating("LLM.generate", unknown, "prompts")
         engine = self._idle_engine()
@@ -325,7 +326,22 @@ class LLM:
             raise RuntimeError("this LLM is closed")
         return self._engine
 
+    def take_over(self) -> Engine:
+        """The engine, for one that alone uses it until `give_back`: two at once would have each other's outputs.
+
+        Raises RuntimeError where it is taken, busy or closed.
+        """
+        engine = self._idle_engine()
+        self._taken = True
+        return engine
+
+    def give_back(self) -> None:
+        """Of an engine that was taken over, and is idle."""
+        self._taken = False
+
     def _idle_engine(self) -> Engine:
+        if self._taken:
+            raise RuntimeError("an AsyncLLM has taken this LLM over; ask that one, or close() it first")
         if self.engine.has_unfinished():
             raise RuntimeError("the engine has unfinished requests; step() until they are done, or abort_all()")
         return self.engine

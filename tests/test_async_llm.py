@@ -51,6 +51,22 @@ def test_many_at_once_get_what_each_gets_alone(llm, run):
     assert [o.outputs for o in outputs] == [o.outputs for o in expected]
 
 
+def test_the_llm_s_own_calls_are_refused_meanwhile(llm, run):
+    """Two that step one engine get each other's outputs, or wait for ever."""
+    ask = [lambda: AsyncLLM(llm), lambda: llm.score("a", "b"), lambda: next(llm.stream("hi"))]
+    ask += [lambda: llm.chat([{"role": "user", "content": "hi"}]), lambda: llm.generate("hi", PARAMS, use_tqdm=False)]
+
+    async def others(engine):
+        for call in ask:
+            with pytest.raises(RuntimeError, match="an AsyncLLM has taken this LLM over; ask that one, or close"):
+                call()
+        return await whole(engine, PROMPTS[0])
+
+    assert run(others).outputs == llm.generate(PROMPTS[0], PARAMS, use_tqdm=False)[0].outputs
+    with pytest.raises(ValueError, match="llm must be an LLM, got str"):
+        AsyncLLM("llada")
+
+
 def test_outputs_come_block_by_block(run):
     async def streams(engine):
         return [o async for o in engine.generate("hi", PARAMS)], [o async for o in engine.generate("hi", stream=None)]
@@ -223,7 +239,7 @@ def test_closing_ends_what_runs(llm):
 
 def test_an_engine_in_use_is_not_taken_over(llm):
     request_id = llm.engine.add_request([1])
-    with pytest.raises(RuntimeError, match="the LLM's engine has unfinished requests"):
+    with pytest.raises(RuntimeError, match="the engine has unfinished requests"):
         AsyncLLM(llm)
     llm.engine.abort(request_id)
 
