@@ -61,7 +61,7 @@ def pytest_addoption(parser):
     add("--entropy-threshold", type=number_argument(0, float), help="of the rule entropy_threshold, nats (0.5)")
     opens = "the next block opens once this share of the last one is revealed; vanilla_llada is one block still (1)"
     add("--block-add-threshold", type=share, help=opens)
-    active = "and takes its scheduled or limited steps once this share is; read below --block-add-threshold 1 (1)"
+    active = "that block takes scheduled or limited steps once this share is; read with --block-add-threshold alone (1)"
     add("--decoded-token-threshold", type=share, help=active)
     suffix = "masks kept behind the open blocks in block and block_refresh; other modes keep all (0)"
     add("--suffix-window", type=number_argument(0), help=suffix)

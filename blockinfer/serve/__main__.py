@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--port", type=_number(int, 0, 65535), default=8000, help="0 takes a free one (8000)")
     add("--served-model-name", help="the name that requests give (MODEL)")
     add("--api-key", help="what requests to /v1 must bring; also read from BLOCKINFER_API_KEY (none)")
-    wait = "requests that may wait besides the max_num_seqs that run; past it they are refused with 429 (256)"
+    wait = "answers that may wait besides the max_num_seqs that run; past it requests are refused with 429 (256)"
     add("--max-queue", type=_number(int, 0), default=256, help=wait)
     add("--max-request-bytes", type=_number(int, 1), default=1 << 20, help="of a body (1048576)")
     receive = "seconds for a request's headers, and for its body (20)"
