@@ -21,6 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BadArguments as error:
         print(f"blockinfer: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        # lm-eval's own, of names of --tasks; another one is a fault, whose traceback tells where
+        if not str(error).startswith("Tasks not found"):
+            raise
+        hint = "`python -m evals lm-eval ls tasks` lists those there are; --include_path adds a folder's"
+        print(f"lm-eval: {error}; {hint}", file=sys.stderr)
+        return 2
     finally:
         sys.argv = former
     return 0

@@ -135,6 +135,11 @@ def test_the_command_tells_bad_arguments_without_a_traceback(monkeypatch, capsys
     assert capsys.readouterr().err == "blockinfer: --batch_size must be a number\n"
 
 
+def test_the_command_tells_a_task_that_is_none_without_a_traceback(capsys):
+    assert main(["--model", "blockinfer", "--model_args", "pretrained=x", "--tasks", "no_such_task"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lm-eval: Tasks not found: no_such_task; `python -m ev")
+
+
 # --- options ---
 
 
