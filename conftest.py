@@ -67,6 +67,10 @@ def pytest_addoption(parser):
     add("--suffix-window", type=number_argument(0), help=suffix)
     delay = "steps for which a finished block waits for its commit in block; other modes commit none (0)"
     add("--commit-delay", type=number_argument(0), help=delay)
+    edits = "a token of the open block is replaced where another is likelier than this; not in vanilla_llada (never)"
+    add("--editing-threshold", type=share, help=edits)
+    after = "editing ends at most so many steps after a block's last mask; read with --editing-threshold alone (16)"
+    add("--max-post-steps", type=number_argument(0), help=after)
     add("--skip-vanilla", action="store_true", help="leave out the uncached baselines vanilla_llada and vanilla")
     model = "checkpoint folder, Hub name, or shape (LLaDA-8B-Instruct on a GPU, evals/llada_tiny on a CPU)"
     add("--model", type=text_argument, help=model)

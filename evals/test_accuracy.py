@@ -6,7 +6,7 @@ import pytest
 
 from evals.questions.graders import Grade
 from evals.results.paired import pair
-from evals.runs.configurations import is_baseline, total_steps, window
+from evals.runs.configurations import extras, is_baseline, total_steps
 from evals.runs.run import Run, by_source
 from evals.runs.settings import SAMPLE, Case, Settings
 
@@ -48,6 +48,6 @@ def has_floor(settings: Settings, case: Case) -> bool:
     """The floors hold for the small model on the project's own rows, answers not cut short, one token a step."""
     params = case.params
     one_a_step = params.unmasking == "low_confidence" and total_steps(params) >= params.max_tokens
-    one_a_step = one_a_step and not window(params)
+    one_a_step = one_a_step and not extras(params)
     own_rows = Path(settings.dataset).resolve() == SAMPLE
     return settings.is_tiny and own_rows and one_a_step and params.max_tokens >= 128

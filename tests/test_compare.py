@@ -10,7 +10,7 @@ import pytest
 
 from evals.results import merge
 from evals.results.compare import MACHINE, NOT_COMPARABLE, NOT_WORSE, QUESTION, SOFTWARE, WORSE, main, unpaired_loss
-from evals.runs.configurations import ONE_BLOCK, RESUMED
+from evals.runs.configurations import PLAIN, RESUMED
 from tests.test_shards import run
 
 BLOCK = "test_throughput[block-8]"
@@ -260,11 +260,11 @@ def test_a_file_that_does_not_say_which_blocks_were_open_is_of_one_at_a_time(com
     old = tmp_path / "old.json"
     content = json.loads(old.read_text())
     for benchmark in content["benchmarks"]:
-        for name in ONE_BLOCK:
+        for name in PLAIN:
             del benchmark["extra_info"][name]
     old.write_text(json.dumps(content))
-    assert compare()[0] == compare(changed(**ONE_BLOCK))[0] == NOT_WORSE
-    code, printed = compare(changed(**ONE_BLOCK | {"block_add_threshold": 0.5}))
+    assert compare()[0] == compare(changed(**PLAIN))[0] == NOT_WORSE
+    code, printed = compare(changed(**PLAIN | {"block_add_threshold": 0.5}))
     assert code == NOT_COMPARABLE and "block_add_threshold was 1.0, is 0.5" in printed
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
-from evals.runs.configurations import ONE_BLOCK, STANDARD, total_steps, window
+from evals.runs.configurations import PLAIN, STANDARD, extras, total_steps
 
 Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration | None]]
 
@@ -65,7 +65,7 @@ def _is_drawn(c: Configuration) -> bool:
 
 
 # What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
-IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value", *ONE_BLOCK)
+IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value", *PLAIN)
 CONDITIONS = (
     *("model", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "n"),
     *(
@@ -153,7 +153,7 @@ def names(run: list[Configuration]) -> list[str]:
     """A short name for each configuration: its mode, and what it takes to tell it from the others."""
     lengths = {c.block_length for c in run if c.mode != STANDARD}
     rules = {(c.unmasking, c.rule_value) for c in run}
-    windows = {tuple(window(c)) for c in run if c.mode != STANDARD}
+    windows = {tuple(extras(c)) for c in run if c.mode != STANDARD}
     standards = Counter(c.unmasking for c in run if c.mode == STANDARD)
     result = []
     for c in run:
@@ -165,7 +165,7 @@ def names(run: list[Configuration]) -> list[str]:
         if c.mode == STANDARD and standards[c.unmasking] > 1 and c.denoising_steps is not None:
             parts.append(f"{c.denoising_steps} steps")
         if len(windows) > 1:
-            parts += window(c)
+            parts += extras(c)
         result.append(" ".join(parts))
     number, times = Counter(result), Counter()
     for i, name in enumerate(result):

@@ -16,7 +16,7 @@ from evals.report.rows import Answers, Group, cut, gold, groups
 from evals.results.aup import scores
 from evals.results.reader import StoredRun
 from evals.results.schema import Configuration
-from evals.runs.configurations import SCHEDULED, window
+from evals.runs.configurations import SCHEDULED, extras
 
 # Their order is that of the marks and colours; any other mode gets the last mark.
 MODES = ("vanilla_llada", "vanilla", "prefix_cache", "dual_cache", "block", "block_refresh", "reference_impl")
@@ -149,7 +149,7 @@ def columns(run: list[Configuration]) -> list[Column]:
         Column("accuracy", "%", lambda c: percent(c.accuracy)),
         Column("block", "positions", field("block_length", "d")),
         Column("rule", "", _rule, is_number=False),
-        *[Column("open", "", _open_blocks, is_number=False)] * any(map(_open_blocks, run)),
+        *[Column("extras", "", _extras, is_number=False)] * any(map(_extras, run)),
         Column("limit", "steps", _step_limit),
         Column("error", "± %", lambda c: percent(c.relative_error)),
         Column("speed-up", "× vanilla", ratio(1)),
@@ -185,9 +185,9 @@ def _rule(c: Configuration) -> str | None:
     return f"{c.unmasking} {c.rule_value:g}"
 
 
-def _open_blocks(c: Configuration) -> str | None:
+def _extras(c: Configuration) -> str | None:
     """What differs from one block at a time."""
-    return ", ".join(window(c)) or None
+    return ", ".join(extras(c)) or None
 
 
 def _step_limit(c: Configuration) -> str | None:
@@ -277,7 +277,7 @@ def _scores(rows: list[Row]) -> list[tuple[Row, int | None, str, float, int]]:
     for row in rows:
         c = row.c
         if None not in (c.accuracy, c.tokens_per_forward):
-            key = c.mode, c.asked_block_length, ", ".join(window(c))
+            key = c.mode, c.asked_block_length, ", ".join(extras(c))
             first.setdefault(key, row)
             points.append((key, (c.tokens_per_forward, 100 * c.accuracy)))
     return [(first[key], *key[1:], score, number) for key, (score, number) in scores(points).items()]

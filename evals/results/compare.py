@@ -18,7 +18,7 @@ from evals.results.forwards import nfe_fault
 from evals.results.paired import Paired
 from evals.results.reader import BadFile, check_whole, read_file
 from evals.results.wilson import wilson_interval
-from evals.runs.configurations import ALONE, ONE_BLOCK, RESUMED, is_configuration
+from evals.runs.configurations import ALONE, PLAIN, RESUMED, is_configuration
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 
@@ -27,7 +27,7 @@ QUESTION = (
     *("mode", "unmasking", "block_length", "denoising_steps", "rule_value", "max_tokens", "temperature", "ignore_eos"),
     *("batch_size", "dataset", "n", "rows_sha256", "prompts_version", "prompts_truncated", "grader_versions"),
     *("model", "weights", "dtype", "quantization"),
-    *ONE_BLOCK,
+    *PLAIN,
 )
 # The same of the steps, beside those that they have in common with configurations.
 STEP_QUESTION = ("requests", "prompt_tokens", "new_tokens", "max_num_seqs")
@@ -132,7 +132,7 @@ def _match(old: dict[str, Info], new: dict[str, Info], result: Comparison, allow
 def differences(before: Info, after: Info) -> list[str]:
     """Settings that differ. One that either side lacks, as a file of an older commit may, is passed over; a file that
     does not say which blocks were open is of one at a time."""
-    before, after = ONE_BLOCK | before, ONE_BLOCK | after
+    before, after = PLAIN | before, PLAIN | after
     both = [key for key in QUESTION + STEP_QUESTION if key in before and key in after]
     found = [f"{key} was {before[key]}, is {after[key]}" for key in both if before[key] != after[key]]
     if _ids(before) != _ids(after) and _ids(before) and _ids(after):

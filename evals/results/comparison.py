@@ -5,7 +5,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from evals.files import write_measured
-from evals.runs.configurations import ONE_BLOCK, STANDARD, is_baseline, total_steps
+from evals.runs.configurations import PLAIN, STANDARD, is_baseline, total_steps
 from evals.runs.rounds import ratio_factor
 from evals.runs.run import Run
 from evals.runs.settings import Case, Settings
@@ -30,7 +30,7 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
             "block_length": block.case.block_length if block else None,
             "denoising_steps": block.case.params.denoising_steps if block else None,
             "unmasking": block.case.unmasking if block else None,
-            **{name: getattr(block.case.params, name) if block else None for name in ONE_BLOCK},
+            **{name: getattr(block.case.params, name) if block else None for name in PLAIN},
             "batch_size": settings.batch_size,
         },
         "environment": about,

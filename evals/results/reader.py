@@ -10,7 +10,7 @@ from pydantic_core import from_json
 
 from evals.files import StrPath, read_bytes
 from evals.results.schema import Benchmark, Configuration, Content
-from evals.runs.configurations import ALONE, ONE_BLOCK
+from evals.runs.configurations import ALONE, PLAIN
 
 
 class BadFile(ValueError):
@@ -161,7 +161,7 @@ def _values(benchmark: Benchmark) -> dict[str, Any]:
     info = benchmark.extra_info
     asked = (benchmark.params or {}).get("block_length", info.get("block_length"))
     known = {key: value for key, value in info.items() if value is not None or not key.endswith("_by_source")}
-    return ALONE | ONE_BLOCK | known | {"asked_block_length": asked}
+    return ALONE | PLAIN | known | {"asked_block_length": asked}
 
 
 def _what(error: ValidationError) -> str:

@@ -12,7 +12,7 @@ import transformers
 from blockinfer import LLM
 from evals.questions.rows import rows_hash
 from evals.results.wilson import wilson_interval
-from evals.runs.configurations import ONE_BLOCK, REFERENCE_IMPL
+from evals.runs.configurations import PLAIN, REFERENCE_IMPL
 from evals.runs.git import commit
 from evals.runs.machine import cpu_name, gpu_name
 from evals.runs.rounds import standard_error
@@ -33,7 +33,7 @@ def question(case: Case, settings: Settings, truncated: int, environment: dict[s
         "block_length": params.block_length,
         "denoising_steps": params.denoising_steps,
         "rule_value": params.rule_value,
-        **{name: getattr(params, name) for name in ONE_BLOCK},
+        **{name: getattr(params, name) for name in PLAIN},
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "ignore_eos": params.ignore_eos,

@@ -81,6 +81,8 @@ class Configuration(BaseModel):
     decoded_token_threshold: Share | None = None
     suffix_window: Count | None = None
     commit_delay: Count | None = None
+    editing_threshold: Share | None = None
+    max_post_steps: Count | None = None
     denoising_steps: Positive | None = None
 
     tokens: Count | None = None

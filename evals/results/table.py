@@ -7,7 +7,7 @@ from evals.results.comparison import baselines, speed_up
 from evals.results.paired import rule_width
 from evals.results.schema import is_often
 from evals.results.wilson import wilson_interval
-from evals.runs.configurations import rule_name, window
+from evals.runs.configurations import extras, rule_name
 from evals.runs.rounds import standard_error
 from evals.runs.run import Run, by_source, unextracted
 from evals.runs.settings import Settings
@@ -44,7 +44,7 @@ def first_pass_line(runs: list[Run]) -> str | None:
 def aup_lines(runs: list[Run]) -> list[str]:
     """A line where several rules of a mode at a block length were measured."""
     points = [
-        ((r.case.mode, r.case.block_length, *window(r.case.params)), (r.tokens / r.nfe, 100 * r.accuracy))
+        ((r.case.mode, r.case.block_length, *extras(r.case.params)), (r.tokens / r.nfe, 100 * r.accuracy))
         for r in runs
         if r.accuracy is not None
     ]

@@ -9,16 +9,18 @@ STANDARD = "vanilla_llada"
 REFERENCE_IMPL = "reference_impl"
 # Unmasking rules without a value, whose forwards are known beforehand.
 SCHEDULED = ("low_confidence", "random", "sequential")
-# What says which blocks are open, and what is seen and computed beside them: its default, which is one block at a time,
-# and what it is called in a test's id.
-WINDOW = {
+# What a configuration may have beside its mode, block length and rule, which is several blocks open, what is seen and
+# computed beside them, and editing: its default, and what it is called in a test's id.
+EXTRAS = {
     "block_add_threshold": (1.0, "add"),
     "decoded_token_threshold": (1.0, "active"),
     "suffix_window": (0, "suffix"),
     "commit_delay": (0, "delay"),
+    "editing_threshold": (None, "edit"),
+    "max_post_steps": (None, "post"),
 }
-# A file that does not say so is of one block at a time, or of a time when there was nothing else.
-ONE_BLOCK = {name: default for name, (default, _) in WINDOW.items()}
+# A file that does not say so has none of it, or is of a time when there was nothing else.
+PLAIN = {name: default for name, (default, _) in EXTRAS.items()}
 # The same of how many shared the rows, and the model.
 ALONE = {"shards": 1, "tensor_parallel_size": 1}
 # Of the rule entropy_threshold.
@@ -52,6 +54,8 @@ class Decoding(Protocol):
     decoded_token_threshold: float | None
     suffix_window: int | None
     commit_delay: int | None
+    editing_threshold: float | None
+    max_post_steps: int | None
 
 
 class Named(Protocol):
@@ -62,9 +66,9 @@ class Named(Protocol):
     unmasking: str
 
 
-def window(params: Decoding) -> list[str]:
-    """What differs from one block at a time, as "add 0.5"; nothing where nothing does."""
-    values = ((getattr(params, name), default, word) for name, (default, word) in WINDOW.items())
+def extras(params: Decoding) -> list[str]:
+    """What differs from one block at a time without editing, as "add 0.5"; nothing where nothing does."""
+    values = ((getattr(params, name), default, word) for name, (default, word) in EXTRAS.items())
     return [f"{word} {value:g}" for value, default, word in values if value not in (None, default)]
 
 
@@ -72,7 +76,7 @@ def _other(params: Decoding) -> list[str]:
     """What differs from the defaults, and is told where the rule is."""
     is_other = params.unmasking == "entropy_threshold" and params.rule_value not in (None, ENTROPY_THRESHOLD)
     value = [f"{params.rule_value:g}"] if is_other else []
-    return value + [part.replace(" ", "") for part in window(params)]
+    return value + [part.replace(" ", "") for part in extras(params)]
 
 
 def variant(params: Decoding) -> str:

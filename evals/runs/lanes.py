@@ -54,7 +54,8 @@ class Lane:
         """Runs until this share of the positions to fill is filled; 1 is all of them."""
         begin = time.perf_counter()
         self._turns.append((begin, math.inf))
-        while self._engine.has_unfinished() and self._share_filled() < share:
+        # what has no mask left may still be edited
+        while self._engine.has_unfinished() and (share == 1 or self._share_filled() < share):
             for output in self._engine.step():
                 output = self._in_own_time(output)
                 self._finished[output.request_id] = output

@@ -18,8 +18,8 @@ from evals.questions.prompts import PROMPTS_VERSION, messages
 from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
 from evals.questions.template import PromptTemplate
 from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps, variant
+from evals.runs.extras import check_extras, extra_options
 from evals.runs.machine import device_name
-from evals.runs.windows import check_window, window_options
 
 SUITE_MODES = (STANDARD, *MODES)
 
@@ -216,7 +216,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
             raise pytest.UsageError(
                 f"{flag} is read by --unmasking {' and '.join(readers)} alone, got {', '.join(rules)}"
             )
-    check_window(option, modes, rules)
+    check_extras(option, modes, rules)
     cases = []
     for mode in modes + [REFERENCE_IMPL] * option("--reference-impl"):
         for block_length in option("--block-length"):
@@ -245,7 +245,7 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         threshold=config.getoption("--threshold") if RULES[rule].option == "threshold" else None,
         entropy_threshold=config.getoption("--entropy-threshold") if rule == "entropy_threshold" else None,
         ignore_eos=ignore_eos,
-        **window_options(config.getoption, mode, rule),
+        **extra_options(config.getoption, mode, rule),
     )
     if mode != STANDARD:
         return block_wise

@@ -16,7 +16,7 @@ from blockinfer.config import ModelConfig
 from blockinfer.engine.block_causal import check_block_causal
 from evals.results.record import environment
 from evals.results.table import loading_line, number_format
-from evals.runs.configurations import ONE_BLOCK, STEP
+from evals.runs.configurations import PLAIN, STEP
 from evals.runs.rounds import Round, standard_error, steadiness
 from evals.runs.settings import Settings
 from evals.timing.kernels import Ceilings
@@ -125,7 +125,7 @@ def about(name: str, case: Case, llm: LLM, environment: dict[str, Any]) -> dict[
         "rule_value": params.rule_value,
         "block_length": case.block_length,
         "denoising_steps": params.denoising_steps,
-        **{name: getattr(params, name) for name in ONE_BLOCK},
+        **{name: getattr(params, name) for name in PLAIN},
         "requests": len(case.lengths),
         "max_num_seqs": llm.config.max_num_seqs,
         "prompt_tokens": [min(prompts), max(prompts)],

@@ -15,7 +15,7 @@ from evals.report.labels import MARK, Box, shortened, width_of
 from evals.results import comparison
 from evals.results.reader import read_run
 from evals.results.schema import Configuration
-from evals.runs.configurations import ONE_BLOCK, REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
+from evals.runs.configurations import PLAIN, REFERENCE_IMPL, SCHEDULED, STANDARD, total_steps
 from evals.runs.run import Run
 from evals.runs.settings import SUITE_MODES, Case
 from tests.report.sample import info, results, write
@@ -155,7 +155,7 @@ def test_the_same_configuration_in_another_run_has_as_many_blocks_open(tmp_path)
     """An older file, which does not say how many, is of one at a time."""
     older = read_run(write(tmp_path / "older.json", results([info("block")])))
     (one,) = older.configurations
-    assert {name: getattr(one, name) for name in ONE_BLOCK} == ONE_BLOCK
+    assert {name: getattr(one, name) for name in PLAIN} == PLAIN
     opened = one.model_copy(update={"block_add_threshold": 0.5})
     assert series([opened], [older]) == [[None]] and series([one], [older]) == [[one.tokens_per_second]]
 

@@ -47,8 +47,8 @@ def test_the_table_holds_the_files_figures(report):
 def test_the_table_says_which_blocks_were_open(report):
     """Where not all are one at a time, which an older file does not say."""
     rows = table(report(results([info("block"), info("block", block_add_threshold=0.5, suffix_window=8)])))
-    assert [row["open"] for row in rows] == ["–", "add 0.5, suffix 8"]
-    assert "open" not in table(report(results([info("block")])))[0]
+    assert [row["extras"] for row in rows] == ["–", "add 0.5, suffix 8"]
+    assert "extras" not in table(report(results([info("block")])))[0]
 
 
 def test_several_rules_of_a_mode_have_a_score(report):

@@ -1,6 +1,7 @@
 """Configurations side by side: nothing but the time differs from `generate`, and seconds are each lane's own."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,14 @@ def test_answers_and_forwards_are_those_of_generate(chat_llm):
         assert lane.round.forwards == chat_llm.stats.forwards - before
         assert len(lane.round.parts) == PARTS and lane.round.seconds == pytest.approx(sum(lane.round.parts))
     assert not chat_llm.engine.has_unfinished()
+
+
+def test_a_lane_whose_last_block_is_edited_is_run_to_its_end(chat_llm):
+    edited = replace(params("block", "low_confidence"), editing_threshold=0.0, max_post_steps=3, ignore_eos=True)
+    made = [Lane(chat_llm, PROMPTS[:2], p, lambda output: None) for p in (edited, params(*MODES[0]))]
+    assert side_by_side(made) == {}
+    expected = chat_llm.generate(PROMPTS[:2], edited, use_tqdm=False)
+    assert [o and o.outputs for o in made[0].outputs] == [o.outputs for o in expected]
 
 
 def test_seconds_are_those_in_which_the_lane_ran(chat_llm, monkeypatch):

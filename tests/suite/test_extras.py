@@ -1,4 +1,4 @@
-"""Several blocks open at once: the suite's options, who reads them, and configurations that differ in them alone."""
+"""Several blocks open at once, and editing: the suite's options, who reads them, and what differs in them alone."""
 
 import json
 
@@ -11,12 +11,13 @@ from evals.results.comparison import write_comparison
 from evals.results.record import question
 from evals.results.table import aup_lines, table
 from evals.runs import configurations
+from evals.runs.extras import _READERS
 from evals.runs.resume import settings_hash
-from evals.runs.windows import _READERS
 from tests.suite.test_samples import lines
 
 SCHEDULED = ["low_confidence", "scheduled_threshold"]
 OPEN = {"block_add_threshold": 0.5}
+EDITED = {"editing_threshold": 0.9, "max_post_steps": 2}
 
 
 def ids(s):
@@ -24,15 +25,15 @@ def ids(s):
 
 
 def given(cases, name):
-    default = configurations.ONE_BLOCK[name]
+    default = configurations.PLAIN[name]
     return {c.mode for c in cases if getattr(c.params, name) != default}
 
 
 def test_what_is_known_without_torch_is_what_the_engine_has(settings):
     (params,) = {c.params for c in settings(mode=["block"]).cases}
-    assert {name: getattr(params, name) for name in configurations.WINDOW} == configurations.ONE_BLOCK
+    assert {name: getattr(params, name) for name in configurations.EXTRAS} == configurations.PLAIN
     assert RULES["entropy_threshold"].default == configurations.ENTROPY_THRESHOLD
-    assert _READERS.keys() == configurations.WINDOW.keys()
+    assert _READERS.keys() == configurations.EXTRAS.keys()
 
 
 def test_an_option_reaches_the_modes_that_read_it(settings):
@@ -46,6 +47,8 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
     assert read == [("block", rule) for rule in SCHEDULED]
     limited = settings(**OPEN, decoded_token_threshold=0.5, unmasking=rules, mode=["block"], denoising_steps=4).cases
     assert [c.params.decoded_token_threshold for c in limited] == [0.5, 0.5, 0.5]
+    edited = settings(**EDITED).cases
+    assert given(edited, "editing_threshold") == given(edited, "max_post_steps") == set(MODES)
     two = settings(unmasking=["threshold", "entropy_threshold"], mode=["block"], entropy_threshold=0.1).cases
     assert [c.params.rule_value for c in two] == [0.9, 0.1]
 
@@ -80,6 +83,9 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
             {"commit_delay": 1, "mode": ["block_refresh"]},
             "--commit-delay is read by mode block alone, got --mode block_r",
         ),
+        ({**EDITED, "mode": ["vanilla_llada"]}, "--editing-threshold is read by modes but vanilla_llada alone, got"),
+        ({"max_post_steps": 2}, "--max-post-steps is read with --editing-threshold alone: pass that too"),
+        ({**EDITED, **OPEN}, "editing_threshold=0.9"),
     ],
 )
 def test_what_no_chosen_mode_and_rule_reads_is_refused(settings, changed, message):
@@ -105,6 +111,7 @@ def test_ids_are_the_same_with_the_defaults_and_say_what_differs(settings):
         "block-32-add0.5-active0.25-suffix8-delay2",
         "block_refresh-32-add0.5-active0.25-suffix8",
     ]
+    assert ids(settings(**EDITED, mode=["block"])) == ["block-32-edit0.9-post2"]
     other = settings(unmasking=["entropy_threshold"], mode=["block"], entropy_threshold=0.1, **OPEN)
     assert ids(other) == ["block-32-entropy_threshold-0.1-add0.5"] == [case.name for case in other.cases]
 
@@ -115,6 +122,8 @@ VARIANTS = [
     {**OPEN, "decoded_token_threshold": 0.5},
     {"suffix_window": 8},
     {"commit_delay": 1},
+    {"editing_threshold": 0.9},
+    EDITED,
     {"entropy_threshold": 0.1},
 ]
 
@@ -151,13 +160,13 @@ def test_a_run_says_which_blocks_were_open(make_suite, tmp_path):
         "block-4-entropy_threshold-8-add0.5-suffix8",
     ]
     block = infos["block-4-threshold-add0.5-suffix8"]
-    assert [block[name] for name in configurations.WINDOW] == [0.5, 1.0, 8, 0]
+    assert [block[name] for name in configurations.EXTRAS] == [0.5, 1.0, 8, 0, None, None]
     assert infos["vanilla_llada-4-threshold"]["block_add_threshold"] == 1.0
     variants = [one["variant"] for one in lines(path)]
     assert list(dict.fromkeys(variants)) == ["", "8", "add0.5", "8-add0.5", "add0.5-suffix8", "8-add0.5-suffix8"]
     write_comparison(str(tmp_path / "results.json"), runs, suite.settings, suite.environment)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [written["settings"][name] for name in configurations.WINDOW] == [0.5, 1.0, 8, 0]
+    assert [written["settings"][name] for name in configurations.EXTRAS] == [0.5, 1.0, 8, 0, None, None]
 
     head, *rows = table(runs)
     assert [row[21 : head.index("tokens/s")].split("  ")[0].strip() for row in rows] == [
