@@ -75,6 +75,8 @@ class LLM:
     meanwhile; TypeError for an unknown option.
     """
 
+    _taken = False  # whether an AsyncLLM has the engine
+
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -121,7 +123,6 @@ class LLM:
         )
         self._leader = None if tensor_parallel_size == 1 else Leader(config, self)
         self._engine: Engine | None = None
-        self._taken = False
         if self._leader is not None:
             loaded, self._engine = self._leader.open()
         else:

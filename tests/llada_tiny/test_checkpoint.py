@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from blockinfer import LLM, SamplingParams
-from evals.llada_tiny import quantized, study
+from evals.llada_tiny import measured, quantized, study
 from evals.llada_tiny.problems import SOURCES, problem
 from evals.llada_tiny.study import Result, markdown, summary, svg
 from evals.llada_tiny.tokenizer import MASK, chat_text
@@ -92,7 +92,7 @@ def test_what_fp8_loses_is_measured_on_the_same_problems(tmp_path, capsys):
 
 def test_fp8_is_what_is_measured(monkeypatch):
     loaded = []
-    monkeypatch.setattr(quantized, "LLM", lambda *a, **o: loaded.append(o["quantization"]) or nullcontext())
+    monkeypatch.setattr(measured, "LLM", lambda *a, **o: loaded.append(o["quantization"]) or nullcontext())
     monkeypatch.setattr(
         quantized, "measure", lambda llm, rows, mode, *_: Result(mode, "", {"mmlu": [True]}, 1.0, 1.0, 1)
     )

@@ -207,7 +207,7 @@ def test_sigterm_to_the_whole_group_ends_it(tmp_path):
     process, _ = started(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "steps by SIGTERM; the same command goes on from there" in errors, errors
+    assert process.returncode == 2 and "steps by SIGTERM; the same command goes on from there" in errors, errors
 
 
 def test_a_worker_that_dies_ends_it_and_is_named(tmp_path):
