@@ -139,6 +139,7 @@ class ModelRunner:
         # For steps with whole segments: the kernel of these takes others 1.5 us a layer though it has no work there.
         whole_sizes = [size for size in sizes if self._cutting.whole_rows and size >= self._cutting.least_whole]
         self._layers_with_whole = StepGraphs(partial(self._run_layers, may_be_whole=True), whole_sizes)
+        self._graphs = self._layers, self._layers_with_whole, self._reveal
 
     def _make_attention(self) -> tuple[Cutting, Scratch | None]:
         heads, head_dim = (self.model.n_heads, self.model.n_kv_heads), self.model.config.head_dim
@@ -159,8 +160,7 @@ class ModelRunner:
     def capture(self) -> None:
         """Runs all that any step may run, and captures what may be, on indices that name no tile and no block. Ranks do
         it together, once each has its memory. Nothing where kernels are launched one by one."""
-        parts = self._layers, self._layers_with_whole, self._reveal
-        number = sum(graphs.number for graphs in parts)
+        number = sum(graphs.number for graphs in self._graphs)
         if not number:
             return
         start = time.perf_counter()
@@ -175,7 +175,7 @@ class ModelRunner:
         free = self._free_memory()
         pool = torch.cuda.graph_pool_handle()
         with tqdm(total=number, desc="CUDA graphs", unit="graph", dynamic_ncols=True) as progress:
-            for graphs in parts:
+            for graphs in self._graphs:
                 graphs.capture(pool, progress.update, self.model.ranks.wait)
         self.stats.graphs = number
         self.stats.graph_bytes = free - self._free_memory()
@@ -183,7 +183,7 @@ class ModelRunner:
 
     def drop_graphs(self) -> None:
         """NCCL waits for ever where what it shares is destroyed before a graph that has captured a use of it."""
-        for graphs in (self._layers, self._layers_with_whole, self._reveal):
+        for graphs in self._graphs:
             graphs.drop()
 
     def _free_memory(self) -> int:

@@ -119,11 +119,6 @@ class Sequence(Resident):
         return self.window[-1].stop if self.window else self.canvas_end
 
     @property
-    def position(self) -> int:
-        """Of the first open block in the output."""
-        return self.block_start - self.prompt_len
-
-    @property
     def is_watched(self) -> bool:
         """Whether the tokens of each step are looked at, and not a finished block's alone."""
         return self.has_several_blocks or self.edits is not None or self.stream == DENOISE
