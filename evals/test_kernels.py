@@ -27,7 +27,8 @@ from blockinfer.kernels.confidence import RowOptions, Vocabulary, token_confiden
 from blockinfer.kernels.kv_store import rope_store_kv, rope_store_kv_torch, rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
-from blockinfer.kernels.paged_attention import Cutting, SegmentTable, count_tiles, cut, make_scratch, paged_attention
+from blockinfer.kernels.paged_attention import paged_attention
+from blockinfer.kernels.segments import Cutting, SegmentTable, count_tiles, cut, make_scratch
 from blockinfer.kernels.whole_attention import with_whole
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES, read_model_config

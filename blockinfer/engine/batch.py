@@ -10,7 +10,7 @@ import torch
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
-from blockinfer.kernels.paged_attention import TILE_COLUMNS, Cutting, count_tiles, cut
+from blockinfer.kernels.segments import TILE_COLUMNS, Cutting, count_tiles, cut
 from blockinfer.kernels.slots import Blocks, SlotOptions
 
 _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
@@ -19,7 +19,7 @@ _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
 class StepInputs(NamedTuple):
     """A step's indices, int64, on the model's device: views of what `pack` made.
 
-    num_tiles [2], tiles [I, TILE_COLUMNS]: of attention (kernels.paged_attention), of both kinds so many are meant.
+    num_tiles [2], tiles [I, TILE_COLUMNS]: of attention (kernels.segments), of both kinds so many are meant.
     blocks: what is known of each open block, each [B], B at least as many. slots, positions [T]: each row's, T at least
     the rows; those that pad it are of the scrap slot.
     """

@@ -35,7 +35,7 @@ from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
 from blockinfer.kernels.guidance import Guidance, guide
 from blockinfer.kernels.masked_rows import masked_rows
-from blockinfer.kernels.paged_attention import Cutting, Scratch, SegmentTable, make_scratch
+from blockinfer.kernels.segments import Cutting, Scratch, SegmentTable, make_scratch
 from blockinfer.kernels.sharded_confidence import Shard, sharded_confidence
 from blockinfer.kernels.slots import SlotOptions, SlotState
 from blockinfer.kernels.unmasking import unmask

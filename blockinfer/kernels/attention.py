@@ -3,7 +3,8 @@
 import torch
 
 from blockinfer.kernels.kv_store import HeadNorms, rope_store_kv
-from blockinfer.kernels.paged_attention import SegmentTable, paged_attention
+from blockinfer.kernels.paged_attention import paged_attention
+from blockinfer.kernels.segments import SegmentTable
 from blockinfer.kernels.whole_attention import whole_attention
 
 

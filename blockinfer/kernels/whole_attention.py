@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
-from blockinfer.kernels.paged_attention import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS, Cutting, SegmentTable
+from blockinfer.kernels.segments import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS, Cutting, SegmentTable
 
 # Query rows of a warpgroup, of which a tile has two; keys of a tile.
 _ROWS, _KEYS = gl.constexpr(64), gl.constexpr(128)

@@ -9,9 +9,9 @@ from blockinfer.kernels.attention import attention
 from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
-from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.kernels.ranks import ALONE, Ranks
+from blockinfer.kernels.segments import SegmentTable
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.llada_config import read_llada_config
 from blockinfer.models.published import TensorGroup

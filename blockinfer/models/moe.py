@@ -10,8 +10,8 @@ from blockinfer.kernels.experts import mixture
 from blockinfer.kernels.kv_store import HeadNorms, rope_tables
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
-from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.router import route
+from blockinfer.kernels.segments import SegmentTable
 from blockinfer.models.moe_config import MoEConfig
 from blockinfer.models.transformer import Transformer, unfilled
 

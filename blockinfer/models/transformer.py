@@ -9,9 +9,9 @@ from torch import nn
 
 from blockinfer.kernels.linear import linear
 from blockinfer.kernels.norm import add_rms_norm
-from blockinfer.kernels.paged_attention import SegmentTable
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.kernels.ranks import ALONE, Ranks
+from blockinfer.kernels.segments import SegmentTable
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.published import TensorGroup
 

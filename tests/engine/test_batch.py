@@ -8,7 +8,7 @@ from blockinfer.decoding.modes import MODES
 from blockinfer.engine.batch import StepInputs, layout, pack, pack_steps, packed_size, step_columns
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
-from blockinfer.kernels.paged_attention import Cutting
+from blockinfer.kernels.segments import Cutting
 from tests.engine.blocks import finish_block
 
 CUTTING = Cutting(4, 9)

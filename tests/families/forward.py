@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from blockinfer.kernels.paged_attention import Cutting, SegmentTable, cut
+from blockinfer.kernels.segments import Cutting, SegmentTable, cut
 from blockinfer.models.transformer import Transformer
 
 

@@ -6,18 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockinfer.kernels import paged_attention
-from blockinfer.kernels.paged_attention import (
-    TILE_COLUMNS,
-    Cutting,
-    SegmentTable,
-    Tiling,
-    count_tiles,
-    cut,
-    make_scratch,
-    paged_attention_torch,
-    paged_attention_triton,
-)
+from blockinfer.kernels import segments
+from blockinfer.kernels.paged_attention import Tiling, paged_attention_torch, paged_attention_triton
+from blockinfer.kernels.segments import TILE_COLUMNS, Cutting, SegmentTable, count_tiles, cut, make_scratch
 
 # ||out - exact|| / ||exact|| that a dtype's rounding explains; float32 is no tf32
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -109,8 +100,8 @@ def test_kernel_equals_dense_attention(device, guarded_empty, seed, sizes, heads
     cutting = cutting_of(tiling, enough, *heads)
     with pytest.MonkeyPatch.context() as patch:
         # these are few keys, and yet some are to be split
-        patch.setattr(paged_attention, "_UNSPLIT_KEYS", 20)
-        patch.setattr(paged_attention, "_LEAST_KEYS", 7)
+        patch.setattr(segments, "_UNSPLIT_KEYS", 20)
+        patch.setattr(segments, "_LEAST_KEYS", 7)
         q, k_pages, v_pages, table, dense = ragged(seed, sizes, *heads, dim, page_size, dtype, device, cutting)
     out = paged_attention_triton(q, k_pages, v_pages, table, tiling=tiling)
     assert out.dtype == dtype and out.shape == q.shape
@@ -132,7 +123,8 @@ def test_kernel_with_its_own_tiling(device, dtype, heads, kv_heads, dim):
 @pytest.mark.parametrize("dtype", NARROW)
 def test_kernel_with_the_parts_of_its_own_cutting(device, dtype, monkeypatch):
     """On a GPU of few processors: a block of two rows over 330 keys, and a segment with too few keys for parts."""
-    monkeypatch.setattr("blockinfer.kernels.paged_attention.num_processors", lambda _: 12)
+    for module in ("paged_attention", "segments"):
+        monkeypatch.setattr(f"blockinfer.kernels.{module}.num_processors", lambda _: 12)
     cutting = Cutting.of(2, 2, torch.device(device))
     q, k_pages, v_pages, table, dense = ragged(3, [(2, 330), (1, 3)], 2, 2, 16, 16, dtype, device, cutting, 3)
     assert table.tiles[: int(table.num_tiles), 5].tolist() == [3, 3, 3, 1]
@@ -196,7 +188,7 @@ def test_page_numbers_beyond_32_bits(device):
 
 def test_a_cut_fills_the_gpu(monkeypatch):
     """Few segments of many keys are split, and a full batch, a short context or a step padded to many rows is not."""
-    monkeypatch.setattr("blockinfer.kernels.paged_attention.num_processors", lambda device: 132)
+    monkeypatch.setattr("blockinfer.kernels.segments.num_processors", lambda device: 132)
     cutting = Cutting.of(32, 32, torch.device("cuda"))
 
     def parts(segments, rows, kv_len, padded_rows):

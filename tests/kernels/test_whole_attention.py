@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from blockinfer.kernels.attention import attention
 from blockinfer.kernels.kv_store import rope_tables
-from blockinfer.kernels.paged_attention import Cutting, SegmentTable, count_tiles, cut
+from blockinfer.kernels.segments import Cutting, SegmentTable, count_tiles, cut
 from blockinfer.kernels.whole_attention import whole_attention_gluon, whole_attention_torch, with_whole
 from tests.kernels.test_paged_attention import assert_close, dense_attention
 

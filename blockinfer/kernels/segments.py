@@ -1,0 +1,131 @@
+"""What attention has to do in a step, as data: a batch of segments, cut into tiles.
+
+The kernels of `paged_attention` and `whole_attention` walk such a list with a grid of fixed size. So one CUDA graph
+serves all batches of so many rows, whatever segments they are made of.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from blockinfer.kernels.backend import num_processors
+
+# Query rows, times the heads that share a KV head, of a tile: as tall as the matrix units take.
+BLOCK_M = 64
+# Up to so many keys, parts cost what they save (measured on an H100).
+_UNSPLIT_KEYS, _LEAST_KEYS, MOST_PARTS = 256, 64, 16
+
+# A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; which
+# part of them is meant, of how many; where the first part's output is kept. Of a tile of a whole segment there are no
+# parts, and the last column is the row of its first key.
+FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
+
+
+class Scratch(NamedTuple):
+    """Where the parts of tiles are kept until they are put together, float32: their outputs [parts, HK, M, D], and the
+    base-2 logarithms of their softmax's denominators [parts, HK, M], M query rows and heads."""
+
+    outputs: torch.Tensor
+    log_sums: torch.Tensor
+
+
+class SegmentTable(NamedTuple):
+    """Segments over T query rows, as tensors on the model's device.
+
+    tiles [I, TILE_COLUMNS] int64: what `cut` makes of them. num_tiles [2] int64: how many are of `paged_attention` and,
+    behind these, of `whole_attention`; the rest of tiles may hold anything.
+    page_tables [slots, N] int64: the pages of every slot's sequence in order; entries past ceil(kv_len / P) may hold
+    anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset. scratch: from `make_scratch`; None
+    where no tile is in parts. may_be_whole: whether there may be tiles of `whole_attention`.
+    """
+
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    page_tables: torch.Tensor
+    kv_slots: torch.Tensor
+    scratch: Scratch | None = None
+    may_be_whole: bool = False
+
+
+class Cutting(NamedTuple):
+    """How segments are cut: query rows of a tile, and so many tiles that all processors have one.
+
+    A segment that holds all keys it attends to, and least_whole of them, is left to `whole_attention`, in tiles of
+    whole_rows; where that is 0, none is.
+    """
+
+    rows: int
+    enough: int
+    whole_rows: int = 0
+    least_whole: int = 1
+
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, device: torch.device) -> "Cutting":
+        """What the kernel works best with."""
+        return cls(max(1, BLOCK_M // (heads // kv_heads)), max(1, num_processors(device) // kv_heads))
+
+    def may_split(self, rows: int) -> bool:
+        """Whether a step of so many rows, what pads it included, may have tiles in parts."""
+        return 2 * rows <= self.rows * self.enough
+
+
+def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
+    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64, those of whole segments
+    last.
+
+    A tile is of one segment. Where tiles are so few that half of what is enough would be idle, and padded_rows, those
+    of the step, allow it, those of many keys are split into parts.
+    """
+    segments = np.stack([rows.cumsum() - rows, rows, slots, kv_lens], axis=1)
+    is_whole = (rows == kv_lens) & (rows >= cutting.least_whole) & (cutting.whole_rows > 0)
+    tiles = _split(_tiles(segments[~is_whole], cutting.rows), cutting, padded_rows)
+    if not is_whole.any():
+        return tiles
+    whole = _tiles(segments[is_whole], cutting.whole_rows)
+    return np.concatenate([tiles, whole])
+
+
+def count_tiles(tiles: np.ndarray) -> list[int]:
+    """Of those that `cut` made: how many are of `paged_attention`, and of `whole_attention`."""
+    whole = int((tiles[:, PARTS.value] == 0).sum())
+    return [len(tiles) - whole, whole]
+
+
+def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
+    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, as those of whole segments are."""
+    first, rows, slots, kv_lens = segments.T
+    counts = -(-rows // rows_of_tile)
+    segment = np.repeat(np.arange(len(rows)), counts)
+    index = np.arange(len(segment)) - np.repeat(counts.cumsum() - counts, counts)
+    tiles = np.zeros((len(segment), TILE_COLUMNS.value), dtype=np.int64)
+    tiles[:, FIRST.value] = first[segment] + index * rows_of_tile
+    tiles[:, STOP.value] = np.minimum(tiles[:, FIRST.value] + rows_of_tile, (first + rows)[segment])
+    tiles[:, SLOT.value] = slots[segment]
+    tiles[:, KV_LEN.value] = kv_lens[segment]
+    tiles[:, PLACE.value] = first[segment]
+    return tiles
+
+
+def _split(tiles: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
+    """Tiles of `paged_attention`, in parts where that helps."""
+    kv_len = tiles[:, KV_LEN.value]
+    most = min(cutting.enough // max(1, len(tiles)), MOST_PARTS) if cutting.may_split(padded_rows) else 1
+    parts = np.where(kv_len > _UNSPLIT_KEYS, np.minimum(kv_len // _LEAST_KEYS, most), 1).clip(1)
+    tiles[:, PARTS.value] = parts
+    place = parts.cumsum() - parts if most > 1 else np.zeros_like(parts)
+    tiles[:, PLACE.value] = place
+    if most < 2:
+        return tiles
+    tiles = tiles.repeat(parts, axis=0)
+    tiles[:, PART.value] = np.arange(len(tiles)) - place.repeat(parts)
+    return tiles
+
+
+def make_scratch(cutting: Cutting, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Scratch:
+    """Room for the parts of all tiles that `cut` splits."""
+    shape = cutting.enough, kv_heads, triton.next_power_of_2(cutting.rows * (heads // kv_heads))
+    outputs = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
+    return Scratch(outputs, torch.empty(shape, dtype=torch.float32, device=device))
