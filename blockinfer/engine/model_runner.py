@@ -1,6 +1,5 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
 
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from blockinfer.engine.batch import (
 )
 from blockinfer.engine.editing import edit, edited_rows
 from blockinfer.engine.graphs import ROW_TILE, StepGraphs, default_sizes
+from blockinfer.engine.kv_pages import allocate_pages
 from blockinfer.engine.logprobs import RevealedLogprobs
 from blockinfer.engine.resident import Resident
 from blockinfer.engine.scheduler import ScheduledSequence
@@ -106,7 +106,7 @@ class ModelRunner:
             options=torch.zeros((slots, len(SlotOptions._fields)), **ints),
         )
         self.num_pages = num_pages
-        self.kv_pages = _allocate_pages(model, config, num_pages + 1)
+        self.kv_pages = allocate_pages(model, config, num_pages + 1)
         self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
         self._num_pages_known = [0] * slots
         # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
@@ -388,24 +388,3 @@ def most_blocks(max_num_seqs: int) -> int:
     """How many blocks a step may work on, an even number: one of each sequence, or all that one may have open and one
     of each other."""
     return (max_num_seqs + MAX_OPEN_BLOCKS) // 2 * 2
-
-
-def page_shape(model: Transformer, page_size: int) -> tuple[int, int, int, int, int]:
-    """(layers, 2, P, HK, D): what one page of the KV cache holds, of this rank's heads, in elements of the model's
-    dtype."""
-    config = model.config
-    return config.n_layers, 2, page_size, model.n_kv_heads, config.head_dim
-
-
-def _allocate_pages(model: Transformer, config: EngineConfig, num_pages: int) -> torch.Tensor:
-    """[layers, 2, pages, P, HK, D], not filled. Raises ValueError where the memory is not there."""
-    layers, two, *page = page_shape(model, config.page_size)
-    shape = (layers, two, num_pages, *page)
-    try:
-        return torch.empty(shape, dtype=config.dtype, device=config.device)
-    except RuntimeError as error:
-        size = math.prod(shape) * config.dtype.itemsize
-        raise ValueError(
-            f"the KV cache of {size} bytes cannot be allocated on {config.device}; lower kv_cache_memory, or "
-            f"max_num_seqs={config.max_num_seqs} and max_model_len={config.max_model_len}: {error}"
-        ) from error
