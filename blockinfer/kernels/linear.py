@@ -36,11 +36,14 @@ def linear(x: Rows, weight: Weight) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def linear_parts(x: Rows, weight: Weight) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N], of which it is the sum: float32 if S > 1."""
+def linear_parts(x: Rows, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N], of which it is the sum: float32 if S > 1.
+    out [T, N] of x's dtype: where it is written if the product is one of torch's that can be."""
     if isinstance(weight, QuantizedWeight):
         return fp8_linear_parts(x, weight)
-    return skinny_linear_triton(x, weight, choose_tiling(x, weight)) if _is_skinny(x) else F.linear(x, weight)
+    if _is_skinny(x):
+        return skinny_linear_triton(x, weight, choose_tiling(x, weight))
+    return F.linear(x, weight) if out is None else torch.mm(x, weight.T, out=out)
 
 
 def gated_linear(x: Rows, weight: Weight) -> torch.Tensor:

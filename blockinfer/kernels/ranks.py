@@ -24,6 +24,10 @@ class Ranks:
         parts. It holds until the next call."""
         return x
 
+    def sum_out(self, rows: int) -> torch.Tensor | None:
+        """[rows, d], where `all_reduce` need not copy what was written there; None where there is no such place."""
+        return None
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x of one shape on all ranks -> [size, ...]."""
         return x[None]
@@ -56,6 +60,13 @@ class RankGroup(Ranks):
         """Memory for the sums of rows so wide, where the ranks can reach each other's; all ranks call it together."""
         if self._device.type == "cuda":
             self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
+
+    def sum_out(self, rows: int) -> torch.Tensor | None:
+        return None if self._buffer is None else self._buffer.rows(rows)
+
+    def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
+        """Where another rank is gone: `SymmetricBuffer.let_go`."""
+        return is_done() if self._buffer is None else self._buffer.let_go(is_done, seconds)
 
     def release(self, leave_behind: bool = False) -> None:
         """That memory. leave_behind: where the GPU may never be done: it is not given back, for which torch would wait

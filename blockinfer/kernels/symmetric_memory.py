@@ -9,6 +9,7 @@ import re
 import socket
 import time
 import uuid
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,13 @@ _ALIGNMENT = 16
 class SymmetricBuffer:
     """Rows of one width, in which the ranks' sums begin."""
 
-    def __init__(self, buffer: torch.Tensor, width: int, name: str, kept: tuple[object, ...]) -> None:
+    def __init__(
+        self, buffer: torch.Tensor, width: int, name: str, pads: list[torch.Tensor], kept: tuple[object, ...]
+    ) -> None:
         self._buffer = buffer  # [TWO_SHOT_BYTES of its dtype]
         self._width = width
         self._group = name
+        self._pads = pads  # of each rank, its signals [number] uint32
         # what torch finds by the name, and does not keep alive
         self._kept = kept
 
@@ -49,20 +53,42 @@ class SymmetricBuffer:
             made = _allocate(TWO_SHOT_BYTES // dtype.itemsize, dtype, name, store)
         everywhere = torch.tensor(int(made is not None), device=device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        return cls(made[0], width, name, (made[1], store)) if everywhere.item() else None
+        return cls(made[0], width, name, made[1], (made[2], store)) if everywhere.item() else None
 
     def takes(self, x: torch.Tensor) -> bool:
         """x [T, d] or [S, T, d]."""
-        rows, width = x.shape[-2:]
-        return width == self._width and 0 < rows * width <= len(self._buffer)
+        return x.shape[-1] == self._width and self.rows(x.shape[-2]) is not None
+
+    def rows(self, number: int) -> torch.Tensor | None:
+        """Its first rows, [number, d], which `all_reduce` takes as they are; None where it has not so many."""
+        size = number * self._width
+        return self._buffer[:size].view(number, self._width) if 0 < size <= len(self._buffer) else None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x, or the sum of its parts, of all ranks, [T, d]."""
-        rows, width = x.shape[-2:]
-        mine = sum_parts(x, self._buffer.dtype, self._buffer[: rows * width].view(rows, width))
+        mine = self.rows(x.shape[-2])
+        if x.data_ptr() != mine.data_ptr():
+            sum_parts(x, mine.dtype, mine)
         if mine.nbytes <= ONE_SHOT_BYTES:
             return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._group)
         return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
+
+    def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
+        """Has the GPU go on that waits for a rank which is gone, until it is done or for so many seconds -> whether it
+        is. What it computes then means nothing.
+
+        A kernel of torch's waits for the others' signals to come (1), and for its own to be taken (0): they get both in
+        turn.
+        """
+        end = time.monotonic() + seconds
+        stream = torch.cuda.Stream(self._buffer.device)
+        while not is_done() and time.monotonic() < end:
+            with torch.cuda.stream(stream):
+                for signal in (1, 0):
+                    for pad in self._pads:
+                        set_signals(pad, signal)
+                stream.synchronize()
+        return is_done()
 
 
 class FromNowOn(dist.Store):
@@ -108,10 +134,17 @@ class FromNowOn(dist.Store):
         return [self.get(key) for key in keys]
 
 
+def set_signals(pad: torch.Tensor, signal: int) -> None:
+    """All of a rank's, by no kernel: a GPU that waits for a signal may take none any more."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    _SymmetricMemory.memset32(pad, 0, signal, len(pad))
+
+
 def _allocate(
     number: int, dtype: torch.dtype, name: str, store: dist.Store
-) -> tuple[torch.Tensor, dist.ProcessGroup] | None:
-    """So many numbers, and the group that they were met in."""
+) -> tuple[torch.Tensor, list[torch.Tensor], dist.ProcessGroup] | None:
+    """So many numbers, every rank's signals, and the group that they were met in."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -120,8 +153,11 @@ def _allocate(
         # outside inference mode, in which it was made: the buffer outlives it
         with torch.inference_mode(False):
             buffer = _SymmetricMemory.empty_strided_p2p((number,), (1,), dtype, device)
-            _SymmetricMemory.rendezvous(buffer, name)
-        return buffer, group
+            memory = _SymmetricMemory.rendezvous(buffer, name)
+            pads = [memory.get_signal_pad(rank) for rank in range(dist.get_world_size())]
+            # once before it is needed: whether a GPU that waits loads what it takes is not sure
+            set_signals(buffer.view(torch.uint32)[:1], 0)
+        return buffer, pads, group
     except (ImportError, RuntimeError, AttributeError, TypeError):
         # no peer access, or a torch without it
         return None

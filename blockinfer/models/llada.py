@@ -7,7 +7,7 @@ from torch import nn
 
 from blockinfer.kernels.attention import attention
 from blockinfer.kernels.kv_store import rope_tables
-from blockinfer.kernels.linear import gated_linear, linear, linear_parts
+from blockinfer.kernels.linear import Weight, gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.kernels.ranks import ALONE, Ranks
@@ -71,9 +71,13 @@ class LLaDALayer(nn.Module):
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """attended [T, heads * D], residual [T, d], to which the attention's output is added -> the layer's output,
         [T, d], or parts of it [S, T, d], not yet added."""
-        x = self.ranks.all_reduce(linear_parts(attended, self.attn_out), residual.dtype)
+        x = self._summed(attended, self.attn_out, residual.dtype)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
-        return self.ranks.all_reduce(linear_parts(gated_linear(x, self.gate_up_proj), self.ff_out), residual.dtype)
+        return self._summed(gated_linear(x, self.gate_up_proj), self.ff_out, residual.dtype)
+
+    def _summed(self, x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """x [T, K], this rank's share of the depth -> the product of all ranks, [T, d], or parts of it [S, T, d]."""
+        return self.ranks.all_reduce(linear_parts(x, weight, self.ranks.sum_out(len(x))), dtype)
 
     def split(self) -> list[torch.Tensor | QuantizedWeight]:
         """Views of q, k, v, gate and up, each as a matrix of its own."""

@@ -148,7 +148,10 @@ class Group:
                 drop_graphs()
                 dist.distributed_c10d._abort_process_group()
 
-        # a kernel that waits for another rank is ended by its communicator's abort, if by anything
+        # what waits in symmetric memory is let go; a kernel of NCCL's is ended by its communicator's abort, and that
+        # waits for the GPU
+        with suppress(RuntimeError):
+            self.ranks.let_go(self._gpu_is_idle, _DONE)
         aborting = threading.Thread(target=abort, daemon=True)
         aborting.start()
         aborting.join(_ABORT)
@@ -158,15 +161,16 @@ class Group:
 
     def gpu_is_done(self) -> bool:
         """With all that it was given; not where it will not be within a second, or has failed for good."""
+        end = time.monotonic() + _DONE
+        while not self._gpu_is_idle() and time.monotonic() < end:
+            time.sleep(0.01)
+        return self._gpu_is_idle()
+
+    def _gpu_is_idle(self) -> bool:
         if not self.on_gpu:
             return True
         try:
             with torch.cuda.device(self._gpu):
-                done = torch.cuda.Event()
-                done.record()
-            end = time.monotonic() + _DONE
-            while not done.query() and time.monotonic() < end:
-                time.sleep(0.01)
-            return done.query()
+                return torch.cuda.current_stream().query()
         except RuntimeError:
             return False

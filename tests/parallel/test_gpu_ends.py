@@ -65,24 +65,15 @@ def test_a_rank_without_memory_for_the_engine_says_so_before_any_sum(shared_fold
         open_llm(shared_folders["dense"])
 
 
-class Event:
-    """Of a GPU that is never done."""
-
-    def record(self):
-        pass
-
-    def query(self):
-        return False
-
-
 def test_a_gpu_that_waits_for_a_rank_that_is_gone(shared_folders, monkeypatch):
     """Nothing waits for it: its memory is left behind, and the next LLM of this process is refused."""
     llm = open_llm(shared_folders["dense"])
     group, ranks = llm._leader._group, pids(llm)
     memory = torch.zeros(3)
-    group.ranks._buffer = SimpleNamespace(_buffer=memory)
+    let_go = []
+    group.ranks._buffer = SimpleNamespace(_buffer=memory, let_go=lambda *rest: let_go.append(rest))
     before = sys.getrefcount(memory)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(query=lambda: False))
     monkeypatch.setattr(torch.cuda, "device", lambda gpu: open(os.devnull))
     monkeypatch.setattr(groups, "_DONE", 0.05)
     monkeypatch.setattr(Group, "stuck", None)
@@ -90,6 +81,7 @@ def test_a_gpu_that_waits_for_a_rank_that_is_gone(shared_folders, monkeypatch):
     group.on_gpu, group.failure = True, "rank 1 of 2 ended by SIGKILL"
     llm.close()
     assert_gone(ranks)
+    assert len(let_go) == 1
     # one holds it no more, and one for good
     assert group.ranks._buffer is None and sys.getrefcount(memory) == before
     with pytest.raises(ValueError, match="rank 1 of 2 ended by SIGKILL, for which a GPU of this process waits still"):

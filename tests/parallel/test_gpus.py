@@ -91,7 +91,7 @@ params = SamplingParams(max_tokens=200, block_length=32, ignore_eos=True)
 llm = LLM(sys.argv[1], device="cuda", dtype="bfloat16", tensor_parallel_size=2, cudagraph_capture_sizes=[8, 32])
 engine = llm.engine  # held: its graphs have captured the ranks' communicator
 llm.generate([[1]] * 8, params, use_tqdm=False)
-print(*(process.pid for process in llm._leader._followers._processes), flush=True)
+print("ranks", *(process.pid for process in llm._leader._followers._processes), flush=True)
 begin = time.monotonic()
 """
 RUN = """
@@ -103,10 +103,16 @@ except RuntimeError as error:
 """
 KILL = "threading.Timer(0.2, os.kill, (llm._leader._followers._processes[0].pid, signal.SIGKILL)).start()\n"
 TIME = 'print("closed", time.monotonic() - begin, flush=True)\n'
+AGAIN = """
+llm = LLM(sys.argv[1], device="cuda", dtype="bfloat16", tensor_parallel_size=2, cudagraph_capture_sizes=[8, 32])
+print("again", len(llm.generate([[1]], params, use_tqdm=False)[0].outputs[0].token_ids), flush=True)
+llm.close()
+"""
 ENDS = {
     "close": ("llm.close()\n" + TIME, "closed"),
     "without close": (TIME, "closed"),
     "a rank is killed": (KILL + RUN + "llm.close()\n" + TIME, "rank 1 of 2 ended by SIGKILL"),
+    "a rank is killed, and another LLM": (KILL + RUN + "llm.close()\n" + TIME + AGAIN, "again 200"),
     "a rank is killed, without close": (KILL + RUN + TIME, "rank 1 of 2 ended by SIGKILL"),
 }
 
@@ -122,7 +128,8 @@ def test_ends(folder, how):
         out, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    ranks, *rest = out.splitlines()
+    # NCCL may say something before
+    ranks, *rest = out[out.index("ranks ") :].splitlines()
     assert process.returncode == 0 and said in "\n".join(rest), out
-    assert float(rest[-1].split()[-1]) < 30, out
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.split())
+    assert float(next(line for line in rest if line.startswith("closed")).split()[1]) < 30, out
+    assert len(ranks.split()) == 2 and not Path(f"/proc/{ranks.split()[1]}").exists(), out
