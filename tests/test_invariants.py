@@ -118,3 +118,13 @@ def test_counts(llm):
     assert after.forwards - before.forwards == 4
     assert after.rows - before.rows == (5 + 4) + 4 + (4 + 4) + 4
     assert after.lm_head_rows - before.lm_head_rows == 4 + 2 + 4 + 2
+
+
+@pytest.mark.parametrize("rule, others", [("low_confidence", 0), ("scheduled_threshold", 3 * 4)])
+def test_what_no_rule_may_reveal_is_not_predicted(llm, rule, others):
+    """Two blocks of 4, of which the second opens after a step, and in which the schedule counts once the first is
+    revealed: until then others are predicted for a threshold's sake alone."""
+    before = llm.stats
+    options = dict(block_length=4, unmasking=rule, threshold=1.0 if others else None, block_add_threshold=0.25)
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True, **options), use_tqdm=False)
+    assert llm.stats.lm_head_rows - before.lm_head_rows == 2 * (4 + 3 + 2 + 1) + others

@@ -252,14 +252,14 @@ class ModelRunner:
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
         """What follows the layers in the sequences that have blocks."""
         expected = [sequence.masked_after_step() for sequence in sequences]
-        masked = sum(sequence.num_masked for sequence in sequences)
+        predicted = sum(sequence.num_predicted for sequence in sequences)
         write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
         observed = self._logprobs.before(scheduled)
         edited = edited_rows(scheduled)
         if edited:
             edit(edited, self._reveal.padded(len(edited)), self.state, self._predict)
             self.stats.lm_head_rows += len(edited)
-        size = self._reveal.padded(max(1, masked))
+        size = self._reveal.padded(max(1, predicted))
         guided = [sequence for sequence in sequences if sequence.guided]
         if guided:
             self._run_reveal(size, guidance_of_blocks(scheduled, size, self.device))
@@ -267,7 +267,7 @@ class ModelRunner:
         else:
             self._reveal(size)
         self._logprobs.after(observed, self._whole_logits)
-        self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_masked for sequence in sequences)
+        self.stats.lm_head_rows += sum(sequence.lanes * sequence.num_predicted for sequence in sequences)
         if all(expected):
             return [BlockResult([left]) for left in expected]
         return self._read(sequences)

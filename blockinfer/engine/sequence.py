@@ -128,6 +128,15 @@ class Sequence(Resident):
         """Positions of the open blocks that are still to be revealed."""
         return sum(block.left for block in self.window)
 
+    @property
+    def num_predicted(self) -> int:
+        """Those of them for which the next step needs a prediction."""
+        return sum(map(self._predicted, self.window))
+
+    def _predicted(self, block: OpenBlock) -> int:
+        """Where only the schedule reveals any, a block in which it does not count yet needs none."""
+        return block.left if block.is_active or not self._is_scheduled else 0
+
     def _segments(self) -> list[Segment]:
         return MODES[self.mode](self._state())
 
@@ -150,7 +159,7 @@ class Sequence(Resident):
     def next_step(self) -> list[tuple[int, int, bool, int]]:
         """Of each open block, as `kernels.slots.Blocks` has them: steps, counts, last_steps and masked_counts."""
         return [
-            (block.step, self._must_reveal(block, i), block.is_last_step, block.left)
+            (block.step, self._must_reveal(block, i), block.is_last_step, self._predicted(block))
             for i, block in enumerate(self.window)
         ]
 

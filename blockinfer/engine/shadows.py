@@ -12,15 +12,15 @@ from blockinfer.kernels.slots import SlotState
 
 
 def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: torch.device) -> Guidance:
-    """Of the masked rows of a step, in their order, padded to `size`."""
+    """Of the predicted rows of a step, in their order, padded to `size`."""
     shifts, scales = np.zeros(size, dtype=np.int64), np.zeros(size)
     number = 0
     for (sequence, _), rows in zip(scheduled, lane_rows(scheduled), strict=True):
         if isinstance(sequence, Sequence):
-            part = slice(number, number + sequence.num_masked)
+            part = slice(number, number + sequence.num_predicted)
             if sequence.guided:
                 shifts[part], scales[part] = len(rows), sequence.params.cfg_scale
-            number += sequence.num_masked
+            number += sequence.num_predicted
     return Guidance(on_device(shifts, device), on_device(scales, device))
 
 

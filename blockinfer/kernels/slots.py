@@ -80,8 +80,8 @@ class Blocks(NamedTuple):
     What changes from step to step of a block: steps: the denoising step in it; counts: how many positions the schedule
     reveals or, of rules without one, whether one at least must be revealed, 0 or 1; last_steps: whether all must, 0 or
     1; masked_counts: how many positions are masked as far as the host knows: a broken sequence has more, and one whose
-    last step revealed and was then cut short, as by Ctrl-C, has fewer; first_masked: the sum of those of the blocks
-    before.
+    last step revealed and was then cut short, as by Ctrl-C, has fewer; 0 where none can be revealed; first_masked: the
+    sum of those of the blocks before.
 
     What does not: slots; starts and lengths: the block's first position and how many it has; first_rows: the row of
     that position in the forward, where a block's rows follow each other; output_starts: output tokens before the block;
