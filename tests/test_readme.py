@@ -88,6 +88,7 @@ NEEDS = {
         "python -m evals study evals/llada_tiny --several-blocks --mode block --block-length 8,16,32 --out /tmp/blocks",
         "python -m evals quantized-loss evals/llada_tiny --rows 250 --max-num-seqs 128",
     ),
+    "two GPUs": ("pytest evals/test_steps.py --tensor-parallel-size 2",),
     "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
     "a cluster": (
         "sbatch --ntasks=8 --gpus-per-task=1 evals/slurm/run_benchmark.slurm --model GSAI-ML/LLaDA-8B-Instruct",
