@@ -58,6 +58,8 @@ def pytest_addoption(parser):
     add("--mode", type=_comma_list(str), help="decoding modes, a comma list (all); vanilla_llada is one of them")
     add("--unmasking", type=_comma_list(str), help="unmasking rules, a comma list or 'all' (low_confidence)")
     add("--threshold", type=share, help="of the rule threshold (0.9), or scheduled_threshold (0.95)")
+    add("--factor", type=number_argument(0, float), help="of the rule factor (1)")
+    add("--entropy-bound", type=number_argument(0, float), help="of the rule entropy, nats (0.15)")
     add("--entropy-threshold", type=number_argument(0, float), help="of the rule entropy_threshold, nats (0.5)")
     opens = "the next block opens once this share of the last one is revealed; vanilla_llada is one block still (1)"
     add("--block-add-threshold", type=share, help=opens)

@@ -23,8 +23,8 @@ EXTRAS = {
 PLAIN = {name: default for name, (default, _) in EXTRAS.items()}
 # The same of how many shared the rows, and the model.
 ALONE = {"shards": 1, "tensor_parallel_size": 1}
-# Of the rule entropy_threshold.
-ENTROPY_THRESHOLD = 0.5
+# Of rules whose option a test's id has where it is another: its default. That of `threshold` it never has.
+RULE_DEFAULTS = {"factor": 1.0, "entropy": 0.15, "entropy_threshold": 0.5}
 # Ends the test's name in pytest-benchmark's records, where what was timed is only a part: no history has that name.
 RESUMED = " (resumed)"
 # In the extra_info of the benchmarks of evals/test_kernels.py, and of no configuration's: the kernel that was timed.
@@ -74,8 +74,8 @@ def extras(params: Decoding) -> list[str]:
 
 def _other(params: Decoding) -> list[str]:
     """What differs from the defaults, and is told where the rule is."""
-    is_other = params.unmasking == "entropy_threshold" and params.rule_value not in (None, ENTROPY_THRESHOLD)
-    value = [f"{params.rule_value:g}"] if is_other else []
+    default = RULE_DEFAULTS.get(params.unmasking)
+    value = [f"{params.rule_value:g}"] if default is not None and params.rule_value not in (None, default) else []
     return value + [part.replace(" ", "") for part in extras(params)]
 
 

@@ -210,8 +210,8 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         modes = [mode for mode in modes if mode not in (STANDARD, "vanilla")]
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
-    for name in ("threshold", "entropy_threshold"):
-        readers, flag = [rule for rule, spec in RULES.items() if spec.option == name], f"--{name.replace('_', '-')}"
+    for name in dict.fromkeys(spec.option for spec in RULES.values() if spec.option):
+        readers, flag = [rule for rule, spec in RULES.items() if spec.option == name], _flag(name)
         if option(flag) is not None and not {*readers} & {*rules}:
             raise pytest.UsageError(
                 f"{flag} is read by --unmasking {' and '.join(readers)} alone, got {', '.join(rules)}"
@@ -233,7 +233,7 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
 
 def _params(config: pytest.Config, mode: str, block_length: int, rule: str, ignore_eos: bool) -> SamplingParams:
     """A rule is given only what it reads; the step limit of a rule without a schedule only where it was asked for."""
-    steps = config.getoption("--denoising-steps")
+    steps, option = config.getoption("--denoising-steps"), RULES[rule].option
     if steps is None and RULES[rule].has_schedule:
         steps = 32
     block_wise = SamplingParams(
@@ -242,15 +242,18 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         denoising_steps=steps,
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
-        threshold=config.getoption("--threshold") if RULES[rule].option == "threshold" else None,
-        entropy_threshold=config.getoption("--entropy-threshold") if rule == "entropy_threshold" else None,
         ignore_eos=ignore_eos,
+        **({option: config.getoption(_flag(option))} if option else {}),
         **extra_options(config.getoption, mode, rule),
     )
     if mode != STANDARD:
         return block_wise
     # one block, with as many steps in all as the block-wise run
     return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total_steps(block_wise))
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:

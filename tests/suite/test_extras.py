@@ -32,7 +32,7 @@ def given(cases, name):
 def test_what_is_known_without_torch_is_what_the_engine_has(settings):
     (params,) = {c.params for c in settings(mode=["block"]).cases}
     assert {name: getattr(params, name) for name in configurations.EXTRAS} == configurations.PLAIN
-    assert RULES["entropy_threshold"].default == configurations.ENTROPY_THRESHOLD
+    assert {name: RULES[name].default for name in configurations.RULE_DEFAULTS} == configurations.RULE_DEFAULTS
     assert _READERS.keys() == configurations.EXTRAS.keys()
 
 
@@ -49,8 +49,10 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
     assert [c.params.decoded_token_threshold for c in limited] == [0.5, 0.5, 0.5]
     edited = settings(**EDITED).cases
     assert given(edited, "editing_threshold") == given(edited, "max_post_steps") == set(MODES)
-    two = settings(unmasking=["threshold", "entropy_threshold"], mode=["block"], entropy_threshold=0.1).cases
-    assert [c.params.rule_value for c in two] == [0.9, 0.1]
+    rules = ["threshold", "entropy_threshold", "factor", "entropy"]
+    four = settings(unmasking=rules, mode=["block"], entropy_threshold=0.1, factor=0.5, entropy_bound=2.0).cases
+    assert [c.params.rule_value for c in four] == [0.9, 0.1, 0.5, 2.0]
+    assert [configurations.variant(c.params) for c in four] == ["", "0.1", "0.5", "2"]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ def test_an_option_reaches_the_modes_that_read_it(settings):
             {"entropy_threshold": 0.1},
             "--entropy-threshold is read by --unmasking entropy_threshold alone, got low_conf",
         ),
+        ({"factor": 2.0}, "--factor is read by --unmasking factor alone, got low_conf"),
+        ({"entropy_bound": 2.0}, "--entropy-bound is read by --unmasking entropy alone, got low_conf"),
         (
             {**OPEN, "mode": ["vanilla_llada"]},
             "--block-add-threshold is read by modes but vanilla_llada alone, got --mode",
