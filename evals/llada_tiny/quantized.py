@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 
+from tqdm.auto import tqdm
+
 from blockinfer.decoding.modes import MODES
 from evals.files import BadOutput, check_output, number_argument, path_argument, write_measured
 from evals.llada_tiny.evaluate import heldout_rows
@@ -23,17 +25,16 @@ RULES: tuple[dict, ...] = (
 )
 
 
-def table(plain: list[Result], quantized: list[Result]) -> list[str]:
-    """A row of Markdown for each mode and rule; the bounds of the loss are one-sided, of 95 %."""
-    lines = ["| mode | rule | right without, % | with | points lost | answers lost, won | McNemar's p |"]
-    lines.append("| --- " * 7 + "|")
-    for before, after in zip(plain, quantized, strict=True):
-        both = after.against(before)
-        bounds = f"{100 * both.loss:.1f} ({100 * both.lower():.1f} to {100 * both.upper():.1f})"
-        shares = f"{100 * before.accuracy:.1f} | {100 * after.accuracy:.1f}"
-        counts = f"{both.lost}, {both.won} | {both.mcnemar():.2f}"
-        lines.append(f"| `{after.mode}` | {after.rule} | {shares} | {bounds} | {counts} |")
-    return lines
+HEADER = "| mode | rule | right without, % | with | points lost | answers lost, won | McNemar's p |", "| --- " * 7 + "|"
+
+
+def table_row(before: Result, after: Result) -> str:
+    """Of Markdown, for a mode and rule; the bounds of the loss are one-sided, of 95 %."""
+    both = after.against(before)
+    bounds = f"{100 * both.loss:.1f} ({100 * both.lower():.1f} to {100 * both.upper():.1f})"
+    shares = f"{100 * before.accuracy:.1f} | {100 * after.accuracy:.1f}"
+    counts = f"{both.lost}, {both.won} | {both.mcnemar():.2f}"
+    return f"| `{after.mode}` | {after.rule} | {shares} | {bounds} | {counts} |"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BadOutput as error:
         parser.error(f"--out: {error}")
     rows = heldout_rows(args.rows, "heldout", args.seed)
-    found: dict[str | None, list[Result]] = {}
-    for quantization in (None, "fp8"):
-        with loaded(parser, args.folder, quantization=quantization, max_num_seqs=args.max_num_seqs) as llm:
-            found[quantization] = [
-                measure(llm, rows, mode, BLOCK_LENGTH, rule, {}) for mode, rule in product(modes, RULES)
-            ]
-    plain, quantized = found[None], found["fp8"]
-    print("\n".join(table(plain, quantized)))
+    cells = list(product(modes, RULES))
+    with loaded(parser, args.folder, max_num_seqs=args.max_num_seqs) as llm:
+        bar = tqdm(cells, "without fp8", dynamic_ncols=True)
+        plain = [measure(llm, rows, mode, BLOCK_LENGTH, rule, {}) for mode, rule in bar]
+    print(*HEADER, sep="\n", flush=True)
+    quantized = []
+    with loaded(parser, args.folder, quantization="fp8", max_num_seqs=args.max_num_seqs) as llm:
+        for before, (mode, rule) in zip(plain, cells, strict=True):
+            quantized.append(measure(llm, rows, mode, BLOCK_LENGTH, rule, {}))
+            print(table_row(before, quantized[-1]), flush=True)
     if args.out:
         pairs = [
             {"quantized": asdict(after), "plain": asdict(before)} | stored(after.against(before))

@@ -86,13 +86,13 @@ def test_what_fp8_loses_is_measured_on_the_same_problems(tmp_path, capsys):
         assert pair["n"] == 4 == sum(map(len, pair["plain"]["right"].values()))
         wrong = [dict.fromkeys(SOURCES, [True]), dict.fromkeys(SOURCES, [False])]
         before, after = (dataclasses.replace(Result(**pair["plain"]), right=right) for right in wrong)
-        (row,) = quantized.table([before], [after])[2:]
+        row = quantized.table_row(before, after)
         assert "| 100.0 | 0.0 | 100.0 (" in row and "| 4, 0 |" in row
 
 
 def test_fp8_is_what_is_measured(monkeypatch):
     loaded = []
-    monkeypatch.setattr(measured, "LLM", lambda *a, **o: loaded.append(o["quantization"]) or nullcontext())
+    monkeypatch.setattr(measured, "LLM", lambda *a, **o: loaded.append(o.get("quantization")) or nullcontext())
     monkeypatch.setattr(
         quantized, "measure", lambda llm, rows, mode, *_: Result(mode, "", {"mmlu": [True]}, 1.0, 1.0, 1)
     )
