@@ -17,6 +17,7 @@ COMMANDS = {
     "build-sample": ("evals.questions.build_sample", "draw rows of the public test sets"),
     "lm-eval": ("evals.lm_eval.command", "lm-eval's tasks on this engine"),
     "stages": ("evals.timing.stages", "where the milliseconds of a step go on a GPU"),
+    "rounding": ("evals.timing.rounding", "how far fp8 moves a shape's logits, by its layers"),
     "study": ("evals.llada_tiny.study", "what modes and rules cost the small model in accuracy"),
     "quantized-loss": ("evals.llada_tiny.quantized", "what fp8 costs the small model in accuracy"),
     "train-tiny": ("evals.llada_tiny.train", "train the small model"),
