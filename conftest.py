@@ -6,6 +6,9 @@ from itertools import pairwise
 
 # Before torch is imported: with one of two cores busy, two spinning OpenMP threads were measured 47 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Where each core has a test of its own, threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

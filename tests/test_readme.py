@@ -67,7 +67,8 @@ NEEDS = {
         "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest evals/ "
         "--benchmark-json=out.json",
         # .ci/run takes this one out of the page
-        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest",
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' "
+        "&& .venv/bin/pytest -n auto --maxprocesses=8 --dist=loadfile",
         "pytest evals/ --model GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16",
         "python -m evals build-sample --out rows.jsonl --per-source 50 --seed 0",
         "pytest evals/ --dataset rows.jsonl",

@@ -1,8 +1,12 @@
 """How far fp8 moves a shape's logits: the command."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
+from blockinfer import LLM
 from evals.timing import rounding
 
 SMALL = dict(d_model=128, n_heads=4, mlp_hidden_size=256, vocab_size=500, embedding_size=512, max_sequence_length=256)
@@ -27,6 +31,23 @@ def test_the_weights_are_the_same_with_and_without(small):
     plain, quantized = (rounding.masked_logits(config, "float32", name) for name in (None, "fp8"))
     assert plain.shape == (32, 500) and plain.dtype == torch.float32
     assert 1e-3 < (quantized - plain).norm() / plain.norm() < 0.2
+
+
+def test_the_first_model_s_memory_is_there_for_the_second(small, monkeypatch):
+    models = []
+
+    class Watched(LLM):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            models.append(weakref.ref(self.engine.model))
+
+    monkeypatch.setattr(rounding, "LLM", Watched)
+    gc.disable()
+    try:
+        rounding.masked_logits(rounding.SHAPES["llada-8b"] | {"n_layers": 1}, "float32", None)
+        assert len(models) == 1 and models[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_shapes_that_are_not_quantised_are_no_choice(capsys):

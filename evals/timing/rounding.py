@@ -41,22 +41,24 @@ def _layers(text: str) -> list[int]:
 
 def masked_logits(config: dict, dtype: str, quantization: str | None) -> torch.Tensor:
     """[masked rows, vocabulary's size] float32, of a network of this config with random weights."""
+    options = dict(load_format="dummy", max_num_seqs=1, max_model_len=_PROMPT + _MASKED, enforce_eager=True)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        options = dict(load_format="dummy", max_num_seqs=1, max_model_len=_PROMPT + _MASKED, enforce_eager=True)
         llm = LLM(folder, dtype=dtype, quantization=quantization, **options)
-    model, kept = llm.engine.model, []
-    logits_of = model.logits
+    model, vocab = llm.engine.model, llm.model_config.vocab_size
+    logits_of, kept = model.logits, []
 
     def keep(*args: torch.Tensor) -> torch.Tensor:
         kept.append(logits_of(*args))
         return kept[-1]
 
-    model.logits = keep
-    vocab = llm.model_config.vocab_size
     prompt = torch.randint(0, vocab, (_PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     one_step = SamplingParams(max_tokens=_MASKED, block_length=_MASKED, denoising_steps=1, ignore_eos=True)
-    llm.generate([prompt], one_step, use_tqdm=False)
+    with llm:
+        model.logits = keep
+        llm.generate([prompt], one_step, use_tqdm=False)
+        # or the model would hold itself, and its memory would not be there for the next
+        del model.logits
     return torch.cat(kept)[:_MASKED, :vocab].float()
 
 

@@ -44,7 +44,7 @@ def test_the_engine_on_the_kernels(device, shape, skinny, tmp_path, monkeypatch)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, n=name, **options: called.add(n) or k(*a, **options))
     folder = write_checkpoint(tmp_path / "model", seed=5, **shape)
     prompts = [list(range(3, 3 + length)) for length in (1, 9, 4, 11, 6)]
-    fixed = dict(max_tokens=7, block_length=4, denoising_steps=3, seed=11)
+    fixed = dict(max_tokens=6, block_length=4, denoising_steps=2, seed=11)
     settings = [
         fixed | dict(mode=mode, unmasking=rule, temperature=index % 2 / 2) | VALUE.get(rule, {})
         for index, (mode, rule) in enumerate(zip(MODES, RULES, strict=True))
