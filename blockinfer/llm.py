@@ -5,6 +5,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -352,6 +353,10 @@ class LLM:
 
         Closing twice is fine; generating afterwards raises RuntimeError.
         """
+        if self._engine is not None and self._leader is not None:
+            # the other ranks may be in steps of what still runs
+            with suppress(RuntimeError):
+                self._engine.abort_all()
         self._engine = None
         if self._chat_template is not None:
             self._chat_template.close()

@@ -7,8 +7,9 @@ told, and nothing above the model knows of ranks.
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -29,11 +30,14 @@ from blockinfer.scoring_params import ScoringParams
 
 # What a call raises on all ranks alike, after which they go on.
 AGREED = (ValueError, FloatingPointError)
+# Steps that the others are told of at once: the word takes as long as a tenth of a step, and where a rule has no
+# schedule nothing else happens meanwhile. What comes between waits for the last of them.
+_STEPS = 4
 
 
 class LeadingEngine(Engine):
-    """The first rank's, which tells the others every call that changes an engine. Raises besides what `Engine` does
-    RuntimeError once another rank is gone."""
+    """The first rank's, which tells the others every call that changes an engine, and steps some at a time. Raises
+    besides what `Engine` does RuntimeError once another rank is gone."""
 
     _group: Group | None = None
 
@@ -66,10 +70,19 @@ class LeadingEngine(Engine):
         return self._everywhere("draw_seed")
 
     def step(self) -> list[RequestOutput | ScoringOutput]:
-        return self._everywhere("step")
+        self._step_everywhere()
+        # in one statement, which Ctrl-C comes before or after
+        return (self._finished, vars(self).update(_finished=[]))[0]
 
     def abort(self, request_id: int) -> None:
+        self._make_told_steps()
+        kept = [output for output in self._finished if output.request_id != request_id]
+        if any(output.finished for output in self._finished if output.request_id == request_id):
+            # by one of these steps, and nobody has been given it
+            self._finished = kept
+            return
         self._everywhere("abort", request_id)
+        self._finished = kept
 
     def abort_all(self) -> None:
         if self._group is None or self._group.failure:
@@ -81,14 +94,40 @@ class LeadingEngine(Engine):
     def restart(self, alone: bool = False) -> list[int]:
         return self._everywhere("restart", alone)
 
+    def _make_told_steps(self) -> None:
+        """Before anything else that the others are told. What they bring is given out by the next step, and what they
+        raise is raised by it once more."""
+        while self._group.told_steps:
+            with suppress(*AGREED):
+                self._step_everywhere()
+
+    def _step_everywhere(self) -> None:
+        """What it brings is kept."""
+        group = self._group
+        with self._made_by_all():
+            if not group.told_steps:
+                group.tell_steps(_STEPS)
+            group.told_steps -= 1
+            self._finished = super().step()
+            if not self._sequences:
+                # the others' further steps do nothing
+                group.told_steps = 0
+
     def _everywhere(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A call of this engine, and of the others'."""
+        self._make_told_steps()
+        with self._made_by_all():
+            self._group.tell((name, args, kwargs))
+            return getattr(super(), name)(*args, **kwargs)
+
+    @contextmanager
+    def _made_by_all(self) -> Iterator[None]:
+        """Around a call that the others make too."""
         group = self._group
         with undivided():
             group.begin_call()
             try:
-                group.tell(None if name == "step" else (name, args, kwargs))
-                return getattr(super(), name)(*args, **kwargs)
+                yield
             except AGREED:
                 raise
             except BaseException as error:

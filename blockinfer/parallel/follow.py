@@ -1,6 +1,8 @@
 """What every rank but the first does: it makes the calls that the first one makes, on its share of the model."""
 
 import gc
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -16,7 +18,11 @@ def follow(group: Group) -> None:
     engine: Engine | None = None
     while True:
         message = group.hear()
-        name, args, kwargs = message or ("step", (), {})
+        if isinstance(message, int):
+            for _ in range(message):
+                _call(engine, "step")
+            continue
+        name, args, kwargs = message
         if name == "load":
             engine = _load(group, *args)
         elif name in ("close", "end"):
@@ -29,11 +35,13 @@ def follow(group: Group) -> None:
             if name == "end":
                 return
         else:
-            try:
-                getattr(engine, name)(*args, **kwargs)
-            except AGREED:
-                # the first rank has raised it too, and says so
-                pass
+            _call(engine, name, *args, **kwargs)
+
+
+def _call(engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
+    # the first rank raises it too, and says so
+    with suppress(*AGREED):
+        getattr(engine, name)(*args, **kwargs)
 
 
 def _load(group: Group, config: EngineConfig, seed: int) -> Engine | None:

@@ -37,8 +37,9 @@ class Place(NamedTuple):
 
 
 class Group:
-    """This process's end of it. failure: why the ranks can do nothing more together, once that is so. stuck: why this
-    process's GPU will never be done, once that is so, whatever becomes of the group."""
+    """This process's end of it. failure: why the ranks can do nothing more together, once that is so. told_steps: how
+    many the first rank has told the others to make and has not made itself. stuck: why this process's GPU will never be
+    done, once that is so, whatever becomes of the group."""
 
     stuck: ClassVar[str | None] = None
 
@@ -46,6 +47,7 @@ class Group:
         self.rank, self.size = place.rank, place.size
         self.on_gpu = on_gpu
         self.failure: str | None = None
+        self.told_steps = 0
         self._calling = False
         self._gpu = place.gpu
         if on_gpu:
@@ -62,21 +64,25 @@ class Group:
         self._watch = Watch(_FOREVER, self.fail)
 
     def tell(self, message: Any) -> None:
-        """From the first rank to the others; None, which most messages are, in one broadcast."""
-        content = b"" if message is None else pickle.dumps(message)
+        """From the first rank to the others."""
+        content = pickle.dumps(message)
         dist.broadcast(torch.tensor([len(content)]), 0, group=self._control)
-        if content:
-            dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, group=self._control)
+        dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, group=self._control)
+
+    def tell_steps(self, number: int) -> None:
+        """The same, of that many steps, in one broadcast."""
+        dist.broadcast(torch.tensor([-number]), 0, group=self._control)
+        self.told_steps = number
 
     def hear(self) -> Any:
-        """What the first rank tells next. Raises FirstRankGone where that one is."""
+        """What the first rank tells next, or how many steps. Raises FirstRankGone where that one is."""
         length = torch.zeros(1, dtype=torch.int64)
         try:
             dist.broadcast(length, 0, group=self._control)
         except RuntimeError as error:
             raise FirstRankGone(f"the first of this rank's group of {self.size} has ended without a word") from error
-        if not length:
-            return None
+        if length < 0:
+            return -int(length)
         content = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(content, 0, group=self._control)
         return pickle.loads(content.numpy().tobytes())
@@ -108,10 +114,15 @@ class Group:
 
     def wait_for_failure(self, reason: str) -> None:
         """After an error of torch's: what it comes from is soon known, or else it is this reason."""
+        if not self.fails_soon():
+            self.fail(reason)
+
+    def fails_soon(self) -> bool:
+        """Whether it has failed, or does within three seconds."""
         end = time.monotonic() + 3
         while self.failure is None and time.monotonic() < end:
             time.sleep(0.01)
-        self.fail(reason)
+        return self.failure is not None
 
     def _end_what_hangs(self) -> None:
         end = time.monotonic() + _GRACE

@@ -145,7 +145,12 @@ class Leader:
             self._followers.clean()
         elif self._group is not None and not self.failed:
             self._drop_graphs()
-            self._group.tell(("close", (), {}))
+            if self._group.told_steps:
+                # the others wait in one of them
+                self._group.fail("the LLM was dropped while requests ran")
+                self._group.leave()
+            else:
+                self._group.tell(("close", (), {}))
         _one_at_a_time.release()
 
     def _drop_graphs(self) -> None:
@@ -163,7 +168,7 @@ def _serve(place: Place, on_gpu: bool) -> NoReturn:
     try:
         follow(group)
     except RuntimeError as error:
-        if not isinstance(error, FirstRankGone) and group.failure is None:
+        if not isinstance(error, FirstRankGone) and not group.fails_soon():
             raise
         group.fail(str(error))
         group.leave()

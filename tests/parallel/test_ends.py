@@ -128,8 +128,14 @@ def script(folder, text):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+UNDER_WAY = "llm.engine.add_request([1, 2, 3], long)\nassert not llm.engine.step() and llm.engine.has_unfinished()"
+# ten seconds after which it would no longer wait
+CLOSED = "\nimport time\nbegin = time.monotonic()\nllm.close()\nassert time.monotonic() - begin < 9"
 ENDS = {
     "without close": ("llm.generate([[1]], use_tqdm=False)", 0, ""),
+    # the others have been told of steps that nobody will make
+    "with a request under way": (UNDER_WAY, 0, ""),
+    "closed with a request under way": (UNDER_WAY + CLOSED, 0, ""),
     "by Ctrl-C": (
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "llm.generate([[1, 2, 3]] * 64, long, use_tqdm=False)",

@@ -103,6 +103,9 @@ import os, signal, sys
 from blockinfer import LLM, SamplingParams
 llm = LLM(sys.argv[1], device="cpu", dtype="float64", tensor_parallel_size=2)
 llm.generate([[1, 2]], SamplingParams(max_tokens=8, block_length=8), use_tqdm=False)
+if sys.argv[2] == "dropped":
+    llm.engine.add_request([1], SamplingParams(max_tokens=64, block_length=8))
+    llm.engine.step()
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 while sys.argv[2] == "the other is killed":
@@ -111,7 +114,7 @@ while sys.argv[2] == "the other is killed":
 """
 
 
-@pytest.mark.parametrize("how", ["without close", "killed", "the other is killed"])
+@pytest.mark.parametrize("how", ["without close", "dropped", "killed", "the other is killed"])
 def test_ranks_that_were_there_end_with_the_first(shared_folders, tmp_path, how):
     path = tmp_path / "outside.py"
     path.write_text(OUTSIDE)
@@ -127,6 +130,10 @@ def test_ranks_that_were_there_end_with_the_first(shared_folders, tmp_path, how)
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     if how == "the other is killed":
         assert ranks[0].returncode == 1 and "RuntimeError: rank 1 of 2 has ended; this LLM is of no more use" in said[0]
+    elif how == "dropped":
+        # with a request under way: the other waits in a step
+        assert [rank.returncode for rank in ranks] == [0, 1] and said[0] == "", said
+        assert "blockinfer: " in said[1] and "has ended" in said[1] and "Traceback" not in said[1]
     elif how == "killed":
         assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
         assert "blockinfer: " in said[1] and "has ended" in said[1] and "Traceback" not in said[1]

@@ -122,8 +122,51 @@ def test_ctrl_c_waits_for_the_end_of_a_call_and_the_ranks_go_on(pair, heeding_si
         patch.setattr(runner, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             outputs(pair.several, PROMPTS, PARAMS)
-    assert len(calls) == 3
+    # those that the others had been told of were made
+    assert len(calls) == 4
     assert outputs(pair.several, PROMPTS, PARAMS) == expected
+
+
+def test_requests_that_come_and_go_between_steps(pair):
+    """Whatever was told of steps before: the outputs are those of each alone, and a request that goes has none."""
+    params = [
+        dataclasses.replace(PARAMS, max_tokens=4 * (1 + i % 3), unmasking=RULES[i % len(RULES)]) for i in range(9)
+    ]
+    prompts = [PROMPTS[i % 4] + [i] for i in range(9)]
+    expected = [output.outputs for output in pair.one.generate(prompts, params, use_tqdm=False)]
+    engine, draw = pair.several.engine, random.Random(3)
+    alive, given, gone, added = {}, {}, set(), 0
+    while added < 9 or engine.has_unfinished():
+        what = draw.random()
+        if added < 9 and (what < 0.3 or not alive):
+            alive[engine.add_request(prompts[added], params[added])] = added
+            added += 1
+        elif alive and what < 0.36:
+            request_id = draw.choice(sorted(alive))
+            engine.abort(request_id)
+            gone.add(alive.pop(request_id))
+        else:
+            given |= {alive.pop(output.request_id): output.outputs for output in engine.step()}
+    assert not alive and 1 <= len(gone) <= 4 and given == {i: expected[i] for i in range(9) if i not in gone}
+    assert engine.pool.num_free == PAGES
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_request_that_a_told_step_finishes(pair, first):
+    """It may go like any other, and is given out by the next step if it stays."""
+    engine = pair.several.engine
+    params = dataclasses.replace(PARAMS, max_tokens=4, block_length=2, denoising_steps=1)
+    ids = [engine.add_request(PROMPTS[0], params), engine.add_request(PROMPTS[1], PARAMS)]
+    assert engine.step() == []
+    # what comes between waits for the steps that were told, of which one finishes the first request
+    engine.abort(ids[first])
+    given = [output.request_id for output in engine.step()]
+    assert given == [ids[0]] * first
+    while engine.has_unfinished():
+        given += [output.request_id for output in engine.step()]
+    assert given == [ids[1 - first]]
+    with pytest.raises(ValueError, match=f"there is no unfinished request {ids[first]}"):
+        engine.abort(ids[first])
 
 
 def test_what_is_refused_or_broken_leaves_the_others(pair):
