@@ -21,9 +21,9 @@ _T = TypeVar("_T")
 
 
 class Generation:
-    """A request on its way: an asynchronous iterator over its outputs. Leaving it early takes `abort`.
+    """A running request: an asynchronous iterator over its outputs. To leave it early, call `abort`.
 
-    The outputs are those of `LLM.stream`; what the request died of is raised in their place.
+    The outputs are those of `LLM.stream`; if the request fails, its exception is raised instead.
     """
 
     def __init__(self, owner: "AsyncLLM") -> None:
@@ -45,7 +45,7 @@ class Generation:
         return output
 
     def abort(self) -> None:
-        """Frees what the request holds before the engine's next step; nothing where it is done."""
+        """Frees what the request holds before the engine's next step. Does nothing if the request is done."""
         if not self.done:
             self.done = True
             self._owner._forget(self)
@@ -61,10 +61,10 @@ class Generation:
 
 
 class AsyncLLM:
-    """Takes over an LLM, whose own calls are refused until `close`. Its methods belong to one event loop.
+    """Takes over an LLM, whose own methods are refused until `close`. Use it from one event loop.
 
-    Requests of all coroutines share the engine's batches. One that fails does so alone: after an error that names no
-    request, those that ran are begun anew one at a time, until the one that it comes from is found.
+    Requests of all coroutines share the engine's batches. A request that fails does not affect the others: after an
+    error that names no request, the requests that were running restart one at a time, until the one at fault is found.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -93,14 +93,14 @@ class AsyncLLM:
 
     @property
     def healthy(self) -> bool:
-        """Whether steps succeed: not once the thread is gone or the last three steps failed."""
+        """False once the thread has ended or the last three steps have failed."""
         return self._thread.is_alive() and not self._closing and self._errors_in_a_row < 3
 
     async def add(
         self, prompt: Prompt, params: SamplingParams | None = None, *, stream: str | None = BLOCKS
     ) -> Generation:
-        """Queues a request, once the engine has taken it. Raises what `Engine.add_request` does, and RuntimeError where
-        this is closed. stream: as there; None gives the finished output alone."""
+        """Queues a request and returns once the engine has accepted it. Raises what `Engine.add_request` raises, and
+        RuntimeError if this is closed. stream: as there; None gives only the finished output."""
         if not self._thread.is_alive() or self._closing:
             raise RuntimeError("this AsyncLLM is closed")
         generation = Generation(self)
@@ -118,7 +118,7 @@ class AsyncLLM:
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, stream: str | None = BLOCKS
     ) -> AsyncIterator[RequestOutput]:
-        """`add`, and its outputs. A generator that is closed, or whose task is cancelled, aborts its request."""
+        """Adds a request and yields its outputs. Closing the generator, or cancelling its task, aborts the request."""
         generation = await self.add(prompt, params, stream=stream)
         try:
             async for output in generation:
@@ -127,11 +127,12 @@ class AsyncLLM:
             generation.abort()
 
     async def help(self, function: Callable[..., _T], *args: object) -> _T:
-        """The result of a function that may take its time, from the thread for texts."""
+        """Runs a slow function on the thread for texts and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self.helper, function, *args)
 
     async def abort(self, request_id: int) -> None:
-        """Drops an unfinished request, whose generator raises RuntimeError; ValueError where it is none."""
+        """Drops an unfinished request; its generator raises RuntimeError. Raises ValueError if there is none of that
+        id."""
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         error = RuntimeError(f"request {request_id} was aborted")
         self._commands.put(lambda: _resolve(done, self._fail([request_id], error)))
@@ -139,11 +140,11 @@ class AsyncLLM:
             raise ValueError(f"there is no unfinished request {request_id}")
 
     def abort_all(self, error: Exception) -> None:
-        """Drops every unfinished request; `error` is what their generators raise."""
+        """Drops every unfinished request; their generators raise `error`."""
         self._commands.put(lambda: self._fail(list(self._generations), error))
 
     def close(self) -> None:
-        """Ends what runs, and the thread; the LLM is free again. Closing twice is fine."""
+        """Aborts all requests, ends the thread, and releases the LLM. Closing twice is allowed."""
         if not self._closing:
             self._closing = True
             self.abort_all(RuntimeError("this AsyncLLM was closed"))

@@ -40,40 +40,40 @@ from blockinfer.scoring_params import ScoringParams
 
 
 class LLM:
-    """A LLaDA checkpoint behind a batching engine.
+    """A LLaDA checkpoint with an engine that batches requests.
 
-    model: a local folder or a Hub name, which is fetched with its progress bars; a checkpoint's own code never runs.
-    dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU; or "float32", "bfloat16", "float16", "float64".
-        Or a torch.dtype.
-    quantization: "fp8" keeps the layers' matrices in float8_e4m3fn, with a scale for each output channel, and quantises
-        what they are multiplied with row by row: half of bfloat16's memory, and faster on a GPU of compute capability
-        8.9; elsewhere slower, for the same tokens but for rounding. Embeddings and LM head stay in dtype. By default
-        what the checkpoint is stored in. Several ranks (tensor_parallel_size) quantise their parts of a row each by
-        itself, as of a matrix that they have in columns, so their tokens are those of one rank but for rounding too.
-    device: "auto" (the GPU where there is one), "cpu" or "cuda".
+    model: a local folder or a Hub name, which is downloaded; a checkpoint's own code never runs.
+    dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16", "float16" or "float64"; or a
+        torch.dtype.
+    quantization: "fp8" keeps the layers' matrices in float8_e4m3fn, with one scale per output channel, and quantises
+        their inputs row by row. This halves bfloat16's memory. It is faster on GPUs of compute capability 8.9 or more,
+        and slower elsewhere, for the same tokens except for rounding. Embeddings and LM head stay in dtype. None is how
+        the checkpoint is stored. With tensor_parallel_size each rank quantises its own part of a row and of a matrix
+        that is split by columns, so tokens may differ by rounding from those of one rank.
+    device: "auto" (the GPU if there is one), "cpu" or "cuda".
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
-        may then also be a published shape's name: "llada-8b", "illada-8b",
-        "llada-moe-7b", "llada2-mini".
-    tokenizer: another folder or Hub name for it. Without one prompts are token ids, and outputs have no text.
+        may then also name a published shape: "llada-8b", "illada-8b", "llada-moe-7b", "llada2-mini".
+    tokenizer: another folder or Hub name for it. Without a tokenizer prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model; a local folder has none.
     mask_token_id: overrides the config's and the tokenizer's.
-    max_model_len: prompt and max_tokens together, at most what the config allows, which is the default.
-    max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; default 8192 or max_model_len.
-    page_size: tokens in a page of the KV cache. The cache holds max_num_seqs requests of max_model_len, but takes no
-        more than kv_cache_memory bytes; by default 90 % of the GPU memory that weights and a step leave free, or half
-        of what weights leave free of a CPU machine's, and of its container's.
-    tensor_parallel_size: GPUs that share the model, a process each, which this one starts and ends; on a CPU processes
-        alone. It must divide the model's heads, key and value heads, MLP and embeddings. Where torchrun, or RANK and
-        WORLD_SIZE, have the ranks there, every so many of them share a model: the first goes on with the script, the
-        others serve it until it ends, and leave the script here with SystemExit.
-    enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, and a faster load.
-    cudagraph_capture_sizes: rows of a step, and masked rows, that a graph is captured for while loading; by default
-        some 40 up to 2,048. A step is padded up to the next size. Both options mean nothing on a CPU.
-    seed: of the seeds drawn for requests that bring none, and of dummy weights (there, None is 0).
+    max_model_len: limit of prompt and max_tokens together; at most the config's, which is the default.
+    max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; by default 8192, or
+        max_model_len if that is more.
+    page_size: tokens in a page of the KV cache. The cache has room for max_num_seqs requests of max_model_len, but
+        takes at most kv_cache_memory bytes. The default is 90 % of the GPU memory that is free after the weights, less
+        what a step needs; on a CPU, half of what is free in the machine and in its container, shared by the ranks.
+    tensor_parallel_size: GPUs that share the model. Each has a process, which this one starts and ends; on a CPU there
+        are only processes. The size must divide the model's heads, KV heads, MLP and embeddings. If torchrun, or RANK
+        and WORLD_SIZE, started the ranks, every tensor_parallel_size consecutive ranks share a model: the first
+        continues the script; the others serve it here until it ends, and then raise SystemExit.
+    enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, but a faster load.
+    cudagraph_capture_sizes: numbers of rows, and of masked rows, for which a graph is captured while loading; by
+        default about 40 up to 2,048. A step is padded to the next size. Neither option has an effect on a CPU.
+    seed: seeds the random seeds of requests without one, and dummy weights (for which None is 0).
 
     Raises ValueError for an option out of range, for a checkpoint that is broken or not implemented, and for a model
-    that needs more memory than is free, which is known before any is taken; ChildProcessError where another rank ends
-    meanwhile; TypeError for an unknown option.
+    that needs more memory than is free, before any is allocated; ChildProcessError if another rank ends meanwhile;
+    TypeError for an unknown option.
     """
 
     _taken = False  # whether an AsyncLLM has the engine
@@ -145,18 +145,19 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; the outputs come in the order of the prompts.
 
-        A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; of a dict with both
-        the ids are used. In a dict a prompt may have masked spans, which are filled, at most max_tokens positions in
-        all, while the text around them stays: {"prompt": "1 + {fill:2} = 5"}, or {"prompt_token_ids": [...], "infill":
-        True}, where every mask token is one. Modes that see what follows a block can do so: vanilla, prefix_cache and
-        dual_cache. sampling_params is one SamplingParams for all or one each: max_tokens and the like go in
-        there. use_tqdm shows a progress bar. on_finish is called with each output as it is finished. Whatever is raised
-        meanwhile, Ctrl-C included, leaves an empty engine that can go on.
+        A prompt is a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; if a dict has both,
+        the ids are used. In a dict a prompt may have masked spans, at most max_tokens positions in all. These are
+        filled, and the text around them stays: {"prompt": "1 + {fill:2} = 5"}, or {"prompt_token_ids": [...], "infill":
+        True}, where every mask token is a position to fill. This needs a mode that sees what follows a block: vanilla,
+        prefix_cache or dual_cache.
 
-        Raises ValueError for a bad prompt, naming its number; TypeError for an unknown option; FloatingPointError where
-        the model's logits are NaN or infinite, at the latest once that block is through; RuntimeError on a closed LLM,
-        once another rank has ended (tensor_parallel_size), while requests added to `engine` by hand are unfinished or
-        an AsyncLLM has the engine, and where on_finish aborted one of these.
+        sampling_params: one SamplingParams for all prompts, or one each. use_tqdm: show a progress bar. on_finish: is
+        called with each output as it is finished. After any exception, Ctrl-C included, the engine is empty and usable.
+
+        Raises ValueError for a bad prompt, naming its number; TypeError for an unknown option; FloatingPointError if
+        the model's logits are NaN or infinite, at the latest when that block is finished; RuntimeError if the LLM is
+        closed, another rank has ended (tensor_parallel_size), requests added to `engine` by hand are unfinished, an
+        AsyncLLM has the engine, or on_finish aborted one of these requests.
         """
         refuse_generating("LLM.generate", unknown, "prompts")
         engine = self._idle_engine()
@@ -212,14 +213,14 @@ class LLM:
         denoise: bool = False,
         **unknown: Any,
     ) -> Iterator[RequestOutput]:
-        """Completes one prompt -> an output for each block as it is finished, each with all text and tokens so far, the
-        last one as `generate` gives it.
+        """Completes one prompt -> an output for each block as it is finished, with all text and tokens so far; the last
+        one is that of `generate`.
 
-        Text that a later block could change is held back: half a character. denoise gives besides an output after every
-        step that finishes none, whose `canvas` is the open blocks. An iterator that is closed, or breaks off, leaves an
-        empty engine.
+        Text that a later block could change, half a character, is held back. denoise: also yield an output after every
+        step that finishes no block; its `canvas` is the open blocks. When the iterator is closed or raises, the engine
+        is empty.
 
-        Raises TypeError for an unknown option, and what else `generate` does once the first output is asked for.
+        Raises TypeError for an unknown option, and, when the first output is requested, what `generate` raises.
         """
         refuse_unknown("LLM.stream", unknown, ("prompt", "sampling_params", "denoise"), OF_SAMPLING)
         return self._stream(prompt, sampling_params, denoise)
@@ -248,17 +249,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """`generate` on one conversation, or on a list of them, through the checkpoint's chat template.
 
-        A conversation is a list of {"role": ..., "content": ...}. The template brings the special tokens; it runs in a
-        process of its own, which ends it after 5 s of CPU time a conversation, or at 512 MiB (`chat.ChatTemplate`).
-        The options are those of `generate`. Raises what that does, and ValueError where there is no tokenizer or no
-        template, and, naming the conversation, where the template fails.
+        A conversation is a list of {"role": ..., "content": ...}. The template adds the special tokens. It runs in a
+        separate process, limited to 5 s of CPU time per conversation and 512 MiB (`chat.ChatTemplate`). The options are
+        those of `generate`. Raises what that does, and ValueError if there is no tokenizer or no template, or if the
+        template fails, naming the conversation.
         """
         refuse_generating("LLM.chat", unknown, "messages")
         prompts = self.chat_prompts(messages)
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_finish=on_finish)
 
     def chat_prompts(self, messages: list[dict[str, str]] | list[list[dict[str, str]]]) -> list[Prompt]:
-        """The prompts that `chat` makes of a conversation, or of a list of them; raises what it does for them."""
+        """The prompts that `chat` makes from one conversation, or from a list of them; raises what `chat` raises."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             if self.tokenizer is None:
                 raise ValueError("chat needs a tokenizer, and there is none; pass tokenizer= to LLM")
@@ -283,11 +284,11 @@ class LLM:
         use_tqdm: bool = True,
         **unknown: Any,
     ) -> list[ScoreOutput]:
-        """The log-likelihood of a continuation for each prompt, by LLaDA's estimate (`decoding.likelihood`).
+        """The log-likelihood of one continuation per prompt, by LLaDA's estimate (`decoding.likelihood`).
 
         A continuation is a string, encoded without special tokens, or a list of token ids; it follows its prompt.
-        Prompts are those of `generate`, without masked spans. Each mask is a request whose one step is batched with the
-        others'. Raises what `generate` does for a bad prompt, and ValueError for a continuation that is empty.
+        Prompts are those of `generate`, without masked spans. Each mask is a request of one step, batched with the
+        others. Raises what `generate` raises for a bad prompt, and ValueError for an empty continuation.
         """
         refuse_scoring("LLM.score", unknown, "continuations")
         engine = self._idle_engine()
@@ -304,11 +305,11 @@ class LLM:
         use_tqdm: bool = True,
         **unknown: Any,
     ) -> list[ChoiceOutput]:
-        """The probabilities of given candidates, the same for all prompts or a list of them for each.
+        """The probabilities of given candidates: one list of them for all prompts, or one list per prompt.
 
-        A candidate stands behind the prompt, or in its one masked span, of which it has the length. All candidates of
-        one token are read off one forward, exactly, of the softmax over the whole vocabulary; a longer one's
-        log-probability is its score. Raises what `score` does.
+        A candidate follows the prompt, or fills its one masked span, whose length it must have. All one-token
+        candidates are read off one forward, exactly, from the softmax over the whole vocabulary. The log-probability of
+        a longer one is its score. Raises what `score` raises.
         """
         refuse_scoring("LLM.choose", unknown, "choices")
         engine = self._idle_engine()
@@ -318,7 +319,7 @@ class LLM:
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's counts so far, as a copy: take differences."""
+        """A copy of the engine's counts since it was loaded; to measure a call, take the difference of two copies."""
         return dataclasses.replace(self.engine.runner.stats, compiled=num_compiled_kernels())
 
     @property
@@ -329,16 +330,16 @@ class LLM:
         return self._engine
 
     def take_over(self) -> Engine:
-        """The engine, for one that alone uses it until `give_back`: two at once would have each other's outputs.
+        """The engine, for exclusive use until `give_back`: two users would get each other's outputs.
 
-        Raises RuntimeError where it is taken, busy or closed.
+        Raises RuntimeError if it is taken, busy or closed.
         """
         engine = self._idle_engine()
         self._taken = True
         return engine
 
     def give_back(self) -> None:
-        """Of an engine that was taken over, and is idle."""
+        """Ends `take_over`; the engine must be idle."""
         self._taken = False
 
     def _idle_engine(self) -> Engine:
@@ -349,9 +350,9 @@ class LLM:
         return self.engine
 
     def close(self) -> None:
-        """Drops the model, the KV cache, the chat template's process and those of the other ranks.
+        """Frees the model and the KV cache, and ends the processes of the chat template and of the other ranks.
 
-        Closing twice is fine; generating afterwards raises RuntimeError.
+        Closing twice is allowed; generating afterwards raises RuntimeError.
         """
         if self._engine is not None and self._leader is not None:
             # the other ranks may be in steps of what still runs

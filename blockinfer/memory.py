@@ -56,10 +56,11 @@ def weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
-    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, as far as kv_cache_memory
-    allows; without it, as far as 90 % of what a step leaves free on a GPU, or half of what is free on a CPU, does.
+    """Pages of the KV cache: what max_num_seqs requests of max_model_len can ever need, within kv_cache_memory bytes.
+    Without it the limit is, on a GPU, 90 % of `free` less what a step needs, and on a CPU half of `free`, shared by the
+    ranks.
 
-    free: bytes, once the weights are there. Raises ValueError when that is not one page.
+    free: bytes, after the weights are loaded. Raises ValueError if that is less than one page.
     """
     memory = config.kv_cache_memory or _default_cache(model, config, free)
     size = page_bytes(model, config)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """What a request cost; counts are summed over its answers, and the seconds are those of the first to get so far.
+    """What a request cost. Counts are summed over its answers; times are those of the first answer to get that far.
 
-    nfe: forwards in which the request had rows, repeated ones included. denoising_steps: steps of the blocks it went
-    through, each counted once. The seconds are wall time since the request was added: until its first forward was
-    launched, until its first block's tokens were there (None before), and in all. preemptions: how often its pages were
-    taken. seed: of its noise; that of its further answers is `sampling_params.answer_seed` of it.
+    nfe: forwards in which the request had rows, including repeated ones. denoising_steps: steps of its blocks, each
+    counted once. queued_seconds, first_block_seconds, total_seconds: wall time since the request was added, until its
+    first forward was launched, until the tokens of its first block arrived (None before that), and in total.
+    preemptions: how often its pages were taken away. seed: of its noise; `sampling_params.answer_seed` gives the seeds
+    of its further answers.
     """
 
     nfe: int
@@ -24,8 +25,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class Logprob:
-    """Of a token at a revealed position: its log-probability, one more than the number of likelier tokens, and its
-    text, None where there is no tokenizer."""
+    """A token's log-probability at a revealed position. rank: 1 for the likeliest token. decoded_token: its text, None
+    without a tokenizer."""
 
     logprob: float
     rank: int
@@ -34,7 +35,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Span:
-    """A masked span, filled: its first position, and its tokens and their text up to what stops it, if anything."""
+    """A filled span of masks: its first position, its tokens and their text, up to a stop if there was one."""
 
     start: int
     token_ids: list[int]
@@ -43,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Infilled:
-    """A prompt with its spans filled, each whole: all token ids and their text, and the spans."""
+    """A prompt with its spans filled in whole: all token ids, their text, and the spans."""
 
     token_ids: list[int]
     text: str | None
@@ -52,16 +53,18 @@ class Infilled:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer. token_ids end before the first stop token, or with the token that completes a stop string; text is
-    None where there is no tokenizer.
+    """One answer. token_ids end before the first stop token, or with the token that completes a stop string. text is
+    None without a tokenizer.
 
-    finish_reason: "stop" (stop_reason is then the stop token's id, or the stop string) or "length"; None of an
-    unfinished one, whose text and token_ids are those of finished blocks: later outputs of the request begin with them,
-    or, where a stop string ends it, with the text. canvas: the open blocks after a step, where that was asked for, None
-    where a position is still masked. It is provisional: a preemption goes back to where the last block was finished.
-    logprobs: for each of token_ids, where SamplingParams.logprobs asked for it, its own and the likeliest tokens' by
-    id. infilled: of a prompt with masked spans; token_ids and text are then those of all spans, and how it ended is how
-    the last one did.
+    finish_reason: "stop" (stop_reason is then the stop token's id, or the stop string) or "length". It is None for an
+    unfinished answer, whose text and token_ids are those of its finished blocks: later outputs of the request begin
+    with the same token ids and text, or, if a stop string ends it, with the same text.
+    logprobs: if SamplingParams.logprobs asked for it, for each of token_ids the entries of the token itself and of the
+    likeliest tokens, by id.
+    infilled: for a prompt with masked spans. token_ids and text are then those of all spans, and finish_reason is that
+    of the last span.
+    canvas: if asked for, the open blocks after a step, None where a position is still masked. It is provisional: a
+    preemption goes back to the end of the last finished block.
     """
 
     index: int
@@ -76,8 +79,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request that is finished, or, where its stream was asked for, one that has come so far; with its n outputs.
-    prompt is None where the prompt came as token ids alone."""
+    """A finished request, or the present state of one that is streamed, with its n answers in `outputs`. prompt is None
+    if only token ids were given."""
 
     request_id: int
     prompt: str | None
@@ -89,8 +92,8 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class ScoringOutput:
-    """Forwards of one canvas: of each the log-probabilities that were asked for; how many there were, a shadow's
-    counted too."""
+    """The forwards of one canvas. values: for each forward, the log-probabilities that were asked for. nfe: the number
+    of forwards, including a shadow's."""
 
     finished = True
 
@@ -101,11 +104,11 @@ class ScoringOutput:
 
 @dataclass(frozen=True)
 class ScoreOutput:
-    """The log-likelihood of a continuation, in nats; standard_error: of its estimate, 0 where it is exact, None where a
-    single forward cannot tell.
+    """The log-likelihood of a continuation, in nats. standard_error: of the estimate; 0 if it is exact, else None if
+    there was a single forward.
 
-    is_greedy: whether greedy decoding gives it, None where that was not asked for. nfe: forwards, those for is_greedy
-    included. seed: of the masks.
+    is_greedy: whether greedy decoding gives the continuation; None if not asked for. nfe: forwards, including those
+    for is_greedy. seed: of the masks.
     """
 
     prompt_token_ids: list[int]
@@ -119,10 +122,10 @@ class ScoreOutput:
 
 @dataclass(frozen=True)
 class ChoiceOutput:
-    """What the model thinks of candidates: of each its log-probability, and its share among all of them.
+    """The candidates of one prompt: for each its log-probability, and its probability among the candidates.
 
-    choices: their token ids. best: the index of the likeliest, the first of equals. scores: of a candidate of several
-    tokens how its log-probability was estimated; None where it was read off exactly.
+    choices: their token ids. best: the index of the likeliest, the first of equals. scores: the ScoreOutput of a
+    candidate of several tokens; None for one that was read off exactly.
     """
 
     prompt_token_ids: list[int]

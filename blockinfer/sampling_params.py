@@ -22,8 +22,8 @@ _MOST_ANSWERS, _MOST_LOGPROBS = 1024, 1000
 
 
 def answer_seed(seed: int, index: int) -> int:
-    """The seed of answer `index` of a request with this one: itself for the first, else SplitMix64's output there
-    (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
+    """The seed of answer `index` of a request with this seed: the seed itself for the first answer, else SplitMix64's
+    output at that index (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
     if index == 0:
         return seed
     z = (seed + index * 0x9E3779B97F4A7C15) % 2**64
@@ -36,55 +36,58 @@ def answer_seed(seed: int, index: int) -> int:
 class SamplingParams:
     """Options of one request. All lengths are in tokens.
 
-    max_tokens: generated positions; need not be a multiple of block_length. Of a prompt with masked spans the most that
-        these may have together.
+    max_tokens: number of generated positions; need not be a multiple of block_length. For a prompt with masked spans,
+        the most positions that these may have together.
     block_length: positions denoised together.
-    denoising_steps: steps of one block. None is one token a step for the rules with a fixed schedule (`low_confidence`,
-        `random`, `sequential`) and no limit for the others; given, it limits every rule, and the last step reveals what
-        is left. More steps than positions means one token a step.
+    denoising_steps: steps per block. None means one token per step for the rules with a schedule (`low_confidence`,
+        `random`, `sequential`; for `scheduled_threshold`, at least one), and no limit for the others. A number limits
+        every rule: the last step reveals what is left. More steps than positions means one token per step.
     mode: vanilla, prefix_cache, dual_cache, block or block_refresh; described in `decoding.modes` and the README.
     unmasking: the rule: low_confidence, random, sequential, threshold, factor, entropy, entropy_threshold or
         scheduled_threshold. Every mode takes every rule.
-    threshold, factor, entropy_bound, entropy_threshold: what the rule of that name reads; None is its default (0.9,
-        1.0, 0.15 nats, 0.5 nats). scheduled_threshold reads threshold too, by default 0.95. One that the chosen rule
-        does not read is refused. With threshold 1.0 and one block open a step reveals one token, but for those whose
-        probability is 1 even when that of all others is summed in float32.
-    block_add_threshold: a further block opens once this share of the last one is revealed, at most one a step and at
-        most 128 at once (d3LLM's repository, `generate_multi_block`); 1.0 is one block at a time. Rules without a
-        schedule choose among the masked positions of all open blocks as if these were one, and reveal one at least of
-        the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked; until
-        then what is open behind it is revealed as ever, where d3LLM's early_stop puts stop tokens.
-    decoded_token_threshold: an open block is active once this share of the one before it is revealed. Until then the
-        schedule reveals nothing in it, and its steps do not count for denoising_steps; thresholds hold in it too.
-    suffix_window: masks behind the last open block that `block` and `block_refresh` keep, up to the canvas's end.
-    commit_delay: steps for which `block` computes a finished block on, beside the open ones, before it is committed.
-    editing_threshold: None, or the confidence above which a token of the open block that is revealed is replaced, by
-        what the step predicts there (LLaDA2.1, whose own is 0.9; 0.0 replaces every token that differs). A block then
-        ends when a step that found no mask changes nothing. max_post_steps: or after so many such steps; None is 16.
-    temperature: 0 takes the likeliest token; above, Gumbel noise times the temperature is added to the logits, which
+    threshold, factor, entropy_bound, entropy_threshold: the option of the rule of that name (entropy_bound is
+        entropy's). None is its default: 0.9, 1.0, 0.15 nats, 0.5 nats. scheduled_threshold also reads threshold, by
+        default 0.95. An option that the chosen rule does not read is refused. With threshold 1.0 and one open block a
+        step reveals one token, and any other for which the probabilities of all other tokens sum to 0 in float32.
+    block_add_threshold: the next block opens once this share of the last one is revealed, at most one block per step
+        and at most 128 at once (d3LLM's repository, `generate_multi_block`). 1.0 is one block at a time. Rules without
+        a schedule choose among the masked positions of all open blocks as if these were one block, and reveal at least
+        one in the first block that has any. Below 1.0 a stop token ends the answer once nothing before it is masked.
+        Until then open positions after it are revealed as usual, where d3LLM's early_stop puts stop tokens.
+    decoded_token_threshold: an open block is active once this share of the block before it is revealed. Until then a
+        schedule reveals nothing in it, and its steps do not count for denoising_steps; thresholds apply to it all the
+        same.
+    suffix_window: masks after the last open block that `block` and `block_refresh` keep, up to the end of the canvas.
+    commit_delay: further steps in which `block` computes a finished block, beside the open ones, before it is
+        committed.
+    editing_threshold: None, or a confidence: a revealed token of the open block is replaced when the step predicts
+        another one there with more confidence (LLaDA2.1, which uses 0.9; 0.0 replaces every token that differs). A
+        block then ends when a step that found no mask changes nothing, or after max_post_steps such steps (None is 16).
+    temperature: 0 takes the likeliest token. Above 0, Gumbel noise times the temperature is added to the logits, which
         samples from their softmax at that temperature. At most 1e6.
-    seed: of the noise, 0 <= seed < 2**64; None draws one, which the output's metrics report. It is all that the noise
-        depends on besides the position in the output, the step and the token: requests of one seed share their noise,
-        and the same prompt with the same params gives the same sample. For other samples give other seeds, or none.
-    cfg_scale: classifier-free guidance (arXiv 2207.12598, as LLaDA has it): above 0 each forward also has the rows of a
-        shadow, which sees mask tokens in place of the prompt and of all else that is given, and the logits are
-        u + (cfg_scale + 1) (c - u), c those of the request and u of its shadow. It takes two of max_num_seqs, and a
-        forward counts twice in nfe. At most 1e6.
-    n: answers to the prompt, each with noise of its own: that of answer i is the noise of seed `answer_seed(seed, i)`,
-        which is `seed` itself for the first. In mode `block` they share the pages that the prompt fills, computed once.
-        Above 1 it needs a temperature or the rule `random`, without which all were the same.
-    stop_token_ids: these end an answer besides the checkpoint's own, and do so under ignore_eos too.
-    stop: a string or several that end an answer: the text ends before the one that is complete first, token by token,
-        and the token ids with the token that completes it. They are looked for at a block's end, in the text without
-        special tokens; where one token completes several, the first of this list counts.
-    include_stop_str_in_output: the text ends behind the stop string.
+    seed: of the noise, 0 <= seed < 2**64. None draws one, which the output's metrics report. Besides the seed, noise
+        depends only on the position in the output, the step and the token. So requests with the same seed share their
+        noise, and the same prompt with the same params gives the same sample. For other samples give other seeds, or
+        none.
+    cfg_scale: classifier-free guidance (arXiv 2207.12598, as in LLaDA). Above 0 each forward also computes the rows of
+        a shadow, which has mask tokens in place of the prompt and of everything else that is given. The logits are
+        u + (cfg_scale + 1) (c - u), with c from the request and u from its shadow. The request takes two of
+        max_num_seqs, and a forward counts twice in nfe. At most 1e6.
+    n: number of answers to the prompt. Answer i has the noise of seed `answer_seed(seed, i)`, which is `seed` itself
+        for the first. In mode `block` they share the pages that the prompt fills, which are computed once. Above 1 it
+        needs a temperature or the rule `random`; otherwise all answers would be the same.
+    stop_token_ids: tokens that end an answer, in addition to the checkpoint's own, and also under ignore_eos.
+    stop: one or more strings that end an answer. The text ends before the string that is completed first, token by
+        token; the token ids end with the token that completes it. Strings are looked for at the end of each block, in
+        the text without special tokens. If one token completes several, the first in this list counts.
+    include_stop_str_in_output: the text includes the stop string.
     ignore_eos: the checkpoint's own stop tokens do not end an answer.
-    logprobs: of each token its log-probability, and the so many likeliest tokens' beside it, at the step that revealed
-        it, without temperature and noise; None for none, 0 for the token's alone, at most 1,000.
-    logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md: the first forbids the EOS token; the second
-        reveals a position that predicts EOS or end-of-turn after all others, and takes both out of the softmax that
-        tells the confidence of the others, as LLaDA's generate.py does at temperature 0. Here it is so at every
-        temperature and with every rule; there, above 0, only EOS is taken out, and `random` is told nothing.
+    logprobs: None, or for each token its log-probability and those of this many likeliest tokens, at the step that
+        revealed it, without temperature and noise. 0 gives the token's own alone; at most 1,000.
+    logits_eos_inf, confidence_eos_eot_inf: the flags of LLaDA's EVAL.md. The first forbids the EOS token. The second
+        reveals positions that predict EOS or end-of-turn after all others, and excludes both tokens from the softmax
+        that gives the confidence of the others. LLaDA's generate.py does so at temperature 0; here it applies at every
+        temperature and with every rule. There, above 0, only EOS is excluded, and `random` ignores the flag.
 
     Raises ValueError for a value out of range and TypeError for an unknown option, naming it.
     """
@@ -226,13 +229,13 @@ class SamplingParams:
 
     @property
     def rule_value(self) -> float:
-        """The option that the unmasking rule reads, with its default filled in; 0.0 for a rule that reads none."""
+        """The value of the option that the unmasking rule reads, or its default; 0.0 for a rule without an option."""
         rule = RULES[self.unmasking]
         value = getattr(self, rule.option) if rule.option else None
         return rule.default if value is None else float(value)
 
     def block_steps(self, length: int) -> int | None:
-        """The step limit of a block of `length` positions; None is no limit."""
+        """The step limit for a block of `length` positions; None is no limit."""
         if self.denoising_steps is None:
             return length if RULES[self.unmasking].has_schedule else None
         return min(length, -(-self.denoising_steps * length // self.block_length))

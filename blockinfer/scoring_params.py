@@ -1,4 +1,4 @@
-"""What a likelihood is asked with."""
+"""Options of likelihoods."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ from blockinfer.hints import SCORING_HINTS
 class ScoringParams:
     """Options of `LLM.score` and `LLM.choose`.
 
-    mc_num: forwards of one continuation at most, each with other tokens of it masked (LLaDA's Monte Carlo estimate).
-        A continuation of L tokens with 2**L - 1 <= mc_num masks is computed exactly, by all of them; with
-        2 L <= mc_num every number of masked tokens has its share of the forwards, and only which ones is drawn; else
-        the number is drawn too, as LLaDA does.
-    seed: of what is drawn, 0 <= seed < 2**64; None draws one for the call, which the outputs report. Continuations of
-        one length share their masks.
-    mode: vanilla, LLaDA's definition, in which the prompt's K and V depend on the continuation, so that every forward
-        computes them; or block, which approximates it as decoding in that mode does: they are the prompt's alone, and
-        the forwards of a continuation that run at once share the pages that the prompt fills.
+    mc_num: the most forwards for one continuation, each with other tokens of it masked (LLaDA's Monte Carlo estimate).
+        A continuation of L tokens has 2**L - 1 masks; if that is at most mc_num, all are computed and the value is
+        exact. If 2 L <= mc_num, every number of masked tokens gets its share of the forwards, and only the positions
+        are drawn. Otherwise the number is drawn too, as LLaDA does.
+    seed: of the random masks, 0 <= seed < 2**64. None draws one for the call, which the outputs report. Continuations
+        of the same length share their masks.
+    mode: vanilla is LLaDA's definition: the prompt's K and V depend on the continuation, so every forward computes
+        them. block approximates it as decoding in that mode does: K and V depend on the prompt alone, and the forwards
+        of a continuation that run at once share the pages that the prompt fills.
     cfg_scale: classifier-free guidance, as in SamplingParams.
-    is_greedy: tell also whether greedy decoding gives the continuation, one token at a time, the most confident first;
-        that is as many forwards as it has tokens.
+    is_greedy: also report whether greedy decoding gives the continuation, one token at a time, the most confident
+        first. This takes as many forwards as the continuation has tokens.
 
     Raises ValueError for a value out of range and TypeError for an unknown option, naming it.
     """

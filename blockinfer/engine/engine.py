@@ -39,8 +39,8 @@ _MAX_CHARACTERS = 1000
 class Engine:
     """Requests of any mode, rule, length and seed share its batches; none changes another's tokens.
 
-    A call that Ctrl-C cuts short leaves its work half done. The next call sees that, and puts every request back to the
-    start of its block, as a preemption does: no tokens change and no output is lost.
+    If Ctrl-C interrupts a call, the next call puts every request back to the start of its block, as a preemption does:
+    no tokens change and no output is lost.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -67,13 +67,15 @@ class Engine:
     def add_request(
         self, prompt: Prompt | ReadPrompt, params: SamplingParams | None = None, *, stream: str | None = None
     ) -> int:
-        """Queues a request and returns its id. prompt: a string, token ids, {"prompt": ...} or
-        {"prompt_token_ids": [...]}, the latter two perhaps with masked spans (`LLM.generate`); or what `prompts.read`
-        made of it. stream: "blocks" has `step` give out each of its blocks as it is finished, "denoise" besides that
-        the open blocks after each step, for which every step waits for the device.
+        """Queues a request and returns its id.
 
-        Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len, for
-        a request that the page pool could never hold, and for an option that this checkpoint cannot follow.
+        prompt: a string, token ids, {"prompt": ...} or {"prompt_token_ids": [...]}, in a dict also with masked spans
+        (`LLM.generate`); or the result of `prompts.read`. stream: with "blocks", `step` returns an output for each
+        block as it is finished; with "denoise", also one with the open blocks after each step, and every step waits for
+        the device.
+
+        Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len; for a
+        request that can never fit the page pool; and for an option that this checkpoint does not support.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -117,10 +119,11 @@ class Engine:
         params: ScoringParams,
     ) -> int:
         """Queues forwards of a canvas, each with other positions of the answer masked, and returns their request's id;
-        `step` gives a ScoringOutput. reads: of each forward (position, token id), whose log-probability is asked for.
+        `step` returns a ScoringOutput. reads: for each forward, the (position, token id) pairs whose log-probabilities
+        are wanted.
 
-        Raises ValueError where the canvas does not fit, and for a block-causal network: the estimates are of one whose
-        positions all see each other.
+        Raises ValueError if the canvas does not fit, and for a block-causal network: the estimates need positions that
+        all see each other.
         """
         self.check_scoring(len(token_ids), params)
         siblings: list[ScoringRow] = []
@@ -130,7 +133,7 @@ class Engine:
         return self._queue(siblings)
 
     def check_scoring(self, length: int, params: ScoringParams) -> None:
-        """Raises what `add_scoring` does of a canvas of so many tokens."""
+        """Raises what `add_scoring` raises for a canvas of `length` tokens."""
         if self.model.config.block_length is not None:
             raise ValueError(
                 "likelihoods are not defined here for a block-causal model, and this one is; generate instead"
@@ -150,13 +153,12 @@ class Engine:
         return siblings[0].request_id
 
     def step(self) -> list[RequestOutput | ScoringOutput]:
-        """One forward for the requests that fit in it -> those that it finished, and those whose stream it brought on,
-        in the order they were added.
+        """One forward for the requests that fit in it -> outputs of the requests that it finished and of the streamed
+        requests that it advanced, in the order they were added.
 
-        Raises FloatingPointError, naming the requests, where a step before found logits that are NaN or infinite, which
-        is at the latest the step that ends such a request's block; ValueError where the tokens of one cannot be
-        decoded. Nothing runs then; abort those, the error's `request_ids`, and the others, which have lost nothing, go
-        on.
+        Raises FloatingPointError, naming the requests, if an earlier step found logits that are NaN or infinite (at the
+        latest the step that ends the block of such a request); ValueError if the tokens of a request cannot be decoded.
+        Nothing runs then. Abort the requests in the error's `request_ids`; the others have lost nothing and continue.
         """
         with self._whole():
             # kept until they are given out, which is the last thing that is done
@@ -262,7 +264,7 @@ class Engine:
         return sequence.is_finished()
 
     def abort(self, request_id: int) -> None:
-        """Drops an unfinished request. Raises ValueError where there is none of that id."""
+        """Drops an unfinished request. Raises ValueError if there is none of that id."""
         sequence = self._sequences.get(request_id) if isinstance(request_id, int) else None
         if sequence is None or sequence is not sequence.siblings[0]:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
@@ -270,12 +272,12 @@ class Engine:
             self._drop(request_id)
 
     def abort_all(self) -> None:
-        """Drops every unfinished request, and mends what Ctrl-C has cut in half."""
+        """Drops every unfinished request, and repairs the state after a call that Ctrl-C interrupted."""
         self._begin_anew({}, [])
 
     def restart(self, alone: bool = False) -> list[int]:
-        """After an error of `step` that names no request: puts every request back to the start of its block, as a
-        preemption does -> those that ran. alone: from now on one runs at a time."""
+        """For an error of `step` that names no request: puts every request back to the start of its block, as a
+        preemption does -> the ids of those that ran. alone: from now on requests run one at a time."""
         ran = sorted({sequence.request for sequence in self.scheduler.running})
         self._alone = alone
         self._cut_short = True
@@ -283,7 +285,7 @@ class Engine:
             return ran
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has something to do, or something to give out that Ctrl-C kept it from giving out."""
+        """Whether `step` has something to compute, or an output that Ctrl-C kept it from returning."""
         return bool(self._sequences or self._finished)
 
     def _drop(self, request_id: int) -> None:
@@ -347,7 +349,8 @@ class Engine:
             raise failure
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises ValueError for a text that the tokenizer cannot read, or that is too long for any request."""
+        """Text to token ids. Raises ValueError for a text that the tokenizer cannot read, or that is too long for any
+        request."""
         check_text("the prompt", text)
         # such a one is not worth the memory that its tokens take
         if len(text) > _MAX_CHARACTERS * self.config.max_model_len:

@@ -16,11 +16,11 @@ def attention(
     out: torch.Tensor | None = None,
     norms: HeadNorms | None = None,
 ) -> torch.Tensor:
-    """qkv [T, H + 2 HK, D]: queries, keys, values -> what the heads attended to, [T, H, D], in `out` where it is given.
+    """qkv [T, H + 2 HK, D]: queries, keys, values -> the attention output, [T, H, D], in `out` if it is given.
 
     cos_sin [T, 2, R // 2], norms: as for `rope_store_kv`. kv_pages [2, pages, P, HK, D]: the layer's cache. All K and V
-    are written before any attention reads them. Segments that hold all their keys read them side by side, as they have
-    just been computed, the others from the pages.
+    are written before any attention reads them. Segments that hold all their keys read them from qkv, as they have just
+    been computed; the others read them from the pages.
     """
     q = rope_store_kv(qkv, cos_sin, *kv_pages, table.kv_slots, norms, table.may_be_whole)
     return attend(q, qkv[:, -kv_pages.shape[3] :], kv_pages, table, out)
@@ -29,7 +29,7 @@ def attention(
 def attend(
     q: torch.Tensor, v: torch.Tensor, kv_pages: torch.Tensor, table: SegmentTable, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `attention` does once all is stored: q [T, H, D], with the keys side by side, [T, H + HK, D], where segments
+    """`attention` after K and V are stored. q [T, H, D], or queries and keys side by side, [T, H + HK, D], if segments
     may be whole; v [T, HK, D]."""
     if not table.may_be_whole:
         return paged_attention(q, *kv_pages, table, out)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 def runs_triton(x: torch.Tensor) -> bool:
-    """Whether an operation on x is a Triton kernel: on a GPU, but for float64, which the twins alone compute."""
+    """Whether operations on x run as Triton kernels: on a GPU, except in float64, which only the twins compute."""
     return x.is_cuda and x.dtype != torch.float64
 
 
@@ -20,7 +20,7 @@ def num_processors(device: torch.device) -> int:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of it on one of a GPU's processors, which the programs there share; of the CPU as many as are asked for."""
+    """Bytes of shared memory of one multiprocessor, shared by the programs that run there; 2**31 on the CPU."""
     if device.type != "cuda":
         return 2**31
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
@@ -44,8 +44,8 @@ def num_compiled_kernels() -> int:
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """Of a kernel that begins with `begin`: on GPUs that can (compute capability 9), it is launched while the kernel
-    before it still runs, and waits for that one's end itself (programmatic dependent launch)."""
+    """Launch options for a kernel that starts with `begin`. On GPUs of compute capability 9 or more it is launched
+    while the kernel before it still runs, and waits itself for that kernel to end (programmatic dependent launch)."""
     return {"PDL": True, "launch_pdl": True} if _launches_early(device) else {"PDL": False}
 
 
@@ -75,14 +75,14 @@ def launch_next(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_last(PDL: tl.constexpr):
-    """The second half: what a kernel writes, as no kernel does weights, may only be touched after it."""
+    """The second half of `begin`: data that kernels write may only be touched after it; weights may be read before."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def prefetch(pointers):
-    """Asks for what is there, on an NVIDIA GPU, to be brought into its L2 cache, and does not wait for it."""
+    """Prefetches from these addresses into the L2 cache of an NVIDIA GPU, without waiting."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -1,12 +1,12 @@
-"""The experts of a mixture: grouped products, each weight of an expert that a row goes to read once.
+"""The experts of a mixture: grouped products that read the weights of each expert in use once.
 
-A row and one of its experts are a pair. Pairs are put in the order of their experts and cut into tiles, on the device,
-so that one CUDA graph serves every routing: the grid has as many tiles as there can be, and those that there are not
-end at once. As in `linear`, the weights are the tall operand of the matrix units.
+A row and one of its experts are a pair. Pairs are sorted by expert and cut into tiles, on the device, so that one CUDA
+graph serves every routing: the grid has as many programs as there can be tiles, and surplus ones end at once. As in
+`linear`, the weights are the tall operand of the matrix units.
 
-torch's grouped_mm, with what it needs around it but without ordering and weighing the pairs, takes 378 us a layer where
-these take 237 (LLaDA2-mini, 32 rows of random experts, H200: the weights that are touched are read in 238), 565 where
-they take 415 (1,024 rows), and 802 where they take 734 (4,096).
+On an H200, for a layer of LLaDA2-mini with random experts, these kernels take 237 us for 32 rows, 415 for 1,024 and 734
+for 4,096; reading the weights in use takes 238 for 32 rows. torch's grouped_mm with what it needs around it, but
+without ordering and weighing the pairs, takes 378, 565 and 802.
 """
 
 from typing import NamedTuple
@@ -22,15 +22,15 @@ from blockinfer.kernels.router import Routing
 
 
 def mixture(x: torch.Tensor, routing: Routing, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x [T, d]; of each expert gate_up [E, 2 * m, d], the gate's rows first, and down [E, d, m], all of one dtype ->
-    the weighted sum of what a row's experts make of it, [T, d], or parts of it, [K, T, d], whose sum is meant: an
-    expert's output is down @ (silu(gate @ x) * (up @ x)), arXiv 2002.05202.
+    """x [T, d]; the experts' gate_up [E, 2 * m, d], the gate's rows first, and down [E, d, m], all of one dtype -> the
+    weighted sum of the outputs of each row's experts, [T, d], or as parts [K, T, d] that the caller sums. An expert's
+    output is down @ (silu(gate @ x) * (up @ x)), arXiv 2002.05202.
     """
     return mixture_triton(x, routing, gate_up, down) if runs_triton(x) else mixture_torch(x, routing, gate_up, down)
 
 
 def mixture_torch(x: torch.Tensor, routing: Routing, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """The twin: an expert after the other."""
+    """The twin: one expert after the other."""
     out = torch.zeros_like(x)
     for expert in routing.experts.unique().tolist():
         rows, place = (routing.experts == expert).nonzero(as_tuple=True)

@@ -1,8 +1,8 @@
-"""Matrix products of FP8 rows with FP8 weights: half the bytes of bfloat16 to read, and twice its rate of multiplying.
+"""Matrix products of FP8 rows with FP8 weights: half the bytes of bfloat16 to read, and twice its multiplication rate.
 
-The matrix units multiply the values; rows and columns are scaled in the same kernel, at its end, and so is a gate. The
-weights are the tall operand of the matrix units; where there are too few tiles to fill the GPU the depth is split over
-programs (split-K), whose parts the operation that follows adds up. With many rows torch's product is faster.
+The matrix units multiply the values. At its end the same kernel applies the scales of rows and columns, and a gate. The
+weights are the tall operand of the matrix units. If there are too few tiles to fill the GPU, the depth is split over
+programs (split-K), and the next operation adds up the parts. With many rows torch's product is faster.
 """
 
 from typing import NamedTuple
@@ -31,12 +31,12 @@ _UNIT = 2.0**-9
 
 
 def fp8_linear(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> x @ weight.T, [T, N] in x's dtype; x is quantised first where it is not yet."""
+    """x [T, K], weight [N, K] -> x @ weight.T, [T, N] in x's dtype; x is quantised first if it is not yet."""
     return _product(_quantized(x), weight, may_split=False)
 
 
 def fp8_linear_parts(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
-    """The same, or as [S, T, N], of which it is the sum: float32 if S > 1."""
+    """The same, or S parts of it that the caller sums, [S, T, N]: float32 if S > 1."""
     return _product(_quantized(x), weight, may_split=True)
 
 

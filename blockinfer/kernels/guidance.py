@@ -14,8 +14,8 @@ class Guidance(NamedTuple):
 
 
 def guide(logits: torch.Tensor, shadow: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """logits, shadow [N, V], with the prompt and without it; scale [N] -> shadow + (scale + 1) (logits - shadow),
-    [N, V], of their dtype, computed in float32 at least; where the scale is 0, logits as they are."""
+    """logits with the prompt and shadow without it, [N, V]; scale [N] -> shadow + (scale + 1) (logits - shadow), [N, V]
+    in their dtype, computed in at least float32; where the scale is 0, the logits unchanged."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     apart = logits.to(wide) - shadow.to(wide)
     guided = apart.mul_((scale[:, None] + 1).to(wide)).add_(shadow)

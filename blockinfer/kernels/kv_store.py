@@ -1,7 +1,6 @@
-"""RoPE on the queries and keys, and the store of K and V into pages. Keys are cached rotated: positions never move.
+"""RoPE on queries and keys, and the store of K and V into pages. Keys are cached rotated: positions never move.
 
-Where a network has it, each query's and key's head goes through an RMSNorm of its own first, and of its dimensions RoPE
-turns the first ones alone.
+In some networks each head of a query and key first goes through an RMSNorm, and RoPE rotates only its first dimensions.
 """
 
 from typing import NamedTuple
@@ -45,12 +44,12 @@ def rope_store_kv(
     norms: HeadNorms | None = None,
     with_keys: bool = False,
 ) -> torch.Tensor:
-    """Rotates q and k, writes k and v to their pages, and returns the rotated q [T, H, D]; with_keys q and k side by
-    side, [T, H + HK, D].
+    """Rotates q and k, writes k and v to their pages, and returns the rotated q [T, H, D]; if with_keys, q and k side
+    by side, [T, H + HK, D].
 
     qkv [T, H + 2 HK, D]: queries, keys, values. cos_sin [T, 2, R // 2]: the rows of `rope_tables` for these tokens, in
-    float32 at least or in qkv's dtype, to which products and sums are rounded; the first R <= D dimensions are turned.
-    k_pages, v_pages [pages, P, HK, D], written in place. kv_slots [T] int64: page * P + offset, all different.
+    at least float32 or in qkv's dtype; products and sums are rounded to its dtype. The first R <= D dimensions are
+    rotated. k_pages, v_pages [pages, P, HK, D], written in place. kv_slots [T] int64: page * P + offset, all different.
     """
     implementation = rope_store_kv_triton if runs_triton(qkv) else rope_store_kv_torch
     return implementation(qkv, cos_sin, k_pages, v_pages, kv_slots, norms, with_keys)

@@ -1,9 +1,9 @@
-"""Matrix products of a few rows, whose time is that of reading the weights once.
+"""Matrix products of a few rows, which are bound by reading the weights once.
 
-At the rows of one request's block cuBLAS leaves memory bandwidth unused, and its split products need a launch of their
-own to be summed. Here the weights are the tall operand of the matrix units and the rows the narrow one; where there
-are too few columns to fill the GPU the depth is split over programs (split-K), whose parts the operation that follows
-adds up. More rows than SKINNY_ROWS go to cuBLAS.
+With the rows of one request's block cuBLAS leaves memory bandwidth unused, and its split products need another launch
+to be summed. Here the weights are the tall operand of the matrix units and the rows the narrow one. If there are too
+few columns to fill the GPU, the depth is split over programs (split-K), and the next operation adds up the parts. More
+rows than SKINNY_ROWS go to cuBLAS.
 """
 
 from typing import NamedTuple
@@ -37,8 +37,8 @@ def linear(x: Rows, weight: Weight) -> torch.Tensor:
 
 
 def linear_parts(x: Rows, weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or as [S, T, N], of which it is the sum: float32 if S > 1.
-    out [T, N] of x's dtype: where it is written if the product is one of torch's that can be."""
+    """x [T, K], weight [N, K] -> x @ weight.T as [T, N], or S parts of it that the caller sums, [S, T, N]: float32 if
+    S > 1. out [T, N] in x's dtype: written only if the product is one of torch's that can write there."""
     if isinstance(weight, QuantizedWeight):
         return fp8_linear_parts(x, weight)
     if _is_skinny(x):
@@ -56,8 +56,8 @@ def gated_linear(x: Rows, weight: Weight) -> torch.Tensor:
 
 
 def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight [N, K] of few columns -> x @ weight.T in float32 at least, unrounded, as [T, N] or as parts
-    [S, T, N], of which it is the sum."""
+    """x [T, K], weight [N, K] of few columns -> x @ weight.T, unrounded in at least float32, as [T, N] or as parts
+    [S, T, N] that the caller sums."""
     if _is_skinny(x):
         splits = min(num_processors(x.device) // triton.cdiv(weight.shape[0], 64), x.shape[1] // 128)
         return skinny_linear_triton(x, weight, Tiling(64, 128, max(2, splits)))

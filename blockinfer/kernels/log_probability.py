@@ -10,8 +10,8 @@ from blockinfer.kernels.backend import begin, launch_options, runs_triton
 def log_probability(logits: torch.Tensor, token_ids: torch.Tensor, size: int) -> torch.Tensor:
     """logits [N, V], float64 (the PyTorch twin's), float32 or narrower; token_ids [N] int64 below size -> [N] float64.
 
-    Of the softmax over the ids below `size`, the mask token among them, as LLaDA's likelihood has it; computed in
-    float32 at least. NaN where a logit is NaN or the largest is infinite.
+    The softmax is over the ids below `size`, including the mask token, as in LLaDA's likelihood; it is computed in at
+    least float32. NaN where a logit is NaN or the largest is infinite.
     """
     implementation = log_probability_triton if runs_triton(logits) else log_probability_torch
     return implementation(logits, token_ids, size)

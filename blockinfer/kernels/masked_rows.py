@@ -1,6 +1,6 @@
 """The masked positions of a step's blocks, listed: the rows that the LM head needs, and what each asks for.
 
-One kernel for what PyTorch would launch some forty for, each of them longer in coming than in running.
+One kernel; PyTorch would need about forty, each of which takes longer to launch than to run.
 """
 
 import torch
@@ -21,7 +21,8 @@ from blockinfer.kernels.slots import (
 
 
 def masked_rows(state: SlotState, blocks: Blocks, size: int) -> tuple[MaskedRows, RowOptions]:
-    """size: N, at least the sum of blocks.masked_counts. The options are each row's; those of no place are 0."""
+    """size: N, at least the sum of blocks.masked_counts. The options are those of each row, 0 for rows without a
+    place."""
     implementation = masked_rows_triton if runs_triton(state.tokens) else masked_rows_torch
     return implementation(state, blocks, size)
 
@@ -52,7 +53,7 @@ def masked_rows_torch(state: SlotState, blocks: Blocks, size: int) -> tuple[Mask
 
 
 def masked_rows_triton(state: SlotState, blocks: Blocks, size: int, block: int = 128) -> tuple[MaskedRows, RowOptions]:
-    """The kernel, a program for each block, which walks its places `block` at a time, and one for the rows at the end.
+    """The kernel: a program per block, which walks its places `block` at a time, and one for the rows at the end.
 
     Raises ValueError where the state or the blocks are not contiguous.
     """

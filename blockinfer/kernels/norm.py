@@ -12,10 +12,10 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
 ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     """x, residual [T, d], weight [d] -> (rms_norm(x + residual), x + residual); residual is overwritten with the sum.
-    What is normed is quantised by rows where that is asked for.
+    If asked for, the norm's output is quantised by rows.
 
-    x may also be parts [S, T, d], of residual's dtype or wider, whose sum is meant: kernels.linear.linear_parts leaves
-    them. The mean square is taken in float32 (float64 for float64).
+    x may also be parts [S, T, d], of residual's dtype or wider, from `kernels.linear.linear_parts`; they are summed
+    here. The mean square is computed in float32 (float64 for float64).
     """
     if not runs_triton(residual):
         normed = add_rms_norm_torch(x, residual, weight, eps)

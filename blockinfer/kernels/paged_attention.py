@@ -1,8 +1,8 @@
-"""Attention of segments over paged K and V: all that a decoding mode asks for but whole segments (whole_attention.py).
+"""Attention of segments over paged K and V, for all segments except whole ones (whole_attention.py).
 
 Paging follows vLLM's PagedAttention (arXiv 2309.06180). There is no mask: a query sees all keys below its segment's
-kv_len. The kernel keeps a running softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691); where queries are
-too few to fill the GPU, the keys of a segment are split over programs and the parts are combined (Flash-Decoding, Dao
+kv_len. The kernel keeps a running softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691). If there are too few
+queries to fill the GPU, the keys of a segment are split over programs and the parts are combined (Flash-Decoding, Dao
 et al., 2023).
 """
 
@@ -36,10 +36,10 @@ def paged_attention(
     table: SegmentTable,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [T, H, D]; k_pages, v_pages [pages, P, HK, D], H a multiple of HK -> [T, H, D], in `out` where it is given.
+    """q [T, H, D]; k_pages, v_pages [pages, P, HK, D], H a multiple of HK -> [T, H, D], in `out` if it is given.
 
-    Scale 1 / sqrt(D). Slots at or past kv_len are never read, so they may hold anything. Rows of no tile are not
-    written. All of one dtype: float32, bfloat16, float16, or float64, which the PyTorch twin computes also on a GPU.
+    Scale 1 / sqrt(D). Slots at or past kv_len are never read, so they may hold anything. Rows that are in no tile are
+    not written. All of one dtype: float32, bfloat16, float16, or float64 (the PyTorch twin, also on a GPU).
     """
     implementation = paged_attention_triton if runs_triton(q) else paged_attention_torch
     return implementation(q, k_pages, v_pages, table, out)
@@ -85,8 +85,8 @@ def paged_attention_triton(
     out: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """The kernel; arguments as of `paged_attention`. tiling: chosen from the shapes where it is not given; the tiles
-    have as many rows as fit into its block_m.
+    """The kernel; arguments as for `paged_attention`. tiling: by default chosen from the shapes; the tiles have as many
+    rows as fit into its block_m.
 
     Raises ValueError where a shape, a dtype or a stride is not what the kernel indexes by.
     """

@@ -1,4 +1,4 @@
-"""The sum of a product's parts, as `kernels.linear.linear_parts` leaves them, where other ranks are to see it."""
+"""The sum of a product's parts from `kernels.linear.linear_parts`, for an all-reduce over the ranks."""
 
 import torch
 import triton
@@ -8,8 +8,8 @@ from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
 def sum_parts(x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, d], or parts [S, T, d], of `dtype` or wider -> [T, d] in `dtype`, in `out` where it is given; without it, x
-    itself where that is it already. The sum is taken in float32 at least."""
+    """x [T, d], or parts [S, T, d], of `dtype` or wider -> [T, d] in `dtype`, in `out` if it is given; otherwise x
+    itself if it is the result already. The sum is computed in at least float32."""
     if out is None and x.ndim == 2 and x.dtype == dtype:
         return x
     out = torch.empty(x.shape[-2:], dtype=dtype, device=x.device) if out is None else out

@@ -1,5 +1,5 @@
-"""float8_e4m3fn with scales, of a weight's output channels and of activations' rows: a product is scaled once, at its
-end."""
+"""float8_e4m3fn with one scale per output channel of a weight and per row of activations: a product is scaled once, at
+its end."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -73,13 +73,13 @@ class QuantizedWeight(nn.Module):
 
 
 def runs_fp8(x: torch.Tensor) -> bool:
-    """Whether kernels of FP8 run on x: on a GPU that multiplies it, but for float64."""
+    """Whether FP8 kernels run on x: on a GPU that multiplies FP8, except in float64."""
     return runs_triton(x) and multiplies_fp8(x.device)
 
 
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
-    """GPUs of compute capability 8.9 do."""
+    """Whether the device multiplies FP8: GPUs of compute capability 8.9 or more do."""
     if device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
@@ -91,7 +91,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def quantize_rows(x: torch.Tensor) -> QuantizedRows:
-    """x [T, K], of any floating point type; each row by its own largest value."""
+    """x [T, K], of any floating point type; each row is scaled by its own largest value."""
     return quantize_rows_triton(x) if runs_fp8(x) else quantize_rows_torch(x)
 
 

@@ -1,8 +1,8 @@
 """The router of a mixture of experts: which experts a row goes to, and with which weights.
 
-Scores are the sigmoid of the logits, of which the best experts of the best groups are taken by score plus bias
-(DeepSeek-V3, arXiv 2412.19437, section 2.1.2), or their softmax (Switch Transformer, arXiv 2101.03961). Experts that
-all rows share follow the chosen ones, each with weight 1.
+Scores are the sigmoid of the logits, and the best experts of the best groups by score plus bias are chosen
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2); or scores are their softmax (Switch Transformer, arXiv 2101.03961).
+Experts that all rows share follow the chosen ones, each with weight 1.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from blockinfer.kernels.linear import wide_linear
 
 
 class RouterRule(NamedTuple):
-    """top_k experts of a row; of `groups` groups the best `groups_kept`, by their two best experts. sigmoid, or else
-    softmax. normalized: the weights are divided by their sum; scale multiplies them. rounded: logits and weights are
-    rounded to the network's dtype, and else they are float32 at least. shared: experts behind the others."""
+    """top_k: experts per row, from the best `groups_kept` of `groups` groups, ranked by their two best experts.
+    sigmoid: else softmax. normalized: the weights are divided by their sum. scale: multiplies the weights. rounded:
+    logits and weights are rounded to the network's dtype; else they are at least float32. shared: the number of experts
+    after the others that every row uses."""
 
     top_k: int
     sigmoid: bool
@@ -38,9 +39,9 @@ class Routing(NamedTuple):
 
 
 def route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule) -> Routing:
-    """x [T, d], weight [E, d], of one dtype; bias [E], which helps to choose and is not in the weights.
+    """x [T, d], weight [E, d], of one dtype; bias [E] affects the choice of experts, but not their weights.
 
-    Equal scores go to the lower expert; one that is NaN counts as the lowest, and leaves a weight that is NaN.
+    Of equal scores the lower expert comes first. A NaN score counts as the lowest, and its weight is NaN.
     """
     logits = wide_linear(x, weight)
     if runs_triton(x):

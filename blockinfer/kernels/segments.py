@@ -1,7 +1,7 @@
-"""What attention has to do in a step, as data: a batch of segments, cut into tiles.
+"""The attention work of a step, as data: a batch of segments, cut into tiles.
 
-The kernels of `paged_attention` and `whole_attention` walk such a list with a grid of fixed size. So one CUDA graph
-serves all batches of so many rows, whatever segments they are made of.
+The kernels of `paged_attention` and `whole_attention` walk the list of tiles with a grid of fixed size. So one CUDA
+graph serves all batches with the same number of rows, whatever their segments are.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) f
 
 
 class Scratch(NamedTuple):
-    """Where the parts of tiles are kept until they are put together, float32: their outputs [parts, HK, M, D], and the
-    base-2 logarithms of their softmax's denominators [parts, HK, M], M query rows and heads."""
+    """Buffers for the parts of tiles until they are combined, float32: their outputs [parts, HK, M, D], and the base-2
+    logarithms of their softmax's denominators [parts, HK, M], M query rows and heads."""
 
     outputs: torch.Tensor
     log_sums: torch.Tensor
@@ -35,8 +35,8 @@ class Scratch(NamedTuple):
 class SegmentTable(NamedTuple):
     """Segments over T query rows, as tensors on the model's device.
 
-    tiles [I, TILE_COLUMNS] int64: what `cut` makes of them. num_tiles [2] int64: how many are of `paged_attention` and,
-    behind these, of `whole_attention`; the rest of tiles may hold anything.
+    tiles [I, TILE_COLUMNS] int64: from `cut`. num_tiles [2] int64: how many are for `paged_attention` and, after these,
+    for `whole_attention`; the rest of tiles may hold anything.
     page_tables [slots, N] int64: the pages of every slot's sequence in order; entries past ceil(kv_len / P) may hold
     anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset. scratch: from `make_scratch`; None
     where no tile is in parts. may_be_whole: whether there may be tiles of `whole_attention`.
@@ -51,10 +51,10 @@ class SegmentTable(NamedTuple):
 
 
 class Cutting(NamedTuple):
-    """How segments are cut: query rows of a tile, and so many tiles that all processors have one.
+    """How segments are cut: query rows of a tile, and how many tiles keep all processors busy.
 
-    A segment that holds all keys it attends to, and least_whole of them, is left to `whole_attention`, in tiles of
-    whole_rows; where that is 0, none is.
+    A segment that holds all keys it attends to, and at least least_whole of them, is left to `whole_attention`, in
+    tiles of whole_rows; if whole_rows is 0, none is.
     """
 
     rows: int
@@ -76,8 +76,8 @@ def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutti
     """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64, those of whole segments
     last.
 
-    A tile is of one segment. Where tiles are so few that half of what is enough would be idle, and padded_rows, those
-    of the step, allow it, those of many keys are split into parts.
+    A tile belongs to one segment. If there are at most half as many tiles as processors, and padded_rows (the rows of
+    the step after padding) allows it, tiles with many keys are split into parts.
     """
     segments = np.stack([rows.cumsum() - rows, rows, slots, kv_lens], axis=1)
     is_whole = (rows == kv_lens) & (rows >= cutting.least_whole) & (cutting.whole_rows > 0)
@@ -89,7 +89,7 @@ def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutti
 
 
 def count_tiles(tiles: np.ndarray) -> list[int]:
-    """Of those that `cut` made: how many are of `paged_attention`, and of `whole_attention`."""
+    """How many of the tiles from `cut` are for `paged_attention`, and how many for `whole_attention`."""
     whole = int((tiles[:, PARTS.value] == 0).sum())
     return [len(tiles) - whole, whole]
 
@@ -125,7 +125,7 @@ def _split(tiles: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
 
 
 def make_scratch(cutting: Cutting, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Scratch:
-    """Room for the parts of all tiles that `cut` splits."""
+    """Buffers for the parts of all tiles that `cut` splits."""
     shape = cutting.enough, kv_heads, triton.next_power_of_2(cutting.rows * (heads // kv_heads))
     outputs = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
     return Scratch(outputs, torch.empty(shape, dtype=torch.float32, device=device))

@@ -1,4 +1,4 @@
-"""What the device keeps of running sequences, a slot each, and of the blocks that a step works on."""
+"""What the device stores about running sequences, one slot each, and about the blocks that a step works on."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 
 
 class Rank(IntEnum):
-    """What a score is; the highest goes first, and among equal ones the lowest position.
+    """What positions are scored by; the highest score goes first, and among equal ones the lowest position.
 
     CONFIDENCE: minus the probability of all other tokens, which falls as the token's own rises. CERTAINTY: minus the
     entropy of the distribution, in nats. RANDOM: a uniform number. POSITION: the leftmost first.
@@ -20,17 +20,20 @@ class Rank(IntEnum):
 
 
 class Choice(IntEnum):
-    """Which positions, ranked so, are revealed.
+    """Which of the ranked positions are revealed.
 
-    TOP: the scheduled number of the best of each block (LLaDA's remasking, arXiv 2502.09992, section 2.4). The others
-    have an option, and choose among all open blocks of a sequence as if these were one. THRESHOLD: all whose score is
-    at least the option, and always the best one (of confidences Fast-dLLM, arXiv 2505.22618, section 3.3; of entropies
-    d3LLM's repository). FACTOR: the longest run of the n best in which the i-th's confidence is at least
-    1 - option / (i + 1), for i >= 2, and at least one (Fast-dLLM's section 3.3: with option 1 its Theorem 1, for each
-    n). ENTROPY: the most certain positions whose entropies, but for the largest, sum to at most the option (arXiv
-    2505.24857). SCHEDULED_THRESHOLD, of each block: all whose score is above the option, where they are as many as the
-    schedule says, and else the so many best (LLaDA2.0, arXiv 2512.15745). Where a block must reveal one and got nothing
-    by these, its best one is revealed.
+    TOP and SCHEDULED_THRESHOLD choose in each block. The others choose among all open blocks of a sequence as if these
+    were one. All but TOP have an option. If a block must reveal a position and gets none, its best one is revealed.
+
+    TOP: the best positions, as many as the schedule says (LLaDA's remasking, arXiv 2502.09992, section 2.4).
+    THRESHOLD: all whose score is at least the option, and always the best one (confidences: Fast-dLLM, arXiv
+    2505.22618, section 3.3; entropies: d3LLM's repository).
+    FACTOR: the best one, then the i-th best, i >= 2, as long as its confidence is at least 1 - option / (i + 1)
+    (Fast-dLLM's section 3.3: with option 1 its Theorem 1, for each n).
+    ENTROPY: the most certain positions whose entropies, without the largest, sum to at most the option (arXiv
+    2505.24857).
+    SCHEDULED_THRESHOLD: all whose score is above the option, but at least the best ones, as many as the schedule says
+    (LLaDA2.0, arXiv 2512.15745).
     """
 
     TOP = 0
@@ -45,9 +48,9 @@ OF_A_BLOCK = (Choice.TOP, Choice.SCHEDULED_THRESHOLD)
 
 
 class SlotOptions(NamedTuple):
-    """What each slot's request asks for, as the device keeps it: [slots] int64 of any stride, floats as their bits.
+    """The options of each slot's request on the device: [slots] int64 of any stride, floats as their bits.
 
-    rank, choice: its unmasking rule; value: the rule's option, a float64. temperature: a float64. seed: as int64.
+    rank, choice: the unmasking rule; value: the rule's option, a float64. temperature: a float64. seed: as int64.
     forbid_eos, eos_last: as in `kernels.confidence.RowOptions`, 0 or 1.
     """
 
@@ -61,10 +64,10 @@ class SlotOptions(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """What the device keeps of each running sequence, in a row of these, its slot; the last slot is scrap.
+    """The state of each running sequence on the device, one row (slot) each; the last slot is scrap.
 
-    tokens [slots, M] int64, at each position; masked [slots, M] bool, what is still to be revealed; broken [slots]
-    bool, whether its logits were NaN or infinite; options [slots, K] int64: the columns of SlotOptions.
+    tokens [slots, M] int64: of each position. masked [slots, M] bool: which are still to be revealed. broken [slots]
+    bool: whether the logits were NaN or infinite. options [slots, K] int64: the columns of SlotOptions.
     """
 
     tokens: torch.Tensor
@@ -74,19 +77,19 @@ class SlotState(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks that a step works on, each [B] int64; those of a sequence follow each other. Where there are fewer,
-    the rest is 0, each a window of its own, and all of the scrap slot.
+    """The blocks that a step works on, each field [B] int64; the blocks of a sequence are adjacent. Surplus entries
+    have no positions, are each a window of its own, and belong to the scrap slot.
 
-    What changes from step to step of a block: steps: the denoising step in it; counts: how many positions the schedule
-    reveals or, of rules without one, whether one at least must be revealed, 0 or 1; last_steps: whether all must, 0 or
-    1; masked_counts: how many positions are masked as far as the host knows: a broken sequence has more, and one whose
-    last step revealed and was then cut short, as by Ctrl-C, has fewer; 0 where none can be revealed; first_masked: the
-    sum of those of the blocks before.
+    Fields that change in each step of a block. steps: the denoising step in it. counts: how many positions the schedule
+    reveals; for rules without a schedule, 1 if at least one must be revealed, else 0. last_steps: 1 if all must be
+    revealed, else 0. masked_counts: how many positions are masked as far as the host knows, 0 if none can be revealed.
+    A broken sequence has more; one whose last step revealed some before it was interrupted, as by Ctrl-C, has fewer.
+    first_masked: the sum of the masked_counts of the blocks before.
 
-    What does not: slots; starts and lengths: the block's first position and how many it has; first_rows: the row of
-    that position in the forward, where a block's rows follow each other; output_starts: output tokens before the block;
-    result_starts: the sum of the lengths of the blocks before; window_firsts, window_lasts: which of the blocks are the
-    sequence's first and last.
+    Fields that do not change. slots. starts, lengths: the block's first position, and its number of positions.
+    first_rows: the row of that position in the forward, in which a block's rows are adjacent. output_starts: output
+    tokens before the block. result_starts: the sum of the lengths of the blocks before. window_firsts, window_lasts:
+    the indices of the sequence's first and last block.
     """
 
     steps: torch.Tensor
@@ -105,16 +108,17 @@ class Blocks(NamedTuple):
 
 
 class MaskedRows(NamedTuple):
-    """Of each block masked_counts masked positions, the first ones, block after block, each [N] int64: the row in the
-    forward and the place in the block. Where fewer are masked, and at the end, row 0 and place -1, which is none."""
+    """The first masked_counts masked positions of each block, block after block, each field [N] int64: the row in the
+    forward and the place in the block. Where fewer are masked, and at the end, the row is 0 and the place -1 (none)."""
 
     row: torch.Tensor
     place: torch.Tensor
 
 
 class Places(NamedTuple):
-    """Of the blocks' places [B, L], L the longest: slot and position, those past a length in the scrap slot; whether it
-    is masked; whether `masked_rows` lists it, and there as which row, which is 0 for what is not listed."""
+    """The places of the blocks, [B, L], L the longest length. where: slot and position; places past a block's length
+    are in the scrap slot. masked: whether the place is masked. listed: whether `masked_rows` lists it. row: its row in
+    that list, 0 for a place that is not listed."""
 
     where: tuple[torch.Tensor, torch.Tensor]
     masked: torch.Tensor
@@ -123,7 +127,7 @@ class Places(NamedTuple):
 
 
 def without_padding(blocks: Blocks) -> Blocks:
-    """The blocks that there are, or one where there is none: for the twins, which need not be captured."""
+    """The blocks without surplus entries, or one if there is none: for the twins, which need not be captured."""
     number = max(1, int(blocks.lengths.count_nonzero()))
     return Blocks(*(column[:number] for column in blocks))
 

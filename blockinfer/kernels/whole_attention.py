@@ -1,13 +1,13 @@
 """Attention of segments that hold all keys they attend to: prompts, canvases, refreshes.
 
 Their q, k and v have just been computed and lie side by side, so no page is read. The schedule is FlashAttention-3's
-(arXiv 2407.08608), for Hopper: one warp has the tensor memory accelerator bring K and V; two warpgroups of 64 query
-rows take turns at the matrix units, so that one's softmax runs beside the other's products; and a warpgroup begins its
-next tile before it writes the last one's output.
+(arXiv 2407.08608), for Hopper: one warp loads K and V with the tensor memory accelerator; two warpgroups of 64 query
+rows take turns at the matrix units, so that the softmax of one overlaps with the products of the other; and a warpgroup
+begins its next tile before it writes the output of the last one.
 
-It is written in Gluon, Triton's lower language: what Triton makes of the same loop, and FlashAttention-2, which
-torch.nn.attention.varlen calls, reach .51 to .85 of the speed of cuDNN, scaled_dot_product_attention's choice, on an
-H200; this 1.01 to 1.15. cuDNN itself cannot be captured in a CUDA graph with lengths that lie on the device.
+It is written in Gluon, Triton's lower-level language. On an H200 it reaches 1.01 to 1.15 of the speed of cuDNN, which
+scaled_dot_product_attention chooses. The same loop in Triton, and FlashAttention-2, which torch.nn.attention.varlen
+calls, reach .51 to .85. cuDNN itself cannot be captured in a CUDA graph with lengths that lie on the device.
 """
 
 import torch
@@ -32,8 +32,8 @@ _STAGES = gl.constexpr(2)  # tiles of K and of V that are on their way or in use
 
 
 def with_whole(cutting: Cutting, head_dim: int, dtype: torch.dtype, device: torch.device) -> Cutting:
-    """The cutting, with whole segments left to `whole_attention`: to its twin all, in tiles as others; to the kernel
-    those that have a tile of keys, on Hopper GPUs, in half precision and of usual head sizes."""
+    """The cutting, with whole segments left to `whole_attention`. Its twin takes all of them, in ordinary tiles. The
+    kernel takes those with at least a tile of keys, on Hopper GPUs, in half precision, for head sizes 64 and 128."""
     if not runs_triton(torch.empty(0, dtype=dtype, device=device)):
         return cutting._replace(whole_rows=cutting.rows, least_whole=1)
     hopper = not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
@@ -43,8 +43,8 @@ def with_whole(cutting: Cutting, head_dim: int, dtype: torch.dtype, device: torc
 
 
 def whole_attention(qk: torch.Tensor, v: torch.Tensor, table: SegmentTable, out: torch.Tensor) -> None:
-    """qk [T, H + HK, D]: queries and keys, with RoPE; v [T, HK, D], H a multiple of HK; out [T, H, D]: written are the
-    rows of the table's whole segments.
+    """qk [T, H + HK, D]: queries and keys, with RoPE; v [T, HK, D], H a multiple of HK; out [T, H, D]: only the rows of
+    the table's whole segments are written.
 
     Scale 1 / sqrt(D). K and V of rows of other segments may hold anything. All of one dtype.
     """
@@ -65,7 +65,7 @@ def whole_attention_torch(qk: torch.Tensor, v: torch.Tensor, table: SegmentTable
 
 
 def whole_attention_gluon(qk: torch.Tensor, v: torch.Tensor, table: SegmentTable, out: torch.Tensor) -> None:
-    """The kernel; arguments as of `whole_attention`, of whose cutting the table must be.
+    """The kernel; arguments as for `whole_attention`. The table must be made with the cutting of `with_whole`.
 
     Raises ValueError where a shape, a dtype or a stride is not what the kernel indexes by.
     """

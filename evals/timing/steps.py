@@ -240,8 +240,8 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
     first = infos[0]
     lines = [
         f"{first['model']} ({first['weights']} weights) in {number_format(first)}, {first['gpu'] or first['cpu']}",
-        f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}{'of the least':>22}{'first s':>9}"
-        f"{'other GB':>10}",
+        f"{'case':<28}{'requests':>9}{'forwards':>10}{'ms/step':>10}{'tokens/s':>10}"
+        f"{'of the minimum':>22}{'first s':>9}{'other GB':>10}",
     ]
     for info in infos:
         other = "-" if info["other_gb"] is None else f"{info['other_gb']:.2f}"
@@ -265,14 +265,14 @@ def table(infos: list[dict[str, Any]]) -> list[str]:
     lines += [f"{info[STEP]} is not steady: {info['unsteady']}" for info in infos if info["unsteady"]]
     lines.append(loading_line(first))
     lines.append(
-        "ms/step: wall time over forwards, the prompt's included; first s: an untimed run before, a step a block"
+        "ms/step: wall time over forwards, the prompt's included; first s: an untimed run before, one step per block"
     )
     lines.append(
-        "of the least: the share of ms/step that the device needs to read weights, keys and values at "
+        "of the minimum: the share of ms/step that the device needs to read weights, keys and values at "
         f"{first['read_tb_per_s']:.3g} TB/s,"
     )
     lines.append(
-        f"or for the products at {first['sustained_matmul_tflop_per_s']:.3g} TFLOP/s, what it was measured to sustain"
+        f"or for the products at {first['sustained_matmul_tflop_per_s']:.3g} TFLOP/s, as it was measured to sustain"
     )
-    lines.append("other GB: memory of the GPU at its peak, besides weights and KV cache")
+    lines.append("other GB: the GPU's peak memory, besides weights and KV cache")
     return lines
