@@ -33,7 +33,7 @@ def check_seed(seed: object) -> None:
     check_int("seed", seed, 0)
 
 
-def check_real(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
+def check_real(name: str, value: object, minimum: float, maximum: float) -> None:
     if not is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     if not minimum <= value <= maximum:

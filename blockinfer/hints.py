@@ -8,8 +8,9 @@ def _is(name: str, *foreign: str) -> dict[str, str]:
     return dict.fromkeys(foreign, f"it is called {name} here")
 
 
+NO_PENALTY = "tokens are neither penalised nor favoured here"
+ONLY_EOS_FORBIDDEN = "no token but EOS can be forbidden here (logits_eos_inf)"
 _TEMPERATURE = "there is no such filter here: temperature alone shapes the sampling"
-_PENALTY = "tokens are neither penalised nor favoured here"
 _CACHE = "mode says what is cached: vanilla, prefix_cache, dual_cache, block or block_refresh"
 
 SAMPLING_HINTS = {
@@ -35,11 +36,11 @@ SAMPLING_HINTS = {
     "do_sample": "temperature=0 is greedy, above it samples",
     **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p"), _TEMPERATURE),
     **dict.fromkeys(
-        ("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty", "logit_bias"), _PENALTY
+        ("repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty", "logit_bias"), NO_PENALTY
     ),
     **dict.fromkeys(
         ("bad_words", "min_tokens", "allowed_token_ids", "logits_processors", "guided_decoding", "structured_outputs"),
-        "no token but EOS can be forbidden here (logits_eos_inf)",
+        ONLY_EOS_FORBIDDEN,
     ),
     **_is("n", "num_return_sequences", "num_samples"),
     "best_of": "n answers are all given back; choose among them",

@@ -149,7 +149,7 @@ class ConfigReader:
             raise ValueError(f"{self.source}: dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
         return DTYPES[name] if name is not None else None
 
-    def _present(self, name: str, default: float | None = None) -> Any:
+    def _present(self, name: str, default: float | None) -> Any:
         value = default if self.raw.get(name) is None else self.raw[name]
         if value is None:
             raise ValueError(f"{self.source}: {name} is missing")

@@ -44,9 +44,9 @@ def changed(name=BLOCK, **figures):
     return lambda benchmarks: benchmarks[name]["extra_info"].update(figures)
 
 
-def scaled(key, factor, name=BLOCK):
+def scaled(key, factor):
     def change(benchmarks):
-        info = benchmarks[name]["extra_info"]
+        info = benchmarks[BLOCK]["extra_info"]
         info[key] = type(info[key])(info[key] * factor)
 
     return change

@@ -214,8 +214,8 @@ STEP_OF_KERNELS = [
 ]
 
 
-def kernels_of(names, length=2.0, apart=3.0):
-    return [Kernel(name, apart * i, apart * i + length) for i, name in enumerate(names)]
+def kernels_of(names):
+    return [Kernel(name, 3.0 * i, 3.0 * i + 2.0) for i, name in enumerate(names)]
 
 
 def test_kernels_are_told_apart_by_name_and_order():

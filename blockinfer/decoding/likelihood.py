@@ -8,10 +8,10 @@ the masked tokens' log-probabilities.
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
-from blockinfer.decoding.modes import BlockState, Segment, block
+from blockinfer.decoding.modes import Mode, block, vanilla
 
 Mask = tuple[int, ...]
 
@@ -70,9 +70,5 @@ def estimate(length: int, mc_num: int, masks: Sequence[Mask], sums: Sequence[flo
     return math.fsum(means.values()) / length, math.sqrt(variance) / length
 
 
-def _whole(state: BlockState) -> list[Segment]:
-    return [Segment(0, state.canvas_end, state.canvas_end)]
-
-
 # What a forward of the whole answer, as one block, computes.
-SCORING_MODES: dict[str, Callable[[BlockState], list[Segment]]] = {"vanilla": _whole, "block": block}
+SCORING_MODES: dict[str, Mode] = {"vanilla": vanilla, "block": block}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def settled(text: str, before: str = "", stop: Iterable[str] = ()) -> str:
+def settled(text: str, before: str, stop: Iterable[str]) -> str:
     """As much of `text`, the decoded tokens so far, as will stand whatever comes.
 
     Held back is half a character at its end, and what a stop string may begin with. `before` is what was given out

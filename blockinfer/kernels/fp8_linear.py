@@ -22,6 +22,7 @@ from blockinfer.kernels.backend import (
     shared_memory,
     wait_for_last,
 )
+from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight, is_hopper, quantize_rows, runs_fp8
 
 # of them and fewer the kernel's time is that of reading the weights, and torch's is longer
@@ -122,17 +123,13 @@ def choose_tile(x: QuantizedRows, weight: QuantizedWeight, gated: bool = False) 
         if gated:
             return Tile(128, 128, 128, num_warps=8, num_stages=3)
         tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
-        return Tile(128, 128, 128, _splits(tiles, depth, processors), num_warps=8)
+        return Tile(128, 128, 128, choose_splits(tiles, depth, processors), num_warps=8)
     block_t = max(16, triton.next_power_of_2(rows))
     ahead = 4 if rows <= 32 else 0
     if gated:
         return Tile(block_t, 64, 128, num_stages=6 if rows <= 32 else 4, ahead=ahead)
-    splits = _splits(triton.cdiv(columns, 64), depth, processors)
+    splits = choose_splits(triton.cdiv(columns, 64), depth, processors)
     return Tile(block_t, 64, 128 if splits == 1 else 256, splits, num_stages=5, ahead=ahead)
-
-
-def _splits(tiles: int, depth: int, processors: int) -> int:
-    return max(1, min(processors // tiles, depth // 1024))
 
 
 def fp8_linear_triton(x: QuantizedRows, weight: QuantizedWeight, tile: Tile, gated: bool = False) -> torch.Tensor:
@@ -141,16 +138,11 @@ def fp8_linear_triton(x: QuantizedRows, weight: QuantizedWeight, tile: Tile, gat
     Raises ValueError where shapes or strides do not fit, and for a gate that is split.
     """
     values, weights = x.values, weight.values
-    if values.ndim != 2 or weights.shape[1] != values.shape[1] or (gated and weights.shape[0] % 2):
-        raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(values.shape)} and {tuple(weights.shape)}")
+    out = empty_product(values, weights, x.dtype, tile.splits, gated)
     if not all(tensor.is_contiguous() for tensor in (values, weights, x.scale, weight.scale)):
         raise ValueError("x and weight must be contiguous")
-    if gated and tile.splits > 1:
-        raise ValueError(f"a gated product cannot be added up from parts, got splits={tile.splits}")
     rows, depth = values.shape
-    columns = weights.shape[0] // 2 if gated else weights.shape[0]
-    dtype = x.dtype if tile.splits == 1 else torch.float32
-    out = torch.empty((tile.splits, rows, columns), dtype=dtype, device=values.device)
+    columns = out.shape[2]
     block_k = min(tile.block_k, max(32, triton.next_power_of_2(depth)))
     whole = depth % block_k == 0 and columns % tile.block_n == 0
     options = launch_options(values.device)
@@ -163,7 +155,7 @@ def fp8_linear_triton(x: QuantizedRows, weight: QuantizedWeight, tile: Tile, gat
         rows,
         columns,
         depth,
-        triton.cdiv(triton.cdiv(depth, block_k), tile.splits) * block_k,
+        part_of_depth(depth, block_k, tile.splits),
         GATED=gated,
         WHOLE=whole,
         BLOCK_T=tile.block_t,

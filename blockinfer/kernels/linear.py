@@ -16,6 +16,7 @@ import triton.language as tl
 from blockinfer.kernels.activation import silu_mul
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton, shared_memory
 from blockinfer.kernels.fp8_linear import fp8_gated_linear, fp8_linear, fp8_linear_parts
+from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight
 
 SKINNY_ROWS = 64
@@ -94,8 +95,7 @@ def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) ->
         return Tiling(64, 128, 1, num_stages=4)
     if columns > 2**15:
         return Tiling(128, 128, 1, num_warps=8, num_stages=3)
-    splits = min(num_processors(x.device) // triton.cdiv(columns, 64), x.shape[1] // 1024)
-    return Tiling(64, 128, max(1, splits))
+    return Tiling(64, 128, choose_splits(triton.cdiv(columns, 64), x.shape[1], num_processors(x.device)))
 
 
 def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling, gated: bool = False) -> torch.Tensor:
@@ -103,18 +103,13 @@ def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling, 
 
     Raises ValueError where shapes, dtypes or strides do not fit, and for a gate that is split.
     """
-    if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or (gated and weight.shape[0] % 2):
-        raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    out = empty_product(x, weight, x.dtype, tiling.splits, gated)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must be of one dtype, got {x.dtype} and {weight.dtype}")
     if not (x.is_contiguous() and weight.is_contiguous()):
         raise ValueError("x and weight must be contiguous")
-    if gated and tiling.splits > 1:
-        raise ValueError(f"a gated product cannot be added up from parts, got splits={tiling.splits}")
     rows, depth = x.shape
-    columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    dtype = x.dtype if tiling.splits == 1 else torch.float32
-    out = torch.empty((tiling.splits, rows, columns), dtype=dtype, device=x.device)
+    columns = out.shape[2]
     block_k = min(tiling.block_k, max(16, triton.next_power_of_2(depth)))
     _skinny_linear_kernel[(triton.cdiv(columns, tiling.block_n), tiling.splits)](
         x,
@@ -123,7 +118,7 @@ def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling, 
         rows,
         columns,
         depth,
-        triton.cdiv(triton.cdiv(depth, block_k), tiling.splits) * block_k,
+        part_of_depth(depth, block_k, tiling.splits),
         GATED=gated,
         WHOLE=depth % block_k == 0 and columns % tiling.block_n == 0,
         BLOCK_T=max(16, triton.next_power_of_2(rows)),

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from blockinfer.kernels import philox
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
-from blockinfer.kernels.confidence import (
+from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, candidates_torch, read_tiles
+from blockinfer.kernels.confidence_kernels import (
     NO_TOKEN,
     SHARD_BEST,
     SHARD_FIELDS,
@@ -24,12 +25,7 @@ from blockinfer.kernels.confidence import (
     SHARD_TOKEN,
     SHARD_TOTAL,
     SHARD_WEIGHTED,
-    Confidence,
-    RowOptions,
-    Vocabulary,
     below_largest,
-    candidates_torch,
-    read_tiles,
 )
 from blockinfer.kernels.ranks import Ranks
 

@@ -64,9 +64,7 @@ def unmask_torch(
     best = _top(scores, listed, blocks.counts)
     reveal = best
     if Choice.SCHEDULED_THRESHOLD in choices_there:
-        value = options.value.contiguous().view(torch.float64)
-        beside_threshold = _scheduled_threshold(scores, listed, blocks.counts, value)
-        reveal = torch.where(choices == Choice.SCHEDULED_THRESHOLD, beside_threshold, best)
+        reveal = best | (_above(scores, listed, _values(options)) & (choices == Choice.SCHEDULED_THRESHOLD))
     if choices_there.difference(OF_A_BLOCK):
         of_window = _chosen_of_windows(predicted, rows, options, blocks)
         others = listed & of_window.gather(1, _row_in_window(row, blocks))
@@ -102,12 +100,16 @@ def _chosen_of_windows(predicted: Confidence, rows: MaskedRows, options: SlotOpt
     row = (first[:, None] + number).where(number < count[:, None], 0)
     listed = (number < count[:, None]) & (rows.place[row] >= 0)
     scores = torch.where(options.rank[:, None] == Rank.CERTAINTY, -predicted.entropy[row], -predicted.others[row])
-    value = options.value.contiguous().view(torch.float64)
     chosen = torch.zeros_like(listed)
     for choice, choose in CHOICES.items():
         if choice not in OF_A_BLOCK and (options.choice == choice).any():
-            chosen |= (options.choice == choice)[:, None] & choose(scores, listed, blocks.counts, value)
+            chosen |= (options.choice == choice)[:, None] & choose(scores, listed, blocks.counts, _values(options))
     return chosen
+
+
+def _values(options: SlotOptions) -> torch.Tensor:
+    """The rules' options, float64."""
+    return options.value.contiguous().view(torch.float64)
 
 
 def _order(scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -127,12 +129,15 @@ def _top(scores, masked, count, value=None):
 
 
 def _threshold(scores, masked, count, value):
-    best = _first(_order(scores, masked), masked, torch.ones_like(count))
-    return best | (masked & (scores >= value.float()[:, None]))
+    return _top(scores, masked, torch.ones_like(count)) | (masked & (scores >= value.float()[:, None]))
 
 
 def _scheduled_threshold(scores, masked, count, value):
-    return _top(scores, masked, count) | (masked & (scores > value.float()[:, None]))
+    return _top(scores, masked, count) | _above(scores, masked, value)
+
+
+def _above(scores, masked, value):
+    return masked & (scores > value.float()[:, None])
 
 
 def _factor(scores, masked, count, value):

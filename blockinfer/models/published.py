@@ -42,6 +42,6 @@ class TensorGroup(NamedTuple):
             yield from ((prefix + name, shape) for name, shape in self.shapes.items())
 
 
-def num_parameters(groups: Iterable[TensorGroup], ranks: int = 1, everyones: Collection[str] = ()) -> int:
+def num_parameters(groups: Iterable[TensorGroup], ranks: int, everyones: Collection[str]) -> int:
     """Of one of so many ranks, which share all matrices but those of these names."""
     return sum(group.parameters_of(ranks, everyones) for group in groups)

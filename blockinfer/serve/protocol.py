@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from blockinfer.checks import nearest, shown
-from blockinfer.hints import SAMPLING_HINTS
+from blockinfer.hints import NO_PENALTY, ONLY_EOS_FORBIDDEN, SAMPLING_HINTS
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.serve.errors import ApiError
 
 _NO_TOOLS = "tools cannot be called here"
 _NO_GRAMMAR = "answers cannot be bound to a grammar here"
-_NO_PENALTY = "tokens are neither penalised nor favoured here"
 _NO_FILTER = "temperature alone shapes the sampling here"
 _TEXT_ONLY = "messages and answers are text alone here"
 _NOT_KEPT = "nothing is kept here"
@@ -34,14 +33,14 @@ REFUSED = {
     "function_call": Refused(_NO_TOOLS, ("none", "auto")),
     "parallel_tool_calls": Refused(_NO_TOOLS),
     "web_search_options": Refused(_NO_TOOLS),
-    "logit_bias": Refused(_NO_PENALTY, ({},)),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), Refused(_NO_PENALTY, (0,))),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), Refused(_NO_PENALTY, (1,))),
+    "logit_bias": Refused(NO_PENALTY, ({},)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), Refused(NO_PENALTY, (0,))),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), Refused(NO_PENALTY, (1,))),
     "top_p": Refused(_NO_FILTER, (1,)),
     "top_k": Refused(_NO_FILTER, (0, -1)),
     "min_p": Refused(_NO_FILTER, (0,)),
-    "min_tokens": Refused("no token but EOS can be forbidden here (logits_eos_inf)", (0,)),
-    "bad_words": Refused(_NO_PENALTY, ([],)),
+    "min_tokens": Refused(ONLY_EOS_FORBIDDEN, (0,)),
+    "bad_words": Refused(NO_PENALTY, ([],)),
     "response_format": Refused(_NO_GRAMMAR, ({"type": "text"},)),
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar"),

@@ -97,9 +97,7 @@ def judge(found: Measurement, margins: Margins, accept_nfe: Collection[str] = ()
     return verdicts, memory_fault("the tensors that stay between units take", *found.held, margins.memory)
 
 
-def judge_case(
-    case: GateCase, rounds: Sequence[Round], peaks: Bytes, margins: Margins, accept_nfe: bool = False
-) -> Verdict:
+def judge_case(case: GateCase, rounds: Sequence[Round], peaks: Bytes, margins: Margins, accept_nfe: bool) -> Verdict:
     pairs = [pair for pairs in rounds for pair in pairs]
     base, head = zip(*pairs, strict=True)
     wall, cpu = (

@@ -7,6 +7,8 @@ from itertools import chain
 from pathlib import Path
 
 from blockinfer import LLM, RequestOutput, SamplingParams
+from blockinfer.decoding.modes import MODES
+from evals.files import number_argument, path_argument
 from evals.llada_tiny.evaluate import final_answer
 from evals.questions.prompts import messages
 from evals.results.paired import Paired
@@ -47,6 +49,23 @@ class Result:
         """On the same rows."""
         pairs = list(zip(chain(*self.right.values()), chain(*other.right.values()), strict=True))
         return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that measure modes: the checkpoint, which problems, which modes, and how many at a time."""
+    parser.add_argument("folder", type=path_argument, help="the checkpoint")
+    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
+    parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
+    parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    parser.add_argument("--max-num-seqs", type=number_argument(1), default=32, help="problems at a time (32)")
+
+
+def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Those of --mode; one that there is not ends the command."""
+    modes = args.mode.split(",")
+    if unknown := set(modes) - set(MODES):
+        parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    return modes
 
 
 def loaded(parser: argparse.ArgumentParser, folder: Path, **options: int | str | None) -> LLM:

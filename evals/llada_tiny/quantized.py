@@ -13,10 +13,9 @@ from itertools import product
 
 from tqdm.auto import tqdm
 
-from blockinfer.decoding.modes import MODES
-from evals.files import BadOutput, check_output, number_argument, path_argument, write_measured
+from evals.files import BadOutput, check_output, path_argument, write_measured
 from evals.llada_tiny.evaluate import heldout_rows
-from evals.llada_tiny.measured import BLOCK_LENGTH, Result, loaded, measure
+from evals.llada_tiny.measured import BLOCK_LENGTH, Result, add_options, chosen_modes, loaded, measure
 from evals.results.paired import stored
 
 RULES: tuple[dict, ...] = (
@@ -41,11 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m evals quantized-loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=path_argument, help="the checkpoint")
-    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
-    parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
-    parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
-    parser.add_argument("--max-num-seqs", type=number_argument(1), default=32, help="problems at a time (32)")
+    add_options(parser)
     parser.add_argument("--out", type=path_argument, help="a .json file for every grade (none)")
     return parser
 
@@ -53,9 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    modes = args.mode.split(",")
-    if unknown := set(modes) - set(MODES):
-        parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    modes = chosen_modes(parser, args)
     try:
         if args.out:
             check_output(args.out, [])

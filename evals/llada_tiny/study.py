@@ -22,18 +22,20 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from blockinfer.decoding.modes import MODES
-from evals.files import (
-    BadOutput,
-    check_folder,
-    check_output,
-    number_argument,
-    path_argument,
-    read_bytes,
-    write_measured,
-)
+from evals.files import BadOutput, check_folder, check_output, path_argument, read_bytes, write_measured
 from evals.llada_tiny import several_blocks
 from evals.llada_tiny.evaluate import heldout_rows
-from evals.llada_tiny.measured import BLOCK_LENGTH, Result, label, loaded, measure, table_row, window_label
+from evals.llada_tiny.measured import (
+    BLOCK_LENGTH,
+    Result,
+    add_options,
+    chosen_modes,
+    label,
+    loaded,
+    measure,
+    table_row,
+    window_label,
+)
 from evals.llada_tiny.problems import SOURCES
 from evals.report.scales import Scale, around
 from evals.results.paired import Paired
@@ -188,16 +190,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m evals study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=path_argument, help="the checkpoint")
-    parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
-    parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
-    parser.add_argument("--mode", default=",".join(MODES), help="decoding modes, a comma list (all)")
+    add_options(parser)
     parser.add_argument(
         "--block-length", default=str(BLOCK_LENGTH), help=f"a comma list with --several-blocks ({BLOCK_LENGTH})"
     )
     several = "a few rules with one block at a time and with several open, instead of every rule with one"
     parser.add_argument("--several-blocks", action="store_true", help=several)
-    parser.add_argument("--max-num-seqs", type=number_argument(1), default=32, help="problems at a time (32)")
     parser.add_argument(
         "--add", type=path_argument, nargs="+", default=[], help="study.json of other modes, put before"
     )
@@ -208,9 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    modes = args.mode.split(",")
-    if unknown := set(modes) - set(MODES):
-        parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
+    modes = chosen_modes(parser, args)
     lengths = _lengths(parser, args.block_length, args.several_blocks)
     plan, parts = several_blocks.plan if args.several_blocks else one_block, list(product(modes, lengths))
     rows = heldout_rows(args.rows, "heldout", args.seed)

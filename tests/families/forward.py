@@ -31,3 +31,8 @@ def logits_of(model: Transformer, tokens: list[int], lengths: list[int] | None =
     attended, residual = torch.empty(2, T, config.d_model, dtype=model.wte.dtype, device=device)
     model(torch.tensor(tokens, device=device), positions, kv_pages, table, attended, residual)
     return model.logits(attended, residual, positions)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of logits: the norm of what they differ by, over that of the expected ones."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from blockinfer import LLM, SamplingParams
 from blockinfer.models.registry import SHAPES, model_class, published, read_model_config
 from tests.families.checkpoints import ILLADA, write_family, write_tokenizer
-from tests.families.forward import logits_of
+from tests.families.forward import logits_of, relative_error
 from tests.families.networks import ILLaDANetwork
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -18,10 +18,6 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def drawn(length, seed=0, size=61):
     return random.Random(seed).choices(range(size), k=length)
-
-
-def relative_error(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,11 @@ from blockinfer import LLM, SamplingParams
 from blockinfer.kernels import router
 from blockinfer.models.registry import SHAPES, model_class, published, read_model_config
 from tests.families.checkpoints import LLADA2, LLADA_MOE, write_family, write_tokenizer
-from tests.families.forward import logits_of
+from tests.families.forward import logits_of, relative_error
 from tests.families.networks import LLaDA2Network, LLaDAMoENetwork
 
 NETWORK = {"LLaDAMoEModelLM": LLaDAMoENetwork, "LLaDAMoEModel": LLaDAMoENetwork, "LLaDA2MoeModelLM": LLaDA2Network}
 TOKENS = random.Random(0).choices(range(61), k=29)
-
-
-def relative_error(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def pids(llm):
     return [process.pid for process in llm._leader._followers._processes]
 
 
-def assert_gone(pids, seconds=20):
-    deadline = time.monotonic() + seconds
+def assert_gone(pids):
+    deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a rank is left"
         time.sleep(0.05)

@@ -18,9 +18,9 @@ class Output:
     stop_reason: int | None = None
 
 
-def result_with(margins: list[float], max_tokens: int = 4, stop_ids=(9,)) -> Result:
+def result_with(margins: list[float]) -> Result:
     """Two blocks of two, tokens 1 2 3 4, revealed in the order 1, 0, 2, 3, with the given margins."""
-    settings = Settings(max_tokens=max_tokens, block_length=2, stop_ids=stop_ids)
+    settings = Settings(max_tokens=4, block_length=2, stop_ids=(9,))
     steps = [Step([i], margin) for i, margin in zip([1, 0, 2, 3], margins, strict=True)]
     return Result(settings, [1, 2, 3, 4], [1, 2, 3, 4], blocks=[steps[:2], steps[2:]])
 
