@@ -9,8 +9,14 @@ from blockinfer.sampling_params import SamplingParams
 EXACT_MODE = "block"
 
 
-def check_block_causal(params: SamplingParams) -> None:
-    """Raises ValueError for what has a position see later blocks, which the network was not trained for."""
+def check_block_causal(params: SamplingParams, has_spans: bool = False) -> None:
+    """Raises ValueError for what has a position see later blocks, which the network was not trained for: masked spans
+    in the prompt too."""
+    if has_spans:
+        raise ValueError(
+            "masked spans must see what comes after them, and this model is block-causal: no mode fills them; leave "
+            "them out of the prompt"
+        )
     if params.mode != EXACT_MODE:
         raise ValueError(
             f"mode {params.mode!r} computes positions that see later blocks, and this model is block-causal: "
