@@ -1,5 +1,6 @@
 """Requests of a block-causal network, whose positions see their own block and those before, counted from position 0."""
 
+from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.decoding.modes import BlockState
 from blockinfer.decoding.windows import OpenBlock
 from blockinfer.engine.sequence import Saved, Sequence
@@ -28,6 +29,11 @@ def check_block_causal(params: SamplingParams, has_spans: bool = False) -> None:
                 f"{name}={getattr(params, name)} has blocks see later ones, and this model is block-causal; "
                 f"leave it {alone}"
             )
+
+
+def most_tokens(config: EngineConfig, model: ModelConfig, block_length: int) -> int:
+    """Of a prompt and its answer together; a block-causal network's fill whole blocks."""
+    return config.max_model_len - (config.max_model_len % block_length if model.block_length is not None else 0)
 
 
 class BlockCausalSequence(Sequence):
