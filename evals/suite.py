@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tqdm.auto import tqdm
 
 from blockinfer import LLM, RequestOutput
-from blockinfer.engine.block_causal import EXACT_MODE, check_block_causal
+from blockinfer.engine.block_causal import EXACT_MODE, check_block_causal, most_tokens
 from evals.questions.graders import grade
 from evals.questions.rows import encode
 from evals.results.record import environment, extra_info, loading
@@ -62,7 +62,8 @@ class Suite:
         self.environment = environment(settings, llm.config.dtype, llm.config.quantization)
         self.runs: dict[Case, Run] = {}
         self.failed: dict[Case, Exception] = {}
-        limit = llm.config.max_model_len - settings.max_tokens
+        room = (most_tokens(llm.config, llm.model_config, case.params.block_length) for case in settings.cases)
+        limit = min(room) - settings.max_tokens
         if limit < 1:
             raise ValueError(f"--max-tokens {settings.max_tokens} leaves no room for a prompt: {_room(llm)}")
         try:

@@ -93,6 +93,8 @@ def test_what_fine_tuned_llada_checkpoints_have_besides(tmp_path, dtype):
     expected = outputs(write_checkpoint(tmp_path / "plain"))
     harmless = dict(_name_or_path="x", dtype="float32", flash_attention=True, use_cache=True, precision="amp_fp16")
     harmless |= dict(embedding_dropout=0.1, rope_scaling=None, quantization_config=None, transformers_version="5.0.0")
+    # as transformers 5 writes it
+    harmless |= dict(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     folder = write_checkpoint(tmp_path / "tuned", **harmless)
     names = ["rotary_emb.inv_freq", *(f"model.transformer.blocks.{i}.rotary_emb.inv_freq" for i in range(2))]
     add_tensors(folder, {name: FREQUENCIES.to(dtype, copy=True) for name in names})

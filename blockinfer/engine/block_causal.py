@@ -1,5 +1,6 @@
 """Requests of a block-causal network, whose positions see their own block and those before, counted from position 0."""
 
+from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.decoding.modes import BlockState
 from blockinfer.decoding.windows import OpenBlock
 from blockinfer.engine.sequence import Saved, Sequence
@@ -9,8 +10,14 @@ from blockinfer.sampling_params import SamplingParams
 EXACT_MODE = "block"
 
 
-def check_block_causal(params: SamplingParams) -> None:
-    """Raises ValueError for what has a position see later blocks, which the network was not trained for."""
+def check_block_causal(params: SamplingParams, has_spans: bool = False) -> None:
+    """Raises ValueError for what has a position see later blocks, which the network was not trained for: masked spans
+    in the prompt too."""
+    if has_spans:
+        raise ValueError(
+            "masked spans must see what comes after them, and this model is block-causal: no mode fills them; leave "
+            "them out of the prompt"
+        )
     if params.mode != EXACT_MODE:
         raise ValueError(
             f"mode {params.mode!r} computes positions that see later blocks, and this model is block-causal: "
@@ -22,6 +29,11 @@ def check_block_causal(params: SamplingParams) -> None:
                 f"{name}={getattr(params, name)} has blocks see later ones, and this model is block-causal; "
                 f"leave it {alone}"
             )
+
+
+def most_tokens(config: EngineConfig, model: ModelConfig, block_length: int) -> int:
+    """Of a prompt and its answer together; a block-causal network's fill whole blocks."""
+    return config.max_model_len - (config.max_model_len % block_length if model.block_length is not None else 0)
 
 
 class BlockCausalSequence(Sequence):

@@ -87,7 +87,7 @@ class Engine:
             raise ValueError("masked spans are filled between text that stays, and cannot be streamed")
         block_causal = self.model.config.block_length is not None
         if block_causal:
-            check_block_causal(params)
+            check_block_causal(params, read.tokens is not None)
         if read.tokens is None:
             whole = params.block_length if block_causal else 1
             self._limits.check_fits(len(read.token_ids), params.max_tokens, params.cfg_scale > 0, whole)

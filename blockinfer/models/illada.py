@@ -34,7 +34,11 @@ ILLADA_8B: dict[str, Any] = {
 }
 # Neither its config nor its tokenizer names it.
 _MASK = 5
-_IMPLEMENTED: dict[str, tuple[object, ...]] = {"layer_norm_eps": (None,), "mlp_bias": (False, None)}
+_IMPLEMENTED: dict[str, tuple[object, ...]] = {
+    "layer_norm_eps": (None,),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+}
 
 
 class ILLaDA(Transformer):

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from blockinfer.model_config import MAX_LAYERS, ConfigReader, ModelConfig, architecture, check_heads, check_tokens
+from blockinfer.model_config import MAX_LAYERS, ModelConfig, architecture, check_heads, check_tokens
+from blockinfer.models.hf_config import hf_reader
 from blockinfer.quantization import read_quantization
 
 # What the network here computes. A checkpoint that says otherwise is refused; one that is silent is taken to agree.
@@ -22,9 +23,9 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "input_emb_norm": (False, None),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
+    "partial_rotary_factor": (1.0, None),
     "rope": (True,),
     "rope_full_precision": (True,),
-    "rope_scaling": (None,),
     "scale_logits": (False, None),
     "sliding_window": (False, None),
 }
@@ -54,7 +55,8 @@ def read_llada_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
     Raises ValueError for a missing or impossible size and for a value that the network does not implement.
     """
-    read = ConfigReader(raw, source)
+    # transformers 5 writes rope_parameters beside these fields
+    read = hf_reader(raw, source)
     read.refuse_others(_IMPLEMENTED)
     n_heads = read.integer("n_heads")
     n_kv_heads = raw.get("n_kv_heads")

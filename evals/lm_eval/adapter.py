@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from blockinfer import LLM, SamplingParams
 from blockinfer.chat import ChatTemplate
+from blockinfer.engine.block_causal import most_tokens
 from evals.lm_eval.options import BadArguments, answer_params, read_model_arguments
 
 # below lm-eval's own, which it shows
@@ -120,7 +121,7 @@ class BlockInferLM(TemplateLM):
             for i, request in enumerate(requests):
                 context, kwargs = request.args
                 params = self._params(kwargs)
-                running[engine.add_request(self._fitting(context, params.max_tokens), params)] = i
+                running[engine.add_request(self._fitting(context, params), params)] = i
             with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as progress:
                 while engine.has_unfinished():
                     for output in engine.step():
@@ -150,10 +151,11 @@ class BlockInferLM(TemplateLM):
             normal["temperature"] = self._arguments.sampling.get("temperature", 0.0)
         return answer_params(self._arguments, normal, self._special_tokens)
 
-    def _fitting(self, context: str, max_tokens: int) -> dict[str, Any]:
-        room = self.max_length - max_tokens
+    def _fitting(self, context: str, params: SamplingParams) -> dict[str, Any]:
+        most = most_tokens(self.llm.config, self.llm.model_config, params.block_length)
+        room = most - params.max_tokens
         if room < 1:
-            raise BadArguments(f"max_gen_toks={max_tokens} leaves no room for a prompt in {self.max_length} tokens")
+            raise BadArguments(f"max_gen_toks={params.max_tokens} leaves no room for a prompt in {most} tokens")
         token_ids = self.tok_encode(context)
         self._cut += len(token_ids) > room
         return {"prompt": context, "prompt_token_ids": token_ids[-room:]}

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from blockinfer import LLM, SamplingParams
-from evals.runs.settings import Case
+from evals.runs.settings import Case, read_settings
 from evals.suite import Suite
 from evals.test_steps import SIZES
 from evals.timing.steps import refusal
-from tests.families.checkpoints import LLADA2, write_family
+from tests.families.checkpoints import LLADA2, write_family, write_tokenizer
 from tests.families.networks import LLaDA2Network
+from tests.options import Options
+from tests.test_rows import QA, write
 
 MASK, EOS, B = 57, 56, 8
 CONFIG = LLADA2 | {"vocab_size": 61, "mask_token_id": MASK, "eos_token_id": EOS, "num_hidden_layers": 2}
@@ -165,10 +167,10 @@ def test_likelihoods_and_masked_spans_are_refused(llm):
         with pytest.raises(ValueError, match="likelihoods are not defined here for a block-causal model"):
             ask()
     spans = {"prompt_token_ids": [1, MASK, 2], "infill": True}
-    with pytest.raises(ValueError, match="mode 'block' drops what is after a block, which infilling must see"):
-        llm.generate(spans, SamplingParams(), use_tqdm=False)
-    with pytest.raises(ValueError, match="mode 'vanilla' computes positions that see later blocks"):
-        llm.generate(spans, SamplingParams(mode="vanilla"), use_tqdm=False)
+    # none of the modes that fill them elsewhere is named: they are refused here
+    for mode in ("block", "vanilla"):
+        with pytest.raises(ValueError, match="this model is block-causal: no mode fills them; leave them out of the"):
+            llm.generate(spans, SamplingParams(mode=mode), use_tqdm=False)
 
 
 def test_the_suite_says_which_mode_to_pass(llm):
@@ -178,6 +180,21 @@ def test_the_suite_says_which_mode_to_pass(llm):
     case = Case("block", 32, "low_confidence", SamplingParams(suffix_window=4))
     with pytest.raises(ValueError, match="suffix_window=4 has .*; leave it 0$"):
         Suite(llm, SimpleNamespace(cases=[case]))
+
+
+def test_the_suite_cuts_prompts_so_that_whole_blocks_fit(tmp_path):
+    """Of 199 tokens 192 are blocks of 8, of which the answer takes 10."""
+    folder = write_family(tmp_path / "model", CONFIG, vocab_size=300)
+    write_tokenizer(folder, {"<end>": EOS, "<mask>": MASK}, 270, eos_token="<end>")
+    row = QA | {"context": "Ann did. " * 90}
+    options = dict(
+        dataset=str(write(tmp_path / "rows.jsonl", [row])), mode=["block"], block_length=[4, B], max_tokens=10
+    )
+    settings = read_settings(Options(model=str(folder), device="cpu", **options))
+    with LLM(folder, device="cpu", max_model_len=199, max_num_seqs=1) as llm:
+        suite = Suite(llm, settings)
+        assert suite.truncated == 1 and 170 < len(suite.prompts[0]["prompt_token_ids"]) <= 192 - 10
+        llm.generate(suite.prompts, settings.cases[1].params, use_tqdm=False)
 
 
 def test_steps_that_are_not_block_causal_are_left_out(llm):

@@ -120,6 +120,8 @@ def test_the_published_shape():
         ({"rope_scaling": "linear"}, "rope_scaling must be an object or null, got 'linear'"),
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000.0, and in rope_parameters 5.0"),
         ({"rope_theta": None}, "rope_theta is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented, only 1.0 is"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not implemented"),
         ({"head_dim": 16}, "head_dim=16 is not implemented, only hidden_size / num_attention_heads, 8, is"),
         ({"sliding_window": 64}, "sliding_window=64 is not implemented, only None is"),
         ({"quantization_config": {}}, "quantization_config={} is not implemented"),

@@ -12,6 +12,7 @@ from evals.questions.rows import encode_for_letter
 from evals.runs.settings import read_settings
 from evals.suite import Suite
 from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.families import checkpoints as families
 from tests.options import Options
 
 pytest.importorskip("lm_eval")
@@ -220,6 +221,18 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(model, llm, caplog):
     assert "1 prompts lost their beginning" in caplog.text
     with pytest.raises(BadArguments, match="max_gen_toks=120 leaves no room for a prompt in 120 tokens"):
         model.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 120})), True)
+
+
+def test_a_block_causal_model_has_room_for_whole_blocks(tmp_path):
+    """Of 30 tokens three blocks of 8."""
+    folder = families.write_family(tmp_path, families.LLADA2, vocab_size=300)
+    families.write_tokenizer(folder, {"<end>": 56, "<mask>": 57}, 270, eos_token="<end>", mask_token="<mask>")
+    options = dict(max_gen_toks=10, block_length=8, max_model_len=30, ignore_eos=True, device="cpu")
+    model = BlockInferLM(pretrained=str(folder), **options)
+    (text,) = model.generate_until(instances("generate_until", ("ab " * 60, {"until": []})), True)
+    params = SamplingParams(max_tokens=10, block_length=8, ignore_eos=True)
+    ids = model.tok_encode("ab " * 60)[-(24 - 10) :]
+    assert text == model.llm.generate(ids, params, use_tqdm=False)[0].outputs[0].text
 
 
 def test_loglikelihood(model, llm):
