@@ -21,7 +21,7 @@ from evals.gate import experiment
 from evals.llada_tiny import quantized, sample, study, train
 from evals.questions import build_sample
 from evals.results import compare
-from evals.timing import stages
+from evals.timing import rounding, stages
 from tests.serve.test_process import Process
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,7 @@ NEEDS = {
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
         "python -m evals study evals/llada_tiny --several-blocks --mode block --block-length 8,16,32 --out /tmp/blocks",
         "python -m evals quantized-loss evals/llada_tiny --rows 250 --max-num-seqs 128",
+        "python -m evals rounding --layers 1,2,4,8,16",  # or 16 GB, and minutes
     ),
     "two GPUs": ("pytest evals/test_steps.py --tensor-parallel-size 2",),
     "jq": ("jq -r 'select(.correct == false) | [.id, .mode, .extracted, (.gold | tostring)] | @tsv' samples.jsonl",),
@@ -232,6 +233,7 @@ def test_every_option_is_one(option, pytestconfig):
         stages.make_parser(),
         study.make_parser(),
         quantized.make_parser(),
+        rounding.make_parser(),
         train.make_parser(),
         sample.make_parser(),
     ]

@@ -49,6 +49,9 @@ LLADA2_MINI: dict[str, Any] = {
 # What all of them were trained with; their configs do not say.
 BLOCK_LENGTH = 32
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
+    # of one that was tuned to blocks of another length
+    "block_length": (BLOCK_LENGTH, None),
+    "block_size": (BLOCK_LENGTH, None),
     # LLaDA2.2's, which has this architecture's name: experts are chosen for a block, and tokens that move others
     "delete_token_id": (None,),
     "expert_capacity": (None,),

@@ -167,6 +167,7 @@ WRONG = [
     (LLADA2, {"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number, got 0"),
     (LLADA2, {"expert_capacity": 8}, "expert_capacity=8 is not implemented, only None is"),
     (LLADA2, {"delete_token_id": 5}, "delete_token_id=5 is not implemented, only None is"),
+    (LLADA2, {"block_size": 64}, "block_size=64 is not implemented, only 32 is"),
     (LLADA2, {"split_token_id": 5}, "split_token_id=5 is not implemented, only None is"),
     (LLADA2, {"compression_config": {"format": "int"}}, "compression_config={'format': 'int'} is not implemented"),
 ]
