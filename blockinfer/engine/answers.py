@@ -1,4 +1,4 @@
-"""From finished sequences to what the user gets."""
+"""Turns finished sequences into the user's outputs."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from blockinfer.outputs import (
 )
 
 Decode = Callable[[list[int]], str]
-# Of sequences, by their ids, the open blocks: None where a position is masked.
+# The open blocks of sequences, by sequence id: None where a position is masked.
 Canvases = dict[int, tuple[int | None, ...]]
 
 
 def search_stop(sequence: Sequence, decode: Decode) -> None:
-    """Looks for the request's stop strings in the blocks that were finished since the last search."""
+    """Looks for the request's stop strings in the blocks finished since the last search."""
     params = sequence.params
     token_ids = sequence.output_token_ids[: sequence.stop_position()]
     if isinstance(sequence, InfillSequence) or not params.stop or sequence.stopped_by is not None:
@@ -38,13 +38,13 @@ def search_stop(sequence: Sequence, decode: Decode) -> None:
 
 
 def scoring_output(siblings: list[ScoringRow]) -> ScoringOutput:
-    """Of forwards that are all through."""
+    """The output of a scoring request whose forwards are all done."""
     return ScoringOutput(siblings[0].request_id, [row.values for row in siblings], sum(row.nfe for row in siblings))
 
 
 def request_output(siblings: list[Sequence], decode: Decode | None, canvases: Canvases | None = None) -> RequestOutput:
-    """Of a request whose sequences are all finished, or that is streamed. decode: None where there is no tokenizer.
-    canvases: of sequences whose open blocks came on."""
+    """The output of a request whose sequences are all finished, or that is streamed. decode: None without a tokenizer.
+    canvases: those of the sequences whose open blocks advanced."""
     first, now = siblings[0], time.perf_counter()
     first_blocks = [sequence.first_block_at for sequence in siblings if sequence.first_block_at is not None]
     return RequestOutput(
@@ -121,6 +121,6 @@ def _infilled(index: int, sequence: InfillSequence, decode: Decode | None) -> Co
 
 
 def _named(positions: list[dict[int, tuple[float, int]]], decode: Decode | None) -> list[dict[int, Logprob]]:
-    """With each token's text."""
+    """Adds each token's text."""
     text = (lambda token_id: None) if decode is None else cache(lambda token_id: decode([token_id]))
     return [{i: Logprob(logprob, rank, text(i)) for i, (logprob, rank) in tokens.items()} for tokens in positions]

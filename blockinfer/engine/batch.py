@@ -1,4 +1,4 @@
-"""What a step's forward needs to know: its indices as one tensor, which a single copy brings over."""
+"""The indices that a step's forward needs, packed into one tensor so that one copy transfers them to the device."""
 
 import struct
 from collections.abc import Sequence as Items
@@ -17,11 +17,11 @@ _FIELDS, _STEP_FIELDS = len(Blocks._fields), Blocks._fields.index("slots")
 
 
 class StepInputs(NamedTuple):
-    """A step's indices, int64, on the model's device: views of what `pack` made.
+    """A step's indices, int64, on the model's device: views of the tensor that `pack` made.
 
-    num_tiles [2], tiles [I, TILE_COLUMNS]: of attention (kernels.segments), of both kinds so many are meant.
-    blocks: what is known of each open block, each [B], B at least as many. slots, positions [T]: each row's, T at least
-    the rows; those that pad it are of the scrap slot.
+    num_tiles [2], tiles [I, TILE_COLUMNS]: the attention tiles (kernels.segments) and how many of each kind are valid.
+    blocks: the fields of each open block, each [B], B at least the number of open blocks. slots, positions [T]: those
+    of each row, T at least the number of rows; padding rows use the scrap slot.
     """
 
     num_tiles: torch.Tensor
@@ -32,7 +32,7 @@ class StepInputs(NamedTuple):
 
     @classmethod
     def split(cls, packed: torch.Tensor, blocks: int, rows: int) -> "StepInputs":
-        """packed: what `pack` made for so many blocks and rows, and perhaps more behind it."""
+        """packed: the result of `pack` for these numbers of blocks and rows; it may be longer."""
         start = _header(blocks)
         tiles = packed[start + 2 * rows :]
         return cls(
@@ -45,22 +45,22 @@ class StepInputs(NamedTuple):
 
 
 def _header(blocks: int) -> int:
-    # an even number first, as all are: so every view is as aligned as the others
+    # starts with an even count, like all parts, so every view has the same alignment
     return 2 + _FIELDS * blocks
 
 
 def packed_size(blocks: int, rows: int, cutting: Cutting) -> int:
-    """The most numbers that a step of so many blocks and rows packs: each row may be a tile, and few tiles be split."""
+    """The most numbers that a step of these blocks and rows packs: each row may be a tile, and a few may be split."""
     return _header(blocks) + 2 * rows + TILE_COLUMNS.value * (rows + cutting.enough)
 
 
 def step_columns(blocks: int) -> slice:
-    """Where in a packed tensor that is which changes from step to step of a block: what `pack_steps` makes."""
+    """The part of a packed tensor that changes from step to step of a block: what `pack_steps` makes."""
     return slice(2, 2 + _STEP_FIELDS * blocks)
 
 
 def pack_steps(scheduled: Items[ScheduledSequence], blocks: int) -> np.ndarray:
-    """Of Blocks the columns that change from step to step of a block, one after the other, int64."""
+    """The columns of Blocks that change from step to step of a block, concatenated, int64."""
     columns = np.zeros((_STEP_FIELDS, blocks), dtype=np.int64)
     steps = [block for sequence, _ in denoised(scheduled) for block in sequence.next_step()]
     columns[:4, : len(steps)] = np.array(steps, dtype=np.int64).reshape(-1, 4).T
@@ -69,12 +69,12 @@ def pack_steps(scheduled: Items[ScheduledSequence], blocks: int) -> np.ndarray:
 
 
 def denoised(scheduled: Items[ScheduledSequence]) -> Items[ScheduledSequence]:
-    """Those that have a block; what is scored has none."""
+    """The entries that have blocks; scoring rows have none."""
     return [entry for entry in scheduled if isinstance(entry.sequence, Sequence)]
 
 
 def lane_rows(scheduled: Items[ScheduledSequence]) -> list[range]:
-    """Of each sequence the rows of its own in the forward; as many of its shadow follow, where it has one."""
+    """Each sequence's own rows in the forward; if it has a shadow, as many rows of the shadow follow."""
     rows, number = [], 0
     for sequence, plan in scheduled:
         rows.append(range(number, number + plan.rows // sequence.lanes))
@@ -83,15 +83,15 @@ def lane_rows(scheduled: Items[ScheduledSequence]) -> list[range]:
 
 
 def block_rows(scheduled: Items[ScheduledSequence]) -> list[int]:
-    """The row of each open block's first position. A plan's last segment holds these blocks."""
+    """The row of each open block's first position. A plan's last segment contains these blocks."""
     pairs = zip(scheduled, lane_rows(scheduled), strict=True)
     return [rows.stop - (plan.segments[-1].stop - block.start) for (s, plan), rows in pairs for block in s.window]
 
 
 def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot: int, cutting: Cutting) -> np.ndarray:
-    """StepInputs for B = blocks and T = rows, which may be more than there are, one after the other, int64.
+    """StepInputs for B = blocks and T = rows, which may exceed what is scheduled, concatenated, int64.
 
-    `step_columns` are left 0.
+    `step_columns` stay 0.
     """
     number, spans = 0, []
     for sequence, plan in scheduled:
@@ -128,7 +128,7 @@ def layout(scheduled: Items[ScheduledSequence]) -> list:
 
 
 def slot_options(sequence: Sequence) -> list[int]:
-    """A sequence's SamplingParams as `SlotOptions` keeps them."""
+    """A sequence's SamplingParams as `SlotOptions` stores them."""
     params = sequence.params
     rule = RULES[params.unmasking]
     options = SlotOptions(

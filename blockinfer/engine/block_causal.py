@@ -1,4 +1,4 @@
-"""Requests of a block-causal network, whose positions see their own block and those before, counted from position 0."""
+"""Requests to a block-causal network: positions see their own block and earlier ones, counted from position 0."""
 
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.decoding.modes import BlockState
@@ -6,13 +6,13 @@ from blockinfer.decoding.windows import OpenBlock
 from blockinfer.engine.sequence import Saved, Sequence
 from blockinfer.sampling_params import SamplingParams
 
-# The mode that is exact there: each block sees itself and what was committed. The others show it what comes after.
+# The mode that is exact here: each block sees itself and what was committed. The others let it see later positions.
 EXACT_MODE = "block"
 
 
 def check_block_causal(params: SamplingParams, has_spans: bool = False) -> None:
-    """Raises ValueError for what has a position see later blocks, which the network was not trained for: masked spans
-    in the prompt too."""
+    """Raises ValueError for options that let a position see later blocks, which the network was not trained for, and
+    for masked spans in the prompt."""
     if has_spans:
         raise ValueError(
             "masked spans must see what comes after them, and this model is block-causal: no mode fills them; leave "
@@ -32,13 +32,13 @@ def check_block_causal(params: SamplingParams, has_spans: bool = False) -> None:
 
 
 def most_tokens(config: EngineConfig, model: ModelConfig, block_length: int) -> int:
-    """Of a prompt and its answer together; a block-causal network's fill whole blocks."""
+    """The limit on prompt plus answer; with a block-causal network both together fill whole blocks."""
     return config.max_model_len - (config.max_model_len % block_length if model.block_length is not None else 0)
 
 
 class BlockCausalSequence(Sequence):
-    """Blocks begin at multiples of block_length, so the first one may hold the prompt's last tokens, which are given.
-    What of the prompt is before it is computed as blocks too. The last block is whole, whatever of it is output.
+    """Blocks begin at multiples of block_length, so the first may contain the prompt's last tokens, which are given.
+    The prompt before it is computed in blocks too. The last block is whole, even if only a part of it is output.
     """
 
     def _begin(self) -> None:
@@ -49,7 +49,7 @@ class BlockCausalSequence(Sequence):
         self._go_on()
 
     def _block_from(self, start: int) -> OpenBlock | None:
-        """Its schedule is that of a whole block, whatever is given of it, as the published decoder has it."""
+        """The schedule is that of a whole block even if a part is given, as in the published decoder."""
         length = self.params.block_length
         if start >= self.canvas_end:
             return None
@@ -57,7 +57,7 @@ class BlockCausalSequence(Sequence):
         return self._open(start, start + length, length)._replace(left=length - given)
 
     def _state(self) -> BlockState:
-        # with no part that is computed as a whole
+        # no part of the prompt is computed as a whole
         return super()._state()._replace(prompt_len=0)
 
     def output_part(self, number: int) -> slice:
@@ -75,4 +75,4 @@ class BlockCausalSequence(Sequence):
         return super().shadow_token_ids()[: self.block_start]
 
     def prompt_holder(self) -> None:
-        """None: the prompt's last tokens are in a block of each answer's own."""
+        """None: each answer has its own block with the prompt's last tokens."""

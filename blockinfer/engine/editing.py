@@ -1,7 +1,7 @@
-"""Editing (LLaDA2.1): what a block has revealed is replaced where the network has come to another token, surely enough.
+"""Editing (LLaDA2.1): revealed tokens of a block are replaced where the network predicts another one confidently enough.
 
-The rows of a step's revealed positions go through the LM head beside those of its masked ones, so that a step without
-such a request launches nothing more. Their tokens are written before the masked positions' are: neither sees the other.
+Rows of revealed positions go through the LM head separately from those of masked ones, so that a step without such
+requests launches nothing more. Their tokens are written before the masked positions' are: neither sees the other.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ Predict = Callable[[torch.Tensor, RowOptions, Guidance | None], Confidence]
 
 
 class EditedRow(NamedTuple):
-    """A revealed position of a step: its row in the forward, its slot, where it is, its place in the output, the
-    block's step; the confidence above which it is replaced; and its guidance, a row's distance and the scale."""
+    """A revealed position of a step: its row in the forward, slot, position, place in the output, the block's step;
+    the confidence above which it is replaced; and its guidance: the shadow row's distance, and the scale."""
 
     row: int
     slot: int
@@ -36,7 +36,7 @@ class EditedRow(NamedTuple):
 
 
 def edited_rows(scheduled: list[ScheduledSequence]) -> list[EditedRow]:
-    """Of the sequences that edit, every position of the block that is neither masked nor given."""
+    """Every position of a block that is neither masked nor given, in the sequences that edit."""
     rows = []
     open_blocks = [(s, plan, block) for s, plan in scheduled if isinstance(s, Sequence) for block in s.window]
     for (sequence, plan, block), first_row in zip(open_blocks, block_rows(scheduled), strict=True):
@@ -51,7 +51,7 @@ def edited_rows(scheduled: list[ScheduledSequence]) -> list[EditedRow]:
 
 
 def edit(rows: list[EditedRow], size: int, state: SlotState, predict: Predict) -> None:
-    """Writes the tokens that replace others. size: so many rows, at least as many as there are, are predicted."""
+    """Writes the replacing tokens. size: the number of rows to predict, padding included; at least len(rows)."""
     device = state.tokens.device
     padded = rows + rows[:1] * (size - len(rows))
     columns = np.array(padded).T
@@ -68,7 +68,7 @@ def edit(rows: list[EditedRow], size: int, state: SlotState, predict: Predict) -
         eos_last=options.eos_last > 0,
     )
     predicted = predict(row, asked, Guidance(shift, scale) if any(row.shift for row in rows) else None)
-    # minus what all other tokens have, as the rules compare
+    # minus the probability of all other tokens, as the rules compare
     is_sure = predicted.finite & (-predicted.others > (above - 1).float())
     state.tokens[slot, position] = torch.where(is_sure, predicted.token_ids, state.tokens[slot, position])
     broken = torch.zeros_like(state.broken).index_put_((slot,), ~predicted.finite, accumulate=True)

@@ -30,14 +30,14 @@ from blockinfer.outputs import RequestOutput, ScoringOutput
 from blockinfer.sampling_params import SamplingParams, answer_seed
 from blockinfer.scoring_params import ScoringParams
 
-# What ends a message, in a chat template of one family or the other.
+# End-of-message tokens of the families' chat templates.
 _EOTS = ("<|eot_id|>", "<|role_end|>")
-# More than a token can stand for.
+# More characters than any token stands for.
 _MAX_CHARACTERS = 1000
 
 
 class Engine:
-    """Requests of any mode, rule, length and seed share its batches; none changes another's tokens.
+    """Requests of any mode, rule, length and seed share batches; none changes another's tokens.
 
     If Ctrl-C interrupts a call, the next call puts every request back to the start of its block, as a preemption does:
     no tokens change and no output is lost.
@@ -54,7 +54,7 @@ class Engine:
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
         self._alone = False
-        self._failures: dict[int, ValueError] = {}  # of requests whose tokens could not be decoded
+        self._failures: dict[int, ValueError] = {}  # requests whose tokens could not be decoded
         self.abort_all()
         tokenize = None if tokenizer is None else self.tokenize
         self.prompts = PromptReader(tokenize, config.mask_token_id, model.config.embedding_size)
@@ -69,10 +69,10 @@ class Engine:
     ) -> int:
         """Queues a request and returns its id.
 
-        prompt: a string, token ids, {"prompt": ...} or {"prompt_token_ids": [...]}, in a dict also with masked spans
-        (`LLM.generate`); or the result of `prompts.read`. stream: with "blocks", `step` returns an output for each
-        block as it is finished; with "denoise", also one with the open blocks after each step, and every step waits for
-        the device.
+        prompt: a string, token ids, {"prompt": ...} or {"prompt_token_ids": [...]}, where a dict may also have masked
+        spans (`LLM.generate`); or the result of `prompts.read`. stream: with "blocks", `step` returns an output for
+        each finished block; with "denoise", also one with the open blocks after each step, and every step waits for the
+        device.
 
         Raises ValueError for a prompt that is empty, malformed or, with max_tokens, longer than max_model_len; for a
         request that can never fit the page pool; and for an option that this checkpoint does not support.
@@ -118,12 +118,12 @@ class Engine:
         reads: Items[list[tuple[int, int]]],
         params: ScoringParams,
     ) -> int:
-        """Queues forwards of a canvas, each with other positions of the answer masked, and returns their request's id;
+        """Queues forwards of a canvas, each with different positions of the answer masked, and returns the request id;
         `step` returns a ScoringOutput. reads: for each forward, the (position, token id) pairs whose log-probabilities
         are wanted.
 
-        Raises ValueError if the canvas does not fit, and for a block-causal network: the estimates need positions that
-        all see each other.
+        Raises ValueError if the canvas does not fit, and for a block-causal network: the estimates need all positions
+        to see each other.
         """
         self.check_scoring(len(token_ids), params)
         siblings: list[ScoringRow] = []
@@ -141,7 +141,7 @@ class Engine:
         self._limits.check_fits(length, 0, params.cfg_scale > 0, whose="the prompt's and the answer's")
 
     def draw_seed(self) -> int:
-        """The next of the seeds that requests without one get."""
+        """The next seed for a request that has none."""
         return self._seeds.getrandbits(64)
 
     def _queue(self, siblings: list[Resident]) -> int:
@@ -153,7 +153,7 @@ class Engine:
         return siblings[0].request_id
 
     def step(self) -> list[RequestOutput | ScoringOutput]:
-        """One forward for the requests that fit in it -> outputs of the requests that it finished and of the streamed
+        """One forward for the requests that fit in it -> outputs of the requests that it finished, and of the streamed
         requests that it advanced, in the order they were added.
 
         Raises FloatingPointError, naming the requests, if an earlier step found logits that are NaN or infinite (at the
@@ -161,12 +161,12 @@ class Engine:
         Nothing runs then. Abort the requests in the error's `request_ids`; the others have lost nothing and continue.
         """
         with self._whole():
-            # kept until they are given out, which is the last thing that is done
+            # kept until they are returned, the last action of all
             self._finished = self._finished + self._step()
             for output in self._finished:
                 if output.finished:
                     self._drop(output.request_id)
-        # in one statement, which Ctrl-C comes before or after
+        # one statement, so Ctrl-C comes before or after it
         return (self._finished, vars(self).update(_finished=[]))[0]
 
     def _step(self) -> list[RequestOutput | ScoringOutput]:
@@ -197,16 +197,16 @@ class Engine:
                 canvases[sequence.request_id] = tuple(token_ids[sequence.output_part(len(token_ids))])
                 came_on.append(sequence)
         outputs = self._tell(came_on, canvases)
-        # what was launched before, while the device is busy
+        # scores launched earlier, while the device is busy
         outputs += self._collect(1 if scores is not None else 0)
         return sorted(outputs, key=lambda output: output.request_id)
 
     def _canvas(self, token_ids: list[int]) -> list[int | None]:
-        """None where a position is masked: a mask is never predicted."""
+        """None where a position is masked: the mask token is never predicted."""
         return [None if token_id == self.config.mask_token_id else token_id for token_id in token_ids]
 
     def _tell(self, came_on: list[Sequence], canvases: Canvases) -> list[RequestOutput | ScoringOutput]:
-        """Of the requests that came on, those that are finished or streamed; finished sequences leave the batch."""
+        """Outputs of the advanced requests that are finished or streamed; finished sequences leave the batch."""
         outputs = []
         for siblings in {sequence.request: sequence.siblings for sequence in came_on}.values():
             output = self._try_output(siblings, canvases)
@@ -220,10 +220,10 @@ class Engine:
     def _try_output(
         self, siblings: list[Resident], canvases: Canvases | None = None
     ) -> RequestOutput | ScoringOutput | None:
-        """Nothing of a request that is neither finished nor, with canvases, streamed; nor where its tokens cannot be
-        decoded: the next step says so, and the other requests lose nothing."""
+        """None if the request is neither finished nor, with canvases, streamed; and if its tokens cannot be decoded:
+        the next step raises that, and the other requests lose nothing."""
         try:
-            # of each the stop strings are looked for
+            # a list, so that every sequence's stop strings are searched
             finished = all([self._is_finished(sequence) for sequence in siblings])
             if finished or (canvases is not None and siblings[0].stream is not None):
                 return self._output(siblings, canvases)
@@ -232,14 +232,14 @@ class Engine:
         return None
 
     def _launched(self, scores: Scores) -> None:
-        """Slots and pages are for others at once: what these do to them is done after it."""
+        """Frees slots and pages at once: what their next owners do runs after these forwards on the device."""
         self._scores = [*self._scores, scores]
         for row in scores.rows:
             row.launched()
             self.scheduler.release(row)
 
     def _collect(self, left: int) -> list[ScoringOutput]:
-        """The values of what was launched, but for the last so many launches -> the requests that this finishes."""
+        """Collects the scores of all but the last `left` launches -> the requests that this finishes."""
         finished = []
         while len(self._scores) > left:
             scores = self._scores[0]
@@ -258,13 +258,13 @@ class Engine:
         return request_output(siblings, self._decode(siblings[0]), canvases)
 
     def _is_finished(self, sequence: Sequence) -> bool:
-        """Once its stop strings were looked for."""
+        """Searches its stop strings first."""
         if isinstance(sequence, Sequence) and sequence.params.stop:
             search_stop(sequence, self._decode(sequence))
         return sequence.is_finished()
 
     def abort(self, request_id: int) -> None:
-        """Drops an unfinished request. Raises ValueError if there is none of that id."""
+        """Drops an unfinished request. Raises ValueError if there is none with that id."""
         sequence = self._sequences.get(request_id) if isinstance(request_id, int) else None
         if sequence is None or sequence is not sequence.siblings[0]:
             raise ValueError(f"there is no unfinished request {shown(request_id)}")
@@ -276,7 +276,7 @@ class Engine:
         self._begin_anew({}, [])
 
     def restart(self, alone: bool = False) -> list[int]:
-        """For an error of `step` that names no request: puts every request back to the start of its block, as a
+        """After an error of `step` that names no request: puts every request back to the start of its block, as a
         preemption does -> the ids of those that ran. alone: from now on requests run one at a time."""
         ran = sorted({sequence.request for sequence in self.scheduler.running})
         self._alone = alone
@@ -289,7 +289,7 @@ class Engine:
         return bool(self._sequences or self._finished)
 
     def _drop(self, request_id: int) -> None:
-        # one that ended in a call that was cut short is not there any more
+        # a request that finished in an interrupted call is already gone
         if request_id in self._sequences:
             for sequence in self._sequences[request_id].siblings:
                 self.scheduler.release(sequence)
@@ -299,7 +299,7 @@ class Engine:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around what must not be left half done. An error leaves it whole; Ctrl-C may come anywhere."""
+        """Around changes that Ctrl-C could leave half made; errors cannot. Repairs the state if the last call was cut."""
         if self._cut_short:
             finished = {output.request_id: output for output in self._finished if output.finished}
             for i, first in self._sequences.items():
@@ -316,7 +316,7 @@ class Engine:
         self._cut_short = False
 
     def _begin_anew(self, sequences: dict[int, Resident], finished: list[RequestOutput | ScoringOutput]) -> None:
-        """With these requests waiting; what the engine has is replaced at once, at the end."""
+        """Starts over with these requests waiting; the engine's state is replaced at the end, in one go."""
         pool = PagePool(self.runner.num_pages, self.config.page_size)
         row_tile = ROW_TILE if self.config.device.type == "cuda" else 1
         limits = self.config.max_num_seqs, self.config.max_num_batched_tokens
@@ -331,10 +331,10 @@ class Engine:
         self._cut_short = False
 
     def _check_failed(self) -> None:
-        """Raises FloatingPointError that names the running requests whose logits were not finite: their tokens would
-        mean nothing; and what went wrong with the output of one.
+        """Raises FloatingPointError that names the requests whose logits were not finite, as their tokens would mean
+        nothing; else the error that an undecodable output raised.
 
-        `token_confidence` defines a token even then; the engine rather says that the model is broken.
+        `token_confidence` defines a token even then; the engine reports that the model is broken instead.
         """
         broken = sorted(self._broken | {s.request for s in self.scheduler.running if s.broken})
         if broken:
@@ -349,10 +349,10 @@ class Engine:
             raise failure
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids. Raises ValueError for a text that the tokenizer cannot read, or that is too long for any
+        """Text to token ids. Raises ValueError for a text that the tokenizer cannot encode, or that is too long for any
         request."""
         check_text("the prompt", text)
-        # such a one is not worth the memory that its tokens take
+        # do not spend the memory of its tokens
         if len(text) > _MAX_CHARACTERS * self.config.max_model_len:
             raise ValueError(
                 f"the prompt's {len(text)} characters cannot fit max_model_len={self.config.max_model_len}"
@@ -361,7 +361,7 @@ class Engine:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def _decode(self, sequence: Sequence) -> Callable[[list[int]], str] | None:
-        """From token ids to text, for this sequence; None where there is no tokenizer."""
+        """A function from token ids to text, for this sequence; None without a tokenizer."""
         if self.tokenizer is None:
             return None
 
