@@ -1,4 +1,4 @@
-"""Prompts with masked spans: a sequence that fills them, between text that stays."""
+"""Prompts with masked spans: a sequence that fills the spans and keeps the text between them."""
 
 from itertools import takewhile
 
@@ -9,7 +9,7 @@ from blockinfer.sampling_params import SamplingParams
 
 
 def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
-    """Raises ValueError where the params do not allow to fill these spans."""
+    """Raises ValueError if the params do not allow filling these spans."""
     if params.mode not in SEE_SUFFIX:
         raise ValueError(
             f"mode {params.mode!r} drops what is after a block, which infilling must see; use {', '.join(SEE_SUFFIX)}"
@@ -30,9 +30,8 @@ def check_infilling(tokens: list[int | None], params: SamplingParams) -> None:
 
 
 class InfillSequence(Sequence):
-    """Blocks go from one masked position on, block_length positions or up to the last masked one. What a block has of
-    given text stays; an output token is any position's from the first masked one on, which is where the prompt ends.
-    """
+    """Blocks start at masked positions and have block_length positions, or fewer up to the last masked one. Given text
+    inside a block stays. The prompt ends at the first masked position; everything from there on is output."""
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class InfillSequence(Sequence):
         siblings: list[Sequence],
         prompt_token_ids: list[int],
     ) -> None:
-        """tokens: those of the whole canvas, None where a position is masked."""
+        """tokens: the whole canvas, None where masked."""
         first = tokens.index(None)
         self.tail = tokens[first:]
         self._masked_end = len(tokens) - tokens[::-1].index(None)
@@ -75,19 +74,19 @@ class InfillSequence(Sequence):
         number: int,
         logprobs: list[dict[int, tuple[float, int]]] | None = None,
     ) -> None:
-        """With the given text up to the next masked position."""
+        """Also finishes the given text up to the next masked position."""
         given = list(takewhile(lambda token: token is not None, self.given_after()[number:]))
         super().finish(token_ids + given, number + len(given), logprobs and logprobs + [{}] * len(given))
 
     def stop_position(self) -> int | None:
-        """None: stop tokens end a span, and not the others."""
+        """None: a stop token ends only its own span."""
         return None
 
     def is_finished(self) -> bool:
         return self.has_all_blocks()
 
     def spans(self) -> list[slice]:
-        """The masked spans, as parts of the output."""
+        """The masked spans, as slices of the output."""
         edges = [
             i
             for i, (a, b) in enumerate(zip([0, *self.tail], [*self.tail, 0], strict=True))

@@ -1,4 +1,4 @@
-"""The memory of the paged K and V."""
+"""Memory of the paged KV cache."""
 
 import math
 
@@ -9,8 +9,8 @@ from blockinfer.models.transformer import Transformer
 
 
 def allocate_pages(model: Transformer, config: EngineConfig, num_pages: int) -> torch.Tensor:
-    """[layers, 2, pages, P, HK, D], of this rank's heads and the model's dtype, not filled. Raises ValueError where the
-    memory is not there."""
+    """[layers, 2, pages, P, HK, D], uninitialized, with this rank's heads and config.dtype. Raises ValueError if the
+    memory cannot be allocated."""
     layers, head_dim = model.config.n_layers, model.config.head_dim
     shape = (layers, 2, num_pages, config.page_size, model.n_kv_heads, head_dim)
     try:

@@ -7,8 +7,8 @@ from blockinfer.sampling_params import SamplingParams
 
 
 class Limits(NamedTuple):
-    """num_pages: of the KV cache. num_eos, num_last: how many tokens logits_eos_inf forbids, and how many
-    confidence_eos_eot_inf puts last."""
+    """num_pages: of the KV cache. num_eos: how many tokens logits_eos_inf forbids. num_last: how many
+    confidence_eos_eot_inf ranks last."""
 
     model: ModelConfig
     config: EngineConfig
@@ -20,8 +20,8 @@ class Limits(NamedTuple):
     def check_fits(
         self, given: int, max_tokens: int, guided: bool, block_length: int = 1, whose: str = "the prompt's"
     ) -> None:
-        """given: tokens that are there, and whose; guided: with a shadow beside them; block_length: the canvas is of
-        whole blocks."""
+        """given: the number of given tokens; whose: what they belong to, for the error. guided: whether a shadow runs
+        too. block_length: the canvas is rounded up to whole blocks."""
         if guided and self.config.max_num_seqs < 2:
             raise ValueError("cfg_scale needs max_num_seqs of at least 2, got 1: its shadow runs beside a request")
         lanes = 2 if guided else 1
@@ -46,7 +46,7 @@ class Limits(NamedTuple):
             )
 
     def check_options(self, params: SamplingParams) -> None:
-        """What this checkpoint cannot follow."""
+        """Refuses options that this checkpoint does not support."""
         self._check_candidates(params)
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none; pass tokenizer= to LLM")
@@ -61,7 +61,7 @@ class Limits(NamedTuple):
             raise ValueError(f"stop_token_ids {outside} are outside the {self.model.embedding_size} embeddings")
 
     def _check_candidates(self, params: SamplingParams) -> None:
-        """A position must have a token that it can become."""
+        """Every position must have a token that it can become."""
         config, mask_id = self.model, self.config.mask_token_id
         forbidden = {mask_id, *config.eos_token_ids} if params.logits_eos_inf else {mask_id}
         if len([i for i in forbidden if i < config.vocab_size]) == config.vocab_size:

@@ -1,7 +1,7 @@
-"""The log-probabilities of what a step reveals, for the requests that ask for them.
+"""Log-probabilities of the tokens that a step reveals, for requests that ask for them.
 
-They are read beside the step's own functions, not by them, so that a step without such a request launches nothing more.
-The LM head's rows are computed once more, those of the whole block.
+They are computed outside the step's own functions, so that a step without such a request launches nothing more. The LM
+head runs once more, on all rows of the block.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from blockinfer.kernels.slots import SlotState
 
 
 class Observed(NamedTuple):
-    """An open block before its step: its sequence, its first row in the forward, how many rows further its shadow's is,
-    and which of its positions are masked."""
+    """An open block before its step: its sequence, its first row in the forward, the distance to its shadow's rows, and
+    which of its positions are masked."""
 
     sequence: Sequence
     block: OpenBlock
@@ -30,19 +30,19 @@ class Observed(NamedTuple):
 
 
 class RevealedLogprobs:
-    """Keeps them on the device until a block's end: of each slot that asks [N, 2 k + 3] float64, N output positions or,
-    where one block is open at a time, those of a block: the token's rank, and ids and log-probabilities of the token
-    and of the k likeliest ones, the likeliest first."""
+    """Keeps log-probabilities on the device until a block ends: for each slot that asks, [N, 2 k + 3] float64. N: the
+    output positions or, with one block open at a time, the block's. Columns: the token's rank, then the ids and then
+    the log-probabilities of the token and of the k likeliest tokens, the likeliest first."""
 
     def __init__(self, state: SlotState, vocabulary: Vocabulary, padded: Callable[[int], int]) -> None:
-        """padded: to how many rows so many are best padded."""
+        """padded: from a number of rows to the number to pad them to."""
         self._padded = padded
         self._state = state
         self._vocabulary = vocabulary
         self._kept: dict[int, torch.Tensor] = {}
 
     def start(self, sequence: Sequence) -> None:
-        """Room for a sequence that was given its slot."""
+        """Allocates memory for a sequence that has just got its slot."""
         self._kept.pop(sequence.slot, None)
         if sequence.params.logprobs is not None:
             params = sequence.params
@@ -51,7 +51,7 @@ class RevealedLogprobs:
             self._kept[sequence.slot] = torch.zeros(shape, dtype=torch.float64, device=self._state.tokens.device)
 
     def before(self, scheduled: list[ScheduledSequence]) -> list[Observed]:
-        """What the step may reveal; empty where nobody asks."""
+        """The blocks that need log-probabilities, before the step; empty if no request asks."""
         entries = denoised(scheduled)
         if all(sequence.params.logprobs is None for sequence, _ in entries):
             return []
@@ -66,10 +66,10 @@ class RevealedLogprobs:
         ]
 
     def after(self, observed: list[Observed], logits: Callable[[torch.Tensor, Guidance | None], torch.Tensor]) -> None:
-        """What the step revealed is kept. logits: of rows [N] of the forward."""
+        """Keeps those of the tokens that the step revealed. logits: of rows [N] of the forward."""
         for sequence, block, first_row, shift, masked in observed:
             length = len(masked)
-            # of as many rows as graphs have, whose kernels are compiled
+            # padded to a captured size, whose kernels are compiled
             rows = torch.arange(self._padded(length), device=masked.device).clamp(max=length - 1) + first_row
             guidance = None
             if sequence.guided:
@@ -84,8 +84,8 @@ class RevealedLogprobs:
             kept.copy_(torch.where(revealed[:, None], found, kept))
 
     def read(self, sequence: Sequence) -> list[dict[int, tuple[float, int]]] | None:
-        """Of each position of its open blocks, where it is revealed, the tokens' log-probabilities and ranks, by id;
-        None where nobody asked. Waits for the device."""
+        """For each position of the open blocks, the log-probabilities and ranks of its tokens by id, valid where it is
+        revealed; None if the request does not ask. Waits for the device."""
         number = sequence.params.logprobs
         if number is None:
             return None
@@ -93,7 +93,7 @@ class RevealedLogprobs:
         kept = torch.cat([self._kept_of(sequence, block) for block in sequence.window])
         for rank, *values in kept.tolist():
             ids, logprobs = [int(i) for i in values[: number + 1]], values[number + 1 :]
-            # the token's own last, in place of what it is among the likeliest
+            # the token itself last, replacing its entry among the likeliest
             tokens = dict(zip(ids[1:], zip(logprobs[1:], range(1, number + 1), strict=True), strict=True))
             positions.append(tokens | {ids[0]: (logprobs[0], int(rank))})
         return positions
@@ -104,7 +104,7 @@ class RevealedLogprobs:
         return kept[first : first + block.stop - block.start]
 
     def _logprobs(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        """[N, vocabulary's size], of the distribution that the step reveals from: what is no candidate is -inf."""
+        """[N, vocab_size], of the distribution that the step reveals from: -inf for tokens that are no candidates."""
         size, mask_token_id, eos_ids, _ = self._vocabulary
         logits = logits[:, :size].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         logits[:, mask_token_id : mask_token_id + 1] = -torch.inf
@@ -115,7 +115,7 @@ class RevealedLogprobs:
 
 def _likeliest(logprobs: torch.Tensor, tokens: torch.Tensor, number: int) -> torch.Tensor:
     """logprobs [N, V], tokens [N] -> [N, 2 number + 3], as `RevealedLogprobs` keeps them."""
-    # a position that is masked still has no token here
+    # a position still masked has the mask token, which may be outside the columns
     own = logprobs.gather(1, tokens.clamp(max=logprobs.shape[1] - 1)[:, None])
     rank = (logprobs > own).sum(dim=1, keepdim=True) + 1
     values, ids = logprobs.topk(number, dim=1)
