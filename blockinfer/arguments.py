@@ -1,4 +1,4 @@
-"""What callers of LLM's methods give: one or many, and what else they may have meant."""
+"""Arguments of LLM's methods: one or many, and mistaken options."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,18 +28,18 @@ def scoring_params_of(params: object) -> ScoringParams:
 
 
 def refuse_generating(owner: str, given: dict[str, Any], first: str) -> None:
-    """Raises TypeError for an option that `owner`, whose argument is `first`, does not have."""
+    """Raises TypeError for an option that `owner`, whose first argument is `first`, does not have."""
     names = (first, "sampling_params", "use_tqdm", "on_finish")
     refuse_unknown(owner, given, names, OF_SAMPLING | GENERATE_HINTS)
 
 
 def refuse_scoring(owner: str, given: dict[str, Any], second: str) -> None:
-    """The same of `score` and `choose`, of which `second` is what is judged."""
+    """The same for `score` and `choose`; `second` is their second argument."""
     refuse_unknown(owner, given, ("prompts", second, "scoring_params", "use_tqdm"), _OF_SCORING)
 
 
 def params_for_each(params: object, count: int) -> Sequence[SamplingParams | None]:
-    """sampling_params for each of `count` prompts; that each is one is seen when it is added."""
+    """sampling_params for each of `count` prompts; their types are checked when requests are added."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, list | tuple):

@@ -1,4 +1,4 @@
-"""Conversations, and the chat template that makes a prompt of one."""
+"""Conversations, and the chat template that turns one into a prompt."""
 
 import json
 
@@ -18,9 +18,10 @@ class ChatTemplate(TemplateProcess):
         self._tokenizer = tokenizer
 
     def render(self, conversation: list[dict[str, str]]) -> str:
-        """The conversation as text that the assistant is to continue.
+        """The conversation as text for the assistant to continue.
 
-        Raises ValueError where the template fails, is ended, or makes nothing of it, and for messages that are no JSON.
+        Raises ValueError if the template fails, is killed or renders nothing, and for messages that JSON cannot
+        represent.
         """
         template = self._tokenizer.get_chat_template()
         if not isinstance(template, str):

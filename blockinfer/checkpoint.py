@@ -1,4 +1,4 @@
-"""A checkpoint's folder, its config and its tokenizer: found, or fetched, and read."""
+"""A checkpoint's folder, config and tokenizer: found or downloaded, and read."""
 
 import os
 from pathlib import Path
@@ -32,9 +32,9 @@ def read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str]
 
 
 def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
-    """The tokenizer asked for, or the checkpoint's; None where there is none, as for dummy weights.
+    """The tokenizer asked for, or the checkpoint's; None if there is none, as for dummy weights.
 
-    Raises ValueError for one that is damaged, or that has ids beyond vocab_size.
+    Raises ValueError if it is damaged or has ids beyond vocab_size.
     """
     if config.tokenizer is not None:
         folder = _fetch("tokenizer", config.tokenizer, None, ["*.json", "*.jinja"])
@@ -58,8 +58,8 @@ def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """transformers passes over what is no file, does not name one that it cannot read, and opens one that another names
-    wherever it is."""
+    """transformers skips what is not a file, does not name a file that it cannot read, and opens any path that another
+    file names."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if not is_file(folder / name) or not name.endswith(".json"):
             continue
@@ -74,12 +74,12 @@ def _check_tokenizer_files(folder: Path) -> None:
 def _is_folder(what: str, name: str | os.PathLike[str]) -> bool:
     try:
         return Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~nobody
+    except (OSError, RuntimeError) as error:  # a name too long, a folder without access, ~nobody
         raise ValueError(f"the {what} {shown(str(name))} cannot be looked for: {reason(error)}") from error
 
 
 def _fetch(what: str, name: str | os.PathLike[str], revision: str | None, files: list[str]) -> Path:
-    """A local folder as it is; anything else is looked for on the Hub. what: "checkpoint" or "tokenizer"."""
+    """A local folder as it is; any other name is looked up on the Hub. what: "checkpoint" or "tokenizer"."""
     if _is_folder(what, name):
         if revision is not None:
             raise ValueError(f"revision={shown(revision)} is for a Hub name, and {shown(str(name))} is a local folder")

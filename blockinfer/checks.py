@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def shown(value: object) -> str:
-    """repr for a message, cut to a line, of anything: Python refuses to write an integer of 4,300 digits."""
+    """repr of anything for a message, cut to a line; Python refuses to format an integer of 4,300 digits."""
     try:
         text = repr(value)
     except Exception as error:
@@ -27,7 +27,7 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
 
 
 def check_seed(seed: object) -> None:
-    """A seed is 64 bits, or None for none given."""
+    """A seed is a 64-bit integer, or None."""
     if seed is None:
         return
     check_int("seed", seed, 0)
@@ -42,7 +42,7 @@ def check_real(name: str, value: object, minimum: float, maximum: float) -> None
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number, of those that a float holds: 10**400 is none."""
+    """Whether it is a number that fits a finite float; 10**400 does not."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -61,7 +61,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_text(name: str, text: str) -> None:
-    """A lone surrogate is half a character, which a str can hold and a tokenizer cannot read."""
+    """Refuses lone surrogates: a str can hold them, but a tokenizer cannot read them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -69,7 +69,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def nearest(value: object, choices: Iterable[str]) -> str:
-    """A hint for a mistyped name: '; did you mean X?', or nothing where no choice comes close."""
+    """A hint for a mistyped name: '; did you mean X?', or '' if no choice comes close."""
     if not isinstance(value, str) or not 0 < len(value) < 100:
         return ""
     choices = list(choices)
@@ -78,7 +78,7 @@ def nearest(value: object, choices: Iterable[str]) -> str:
 
 
 def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str], hints: Mapping[str, str]) -> None:
-    """Raises TypeError, as Python does for an unknown keyword, with the name's hint or the nearest known name."""
+    """Raises TypeError, as Python does for an unknown keyword, with the hint or the nearest known name."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -89,7 +89,7 @@ def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str], hints
 
 @contextmanager
 def foreign_errors(message: str) -> Iterator[None]:
-    """Whatever another library raises is a ValueError of this message; a panic of one in Rust is no Exception."""
+    """Turns whatever another library raises into a ValueError with this message. A Rust panic is no Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -99,6 +99,6 @@ def foreign_errors(message: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What another library's error says, on one line."""
+    """Another library's error message, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,4 +1,4 @@
-"""How a checkpoint is to be served. What it is stands in `model_config.ModelConfig`."""
+"""How a checkpoint is served; its shape is in `model_config.ModelConfig`."""
 
 import dataclasses
 import os
@@ -70,10 +70,10 @@ class EngineConfig:
             raise ValueError("cudagraph_capture_sizes are not captured with enforce_eager=True: leave one of them out")
 
     def resolve(self, model: ModelConfig, tokenizer_mask_id: int | None) -> "EngineConfig":
-        """The same with dtype, quantization, device, lengths and mask token settled; kv_cache_memory and seed may stay
+        """A copy with dtype, quantization, device, lengths and mask token settled; kv_cache_memory and seed may stay
         None.
 
-        Raises ValueError where an option disagrees with the checkpoint or the machine.
+        Raises ValueError if an option disagrees with the checkpoint or the machine.
         """
         device = find_device(self.device)
         dtype = DTYPES.get(self.dtype, self.dtype)
@@ -113,7 +113,7 @@ class EngineConfig:
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Raises ValueError for one that is not there."""
+    """Raises ValueError if the device does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = f"device must be 'auto', 'cpu' or 'cuda', got {shown(device if isinstance(device, str) else str(device))}"

@@ -1,4 +1,4 @@
-"""Reading files that others wrote: whatever is wrong with one is a ValueError that names it."""
+"""Reading others' files: any problem with one is a ValueError that names it."""
 
 import json
 import os
@@ -7,14 +7,14 @@ from typing import Any
 
 from blockinfer.checks import reason
 
-# The largest JSON file that is read; that of a checkpoint of 100,000 tensors is a tenth of it.
+# The largest JSON file that is read, in bytes; the index of 100,000 tensors is a tenth of it.
 _MAX_JSON = 100_000_000
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file that may be read, or a link to one, is there; False where nothing is.
+    """Whether a readable file, or a link to one, is there; False if nothing is.
 
-    Raises ValueError where there is something else.
+    Raises ValueError if something else is there.
     """
     try:
         if path.is_file():
@@ -31,14 +31,14 @@ def is_file(path: Path) -> bool:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it names a file of the folder that it is found in; the file may be a link, as in the Hub's cache."""
+    """Whether it names a file in the same folder; the file may be a link, as in the Hub's cache."""
     if not isinstance(name, str) or name in ("", "..") or "\0" in name or len(name) > 255:
         return False
     return Path(name).name == name
 
 
 def read_json(path: Path) -> Any:
-    """What the file holds. Raises ValueError where it cannot be read, is over 100 MB, or is no JSON."""
+    """The file's content. Raises ValueError if it cannot be read, is over 100 MB, or is not JSON."""
     try:
         if (size := path.stat().st_size) > _MAX_JSON:
             raise ValueError(f"{path}: {size} bytes, more than the {_MAX_JSON} of any JSON file that belongs here")

@@ -1,4 +1,4 @@
-"""What the options of other programs are called here, for those who come from one: unknown option -> a hint.
+"""Other programs' option names: unknown option -> a hint that names ours.
 
 From the generate functions of LLaDA and LLaDA2, Fast-dLLM, dInfer, Dream, transformers and vLLM.
 """

@@ -1,4 +1,4 @@
-"""Likelihoods of given answers, and of candidates: `LLM.score` and `LLM.choose`, through the engine's requests."""
+"""Likelihoods of given answers and of candidates: `LLM.score` and `LLM.choose`, run as requests of the engine."""
 
 import math
 from collections import deque
@@ -20,7 +20,7 @@ from blockinfer.scoring_params import ScoringParams
 
 @dataclass
 class _Canvas:
-    """What stands before an answer and after it."""
+    """The tokens before and after an answer."""
 
     prompt: list[int]
     before: list[int]
@@ -33,9 +33,9 @@ class _Canvas:
 
 @dataclass
 class _Work:
-    """One request of the engine, and what it gave. masks: places of the answer, a list that works may share.
-    candidates: tokens whose log-probabilities are asked for at the one place that is masked; without them those of the
-    answer are, wherever it is masked. values: these, or of each mask their sum."""
+    """One request to the engine, and its result. masks: masked places of the answer, a list that works may share.
+    candidates: tokens to read log-probabilities of at the single masked place; if None, the answer's own tokens are
+    read at every masked place. values: the candidates' log-probabilities, or their sum for each mask."""
 
     prompt: list[int]
     token_ids: list[int]
@@ -52,7 +52,7 @@ class _Work:
         return [tuple(self.answer.start + i for i in mask) for mask in self.masks]
 
     def reads(self) -> list[list[tuple[int, int]]]:
-        """Of each mask the (position, token id) whose log-probability is asked for."""
+        """For each mask, the (position, token id) pairs to read."""
         if self.candidates:
             return [[(self.answer.start, token) for token in self.candidates]]
         return [[(i, self.token_ids[i]) for i in mask] for mask in self.placed()]
@@ -104,7 +104,7 @@ def choose(
 
 
 class _named:
-    """Says in a ValueError whose it is."""
+    """Names the item in a ValueError."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -156,13 +156,13 @@ def _of_answer(
 ) -> _Work:
     _check_tokens(engine, answer)
     token_ids, positions = canvas.around(answer)
-    # before the masks, which take long to draw, and before anything runs
+    # before the masks, which are slow to draw, and before anything runs
     engine.check_scoring(len(token_ids), params)
     return _Work(canvas.prompt, token_ids, positions, masks_of(len(answer)))
 
 
 def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int], params: ScoringParams) -> _Work | None:
-    """One forward that tells of all candidates of one token."""
+    """One forward that scores all candidates, if each has one token."""
     if not tokens:
         return None
     _check_tokens(engine, tokens)
@@ -172,7 +172,7 @@ def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int], params: Sco
 
 
 def _run(engine: Engine, works: list[_Work], params: ScoringParams, use_tqdm: bool) -> None:
-    """Through the engine, as many at a time as keep it busy: their state is not made before."""
+    """Runs the works, keeping only as many requests in the engine as keep it busy, to bound their memory."""
     check_bool("use_tqdm", use_tqdm)
     try:
         _complete(engine, works, params, use_tqdm)
@@ -216,7 +216,7 @@ def _take(output: ScoringOutput | RequestOutput, running: dict[int, _Work], gree
 
 
 def _add_greedy(engine: Engine, work: _Work, params: ScoringParams) -> int:
-    """LLaDA's suffix_greedy_prediction: the most confident token, one at a time, and nothing ends it."""
+    """LLaDA's suffix_greedy_prediction: reveals the most confident token, one at a time, with no stop token."""
     length = len(work.answer)
     options = dict(max_tokens=length, block_length=length, mode=params.mode, cfg_scale=params.cfg_scale)
     return engine.add_request(work.prompt, SamplingParams(**options, seed=0, ignore_eos=True))

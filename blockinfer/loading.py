@@ -17,7 +17,7 @@ from blockinfer.weights import StoredTensor, find_weights, load_weights, randomi
 
 
 class Loaded(NamedTuple):
-    """A network with its weights; config is resolved: what was "auto" is known. tokenizer: None where there is none."""
+    """A network with its weights. config: resolved, with nothing left "auto". tokenizer: None if there is none."""
 
     network: Transformer
     model_config: ModelConfig
@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What `load` goes on with: a checkpoint that was found and checked. stored: None for random weights."""
+    """The input of `load`: a checkpoint that was found and checked. stored: None for random weights."""
 
     make_model: type[Transformer]
     stored: dict[str, StoredTensor] | None
@@ -58,7 +58,7 @@ def prepare(config: EngineConfig) -> Prepared:
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, usual: int | None) -> tuple[int, ...]:
-    """The tokenizer's, and the family's usual one, where the tokenizer has such a token or there is none."""
+    """The tokenizer's EOS, and the family's usual one if the tokenizer has that token or there is no tokenizer."""
     own = getattr(tokenizer, "eos_token_id", None)
     if usual is not None and own is not None and tokenizer.convert_ids_to_tokens(usual) is None:
         usual = None
@@ -84,5 +84,5 @@ def _allocate(
     options |= {"ranks": ranks} if make_model.IS_SHARED else {}
     try:
         return make_model(model_config, config.dtype, config.device, config.max_model_len, **options)
-    except RuntimeError as error:  # torch's own, where memory that was free is not there
+    except RuntimeError as error:  # torch's own error, if memory that was free has been taken
         raise ValueError(f"{config.model} cannot be allocated on {config.device}: {reason(error)}") from error

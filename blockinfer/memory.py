@@ -1,4 +1,4 @@
-"""What a model needs and what is free, in bytes, by arithmetic: known before anything is allocated."""
+"""Memory that a model needs and memory that is free, in bytes, computed before anything is allocated."""
 
 import math
 import os
@@ -12,15 +12,15 @@ from blockinfer.kernels.quantize import multiplies_fp8
 from blockinfer.models.published import num_parameters
 from blockinfer.models.registry import model_class, published
 
-# A page's and a slot's bookkeeping in Python; a layer's modules.
+# Python's bookkeeping for a page and for a slot; a layer's modules.
 _PAGE_HOST_BYTES, _SLOT_HOST_BYTES, _LAYER_HOST_BYTES = 64, 512, 12_000
-# For each token of the vocabulary: the rows that go through the LM head at once, three times.
+# Per token of the vocabulary: the rows that go through the LM head at once, times three.
 _COLUMN_BYTES = 3 * 1024
 
 
 def check_fits(model: ModelConfig, config: EngineConfig) -> None:
-    """Raises ValueError where weights, KV cache and working memory are more than is free; the cache is that of
-    kv_cache_memory or else the least, one page."""
+    """Raises ValueError if weights, KV cache and working memory exceed the free memory. The cache counts
+    kv_cache_memory or, without it, one page."""
     ranks, free = config.tensor_parallel_size, free_memory(config.device) // _ranks_beside(config)
     weights = weight_bytes(model, config) + model.n_layers * _LAYER_HOST_BYTES
     working = _working_bytes(model, config)
@@ -39,8 +39,8 @@ def check_fits(model: ModelConfig, config: EngineConfig) -> None:
 
 
 def weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Of one rank. Of a quantised layer the matrices take a byte a value and 4 for an output channel, of which a rank
-    has all where it has columns."""
+    """Of one rank. A quantised layer's matrices take a byte per value and 4 bytes per output channel; a rank that
+    splits a matrix by columns keeps all its channels' scales."""
     groups, itemsize, ranks = published(model), config.dtype.itemsize, config.tensor_parallel_size
     of_model = model_class(model.architecture, "")
     total = itemsize * num_parameters(groups, ranks, {of_model.EMBEDDINGS})
@@ -71,13 +71,13 @@ def num_pages(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """K and V of page_size tokens in all layers, of one rank's heads."""
+    """K and V of page_size tokens in all layers, for one rank's heads."""
     width = model.n_kv_heads // config.tensor_parallel_size * model.head_dim
     return 2 * model.n_layers * config.page_size * width * config.dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:
-    """What can still be allocated: of a GPU's memory, or of the machine's and of what its cgroups leave."""
+    """What can still be allocated: on the GPU, or in the machine and within its cgroups' limits."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -91,12 +91,13 @@ def _default_cache(model: ModelConfig, config: EngineConfig, free: int) -> int:
 
 
 def _ranks_beside(config: EngineConfig) -> int:
-    """How many ranks take of the same memory: each has a GPU of its own."""
+    """How many ranks use the same memory; on GPUs each has its own."""
     return 1 if config.device.type == "cuda" else config.tensor_parallel_size
 
 
 def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """The widest moment of a layer, with a matrix of FP8 widened where that is not multiplied, and the LM head's."""
+    """The peak of a layer, with an FP8 matrix dequantised where it cannot be multiplied directly, and that of the LM
+    head."""
     numbers = config.max_num_batched_tokens * model.step_width
     if config.quantization and not multiplies_fp8(config.device):
         numbers += 2 * model.mlp_hidden_size * model.d_model
@@ -105,16 +106,16 @@ def _step_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def _working_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """What is kept for positions and slots, and what the largest step takes."""
+    """The state kept for positions and slots, plus what the largest step takes."""
     slots, length = config.max_num_seqs + 1, config.max_model_len
-    # a position's token, whether it is masked, and what is read of it; a page's number
+    # per position: the token, whether it is masked, and the result; per page: its number
     state = slots * (length * 17 + -(-length // config.page_size) * (8 + _PAGE_HOST_BYTES) + _SLOT_HOST_BYTES)
     rotations = length * model.head_dim * max(4, config.dtype.itemsize)
     return state + rotations + _step_bytes(model, config)
 
 
 def _machine_free() -> int:
-    """Linux's own estimate, caches that it would give up included; elsewhere all that there is."""
+    """Linux's own estimate, including caches that it would give up; elsewhere all memory."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -125,8 +126,8 @@ def _machine_free() -> int:
 
 
 def _cgroups_free(root: Path = Path("/")) -> Iterator[int]:
-    """What each cgroup above this process leaves, of version 1 or 2, and so in a container too: its limit less what is
-    used and no file's cache."""
+    """What each cgroup above this process (version 1 or 2, also in a container) leaves: its limit minus its usage
+    without file caches."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

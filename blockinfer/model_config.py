@@ -1,4 +1,4 @@
-"""What a checkpoint is: its shape, as the engine knows it whatever the family, and the reading of a config.json."""
+"""A checkpoint's shape, as the engine sees it for every family, and the reading of a config.json."""
 
 import math
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
-# Far beyond any model; a layer's modules take time and memory whatever their size.
+# Far beyond any model: even a tiny layer's modules take time and memory.
 MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a dense network, named as in LLaDA's config.json; a family that needs more adds to it.
+    """The shape of a dense network, named as in LLaDA's config.json; families that need more fields subclass it.
 
-    embedding_size: rows of the embeddings and of the head, of which the first vocab_size are tokens. eos_token_ids:
-    empty where the config names none. usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose
-    tokenizer names none either. block_length: of a block-causal network, whose positions see no later block,
-    counted from position 0; None where all see each other. dtype: the checkpoint's, None where it says none.
-    quantization: what its layers' matrices are stored in, None where they are plain.
+    embedding_size: rows of the embeddings and of the head; the first vocab_size are tokens. eos_token_ids: empty if the
+    config names none. usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose tokenizer names
+    none either. block_length: of a block-causal network, whose positions see no later block, counted from position 0;
+    None if all positions see each other. dtype: the checkpoint's, None if it names none. quantization: how its layers'
+    matrices are stored, None if plain.
     """
 
     architecture: str
@@ -58,21 +58,21 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Of a head's dimensions the first ones, which RoPE turns."""
+        """How many leading dimensions of a head RoPE rotates."""
         return self.head_dim
 
     @property
     def step_width(self) -> int:
-        """Numbers that a row has at a layer's widest moment: gate and up, their product, and a few hidden states."""
+        """Numbers per row at a layer's peak: gate and up, their product, and a few hidden states."""
         return 3 * self.mlp_hidden_size + 10 * self.d_model
 
     @property
     def mlp_elements(self) -> float:
-        """Of a layer's MLP, on average over the layers, the weights that a row is multiplied by."""
+        """MLP weights that a row is multiplied by in a layer, averaged over the layers."""
         return 3 * self.d_model * self.mlp_hidden_size
 
     def check_shares(self, ranks: int, source: str) -> None:
-        """Raises ValueError where so many ranks cannot have equal shares of heads, MLP and vocabulary."""
+        """Raises ValueError if heads, MLP and vocabulary cannot be split equally over `ranks`."""
         sizes = {n: getattr(self, n) for n in ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size")}
         uneven = [f"{name}={size}" for name, size in sizes.items() if size % ranks]
         if uneven:
@@ -99,8 +99,7 @@ class ConfigReader:
         self.raw, self.source = raw, source
 
     def refuse_others(self, implemented: Mapping[str, tuple[object, ...]]) -> None:
-        """What the network computes, by field. A config that says otherwise is refused; one that is silent is taken to
-        agree."""
+        """Raises ValueError for a field whose value is not among `implemented`. A missing field is accepted."""
         for name, allowed in implemented.items():
             if name in self.raw and self.raw[name] not in allowed:
                 value = shown(self.raw[name])
@@ -157,7 +156,7 @@ class ConfigReader:
 
 
 def check_heads(source: str, names: tuple[str, str, str], d_model: int, n_heads: int, n_kv_heads: int) -> None:
-    """names: what the config calls these three."""
+    """names: the config's names of these three."""
     width, heads, kv_heads = names
     if d_model % n_heads or d_model // n_heads % 2:
         raise ValueError(f"{source}: {width}={d_model} must split into {heads}={n_heads} heads of an even size")
@@ -176,5 +175,5 @@ def check_tokens(source: str, config: ModelConfig) -> None:
 
 
 def if_embedded(token_id: int, embeddings: int) -> int | None:
-    """A family's usual token, which a model of so many embeddings may not have."""
+    """A family's usual token id; None if a model with this many embeddings does not have it."""
     return token_id if token_id < embeddings else None

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says of tensors that are stored in FP8, and what they stand for."""
+"""How a config.json describes tensors stored in FP8, and how to load them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ QUANTIZATIONS = ("fp8",)
 
 @dataclass(frozen=True)
 class StoredQuantization:
-    """How a checkpoint keeps its layers' matrices: F8_E4M3 values, which are multiplied by scales of their own tensor.
+    """How a checkpoint stores its layers' matrices: F8_E4M3 values, multiplied by scales from a separate tensor.
 
-    suffix: what follows a weight's name in that tensor's. block: the rows and columns of one scale; None where a scale
-    is of an output channel, or of the whole matrix.
+    suffix: appended to a weight's name to name its scales. block: the rows and columns that share a scale; None if
+    there is one per output channel or per matrix.
     """
 
     suffix: str
@@ -27,7 +27,7 @@ class StoredQuantization:
         return weight + self.suffix
 
     def scale_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Those that the scales of a matrix of this shape may have; the first is the usual one."""
+        """The shapes that the scales of a matrix of this shape may have; the first is the usual one."""
         if self.block:
             return (tuple(-(-size // part) for size, part in zip(shape, self.block, strict=True)),)
         return (shape[0], 1), (shape[0],), (1,), ()
@@ -39,9 +39,9 @@ class StoredQuantization:
         scale: torch.Tensor,
         share: tuple[slice, ...] | None = None,
     ) -> None:
-        """Into a quantised weight as they are, if scales are of its rows; those of blocks are rounded once more, to its
-        rows' scales. Into a plain tensor what they stand for. share: the rows and columns of the matrix that the values
-        are, if not all; the scale is of the whole."""
+        """Into a quantised weight: copied as they are if the scales are per row; with block scales rounded once more,
+        to per-row scales. Into a plain tensor: dequantised. share: the rows and columns of the matrix that `values`
+        holds, if not all; `scale` is always of the whole matrix."""
         first_row, first_column = (part.start or 0 for part in share or (slice(None), slice(None)))
         scale = scale.float()
         if self.block:
@@ -59,10 +59,10 @@ class StoredQuantization:
 
 
 def read_quantization(raw: Mapping[str, Any], source: str) -> StoredQuantization | None:
-    """Of a config.json's content: None where its tensors are plain. `source` names it in errors.
+    """Reads a config.json's content; None if its tensors are plain. `source` names it in errors.
 
-    compressed-tensors' `float-quantized` and transformers' `fp8` with blocks are read: F8_E4M3 weights, and activations
-    that are quantised as they come. Raises ValueError for every other.
+    Supports compressed-tensors' `float-quantized` and transformers' `fp8` with blocks: F8_E4M3 weights, with
+    activations quantised on the fly. Raises ValueError for any other.
     """
     given = raw.get("quantization_config")
     if given is None:
@@ -96,7 +96,7 @@ def _read_compressed_tensors(given: dict[str, Any]) -> StoredQuantization | None
 
 
 def _is_fp8(scheme: Any) -> bool:
-    """Symmetric, which is what a scheme that does not say is."""
+    """A scheme that does not say counts as symmetric."""
     if not isinstance(scheme, dict):
         return False
     return (scheme.get("num_bits"), scheme.get("type"), scheme.get("symmetric", True)) == (8, "float", True)

@@ -1,9 +1,9 @@
-"""Renders templates, as a process of its own: `blockinfer.templates` starts this file and writes to it.
+"""Renders templates in its own process: `blockinfer.templates` starts this file and writes to its stdin.
 
-A line on stdin is {"chat_template", "conversation", "tokens"}, or {"template", "fields"} for a plain template of these
-fields, in which a name that is no field is an error. Each line gets one on stdout, {"text"} or {"error", "line"}; line
-is the template's, null where it is not known. The arguments are the seconds of CPU time that each may take, beyond
-which the process dies, and the bytes that may be allocated.
+Each line on stdin is {"chat_template", "conversation", "tokens"}, or {"template", "fields"} for a plain template, in
+which a name that is no field is an error. Each gets one line on stdout: {"text"} or {"error", "line"}; line is the
+template's, null if unknown. The arguments are the seconds of CPU time for each rendering, beyond which the process
+dies, and the bytes it may allocate.
 """
 
 import json
@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def main() -> None:
-    # no part of the package is imported: it would bring torch along
+    # imports nothing from the package, which would import torch
     from transformers.utils.chat_template_utils import render_jinja_template
 
     cpu_seconds, memory = map(int, sys.argv[1:])
@@ -45,14 +45,14 @@ def main() -> None:
 
 @lru_cache(maxsize=1)
 def _plain(template: str) -> Template:
-    """As chat templates are set: a line that holds a tag alone leaves no line."""
+    """With the settings of chat templates: a line that holds only a tag produces no line."""
     return ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.loopcontrols"]
     ).from_string(template)
 
 
 def _line(traceback: TracebackType | None) -> int | None:
-    """The innermost line of the template that the error passed."""
+    """The innermost line of the template in the error's traceback."""
     found = None
     while traceback:
         if traceback.tb_frame.f_code.co_filename == "<template>":

@@ -1,4 +1,4 @@
-"""Templates, rendered in a process of their own."""
+"""Renders templates in a separate process."""
 
 import contextlib
 import json
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class TemplateProcess:
-    """What renders templates.
+    """The process that renders templates.
 
-    A template is a program, and may loop for ever or fill the memory, in more ways than one could forbid. So it runs,
-    in the sandbox of Jinja, in a process of its own that may use `cpu_seconds` for each rendering and `memory` bytes;
-    beyond that it is ended. The process starts with the first rendering, which takes half a second, serves those that
-    follow, and ends with `close` or with this object.
+    A template is a program, and can loop forever or fill the memory in more ways than one could forbid. So it runs in
+    Jinja's sandbox, in a separate process that may use `cpu_seconds` for each rendering and `memory` bytes, and is
+    killed beyond that. The process starts at the first rendering, which takes half a second, serves later ones, and
+    ends with `close` or with this object.
     """
 
     cpu_seconds = 5
@@ -28,20 +28,20 @@ class TemplateProcess:
         self._stop = lambda: None
 
     def reply(self, line: str) -> dict[str, Any]:
-        """What template_worker.py answers to its line of JSON: {"text"}, or {"error"}, also where it was ended."""
+        """The reply of template_worker.py to a line of JSON: {"text"}, or {"error"}, also if the process was killed."""
         try:
             return json.loads(self._ask(line) or self._last_words())
-        except BaseException:  # Ctrl-C: the answer that is still to come must not be taken for the next one
+        except BaseException:  # after Ctrl-C, the pending reply must not be taken for the next one
             self.close()
             raise
 
     def close(self) -> None:
-        """Ends the process; the next rendering would start one anew."""
+        """Ends the process; the next rendering starts a new one."""
         self._process = None
         self._stop()
 
     def _ask(self, line: str) -> str:
-        """-> the answer, or nothing where the process died."""
+        """-> the reply, empty if the process died."""
         if self._process is None:
             self._start()
         try:
@@ -53,7 +53,7 @@ class TemplateProcess:
         return answer if answer.endswith("\n") else ""
 
     def _last_words(self) -> str:
-        """An answer for a process that gave none."""
+        """The reply for a process that died without one."""
         status = self._process.wait()
         self.close()
         if status == -signal.SIGXCPU:
@@ -63,7 +63,7 @@ class TemplateProcess:
     def _start(self) -> None:
         worker = Path(__file__).with_name("template_worker.py")
         process = subprocess.Popen(
-            # -P: no module of this package is to be found in place of another's
+            # -P: modules of this package must not shadow others
             [sys.executable, "-P", str(worker), str(self.cpu_seconds), str(self.memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -79,5 +79,5 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # of what was not written yet
+    with contextlib.suppress(BrokenPipeError):  # flushing what was not written yet may fail
         process.stdin.close()

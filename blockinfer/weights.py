@@ -1,4 +1,4 @@
-"""Weights into a model's parameters: from safetensors, every tensor accounted for, or random."""
+"""Loading a model's parameters: from safetensors, with every tensor accounted for, or random."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,20 +29,20 @@ class StoredTensor(NamedTuple):
 
 
 def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of `folder`'s safetensors by name: those that the config asks for, scales of quantised ones included,
-    and besides what may turn out to change nothing (`extras`). Only the files' headers are read, and nothing is built.
+    """The tensors by name in `folder`'s safetensors: those that the config asks for, with the scales of quantised ones,
+    and those that may prove redundant (`extras`). Reads only the files' headers and builds nothing.
 
-    Raises ValueError where a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen or
-    of another type than expected; the message names the files and tensors.
+    Raises ValueError if a file cannot be read, a shard is missing, or a tensor is missing, unexpected, misshapen or of
+    an unexpected dtype; the message names the files and tensors.
     """
     stored = _stored_tensors(folder)
     groups = published(config)
     for group in groups:
-        # a few missing ones are named below; so many would take memory to count up
+        # a few missing tensors are named below; this many would take too much memory to list
         if group.number > 10 * len(stored):
             raise ValueError(f"{folder}: the config asks for {group.asked}, and there are {len(stored)} tensors")
     wanted = dict(tensor for group in groups for tensor in group.tensors())
-    # one without elements holds nothing: LLaDA2's class stores a shared expert of width 0 where there is none
+    # an empty tensor holds nothing: LLaDA2's class stores a shared expert of width 0 where there is none
     stored = {name: tensor for name, tensor in stored.items() if name in wanted or 0 not in tensor.shape}
     scales = _scales(config, groups, stored)
     quantized = {name.removesuffix(config.quantization.suffix) for name in scales} if config.quantization else set()
@@ -69,11 +69,11 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
 
 
 def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
-    """Fills the model from what `find_weights` found, converting to the model's dtype, or quantising, one tensor at a
-    time.
+    """Fills the model with what `find_weights` found, one tensor at a time, converting to the model's dtype or
+    quantising.
 
-    Raises ValueError where a tensor is not finite in the model's dtype, where one beside the network's own would change
-    what it computes, or where a file cannot be read after all.
+    Raises ValueError if a tensor is not finite in the model's dtype, if an extra tensor would change the results, or if
+    a file cannot be read after all.
     """
     wanted, quantization, scales = model.checkpoint_tensors(), model.config.quantization, set()
     for path in sorted({tensor.path for tensor in stored.values()}):
@@ -98,8 +98,8 @@ def load_weights(model: Transformer, stored: dict[str, StoredTensor]) -> None:
 
 
 def randomize(model: Transformer, seed: int) -> None:
-    """Normal weights of deviation 0.02, norms 1: the published shape's speed without its weights. However many ranks
-    share the model, it is the same."""
+    """Normal weights of standard deviation 0.02, norms 1: the published shape's speed without its weights. The model is
+    the same for any number of ranks."""
     generator = torch.Generator(device=model.wte.device).manual_seed(seed)
     shapes = dict(tensor for group in published(model.config) for tensor in group.tensors())
     for name, part in model.checkpoint_tensors().items():
@@ -118,15 +118,15 @@ def randomize(model: Transformer, seed: int) -> None:
 def _is_finite(target: torch.Tensor | QuantizedWeight) -> bool:
     if isinstance(target, QuantizedWeight):
         return target.is_finite()
-    # the smallest and the largest are NaN where one value is
+    # the minimum and maximum are NaN if any value is
     return bool(torch.stack(target.aminmax()).isfinite().all())
 
 
 def _scales(
     config: ModelConfig, groups: list[TensorGroup], stored: dict[str, StoredTensor]
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The tensors of scales, each with the shapes that it may have: of all matrices of the layers; of a head that has
-    one."""
+    """The names of the scale tensors, each with the shapes it may have: for all matrices of the layers, and for a head
+    that has one."""
     if config.quantization is None:
         return {}
     of, head = config.quantization, model_class(config.architecture, "").HEAD
@@ -164,7 +164,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """name -> file; each is one of the index's own folder. It may be a link: the Hub's cache is made of them."""
+    """Tensor name -> file in the index's own folder. The file may be a link, as in the Hub's cache."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
@@ -177,7 +177,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[safe_open]:
-    """Whatever safetensors raises meanwhile is a ValueError that names the file."""
+    """Turns whatever safetensors raises inside the block into a ValueError that names the file."""
     try:
         with safe_open(path, framework="pt") as shard:
             yield shard
@@ -186,14 +186,15 @@ def _open(path: Path) -> Iterator[safe_open]:
 
 
 def _share(whole: tuple[int, ...], part: tuple[int, ...], rank: int) -> tuple[slice, ...] | None:
-    """Where in a tensor of shape `whole` the rank's part is, of the same size as the other ranks'; None for all."""
+    """The slices of a tensor of shape `whole` that are the rank's part, equal in size on all ranks; None for all of
+    it."""
     if tuple(whole) == tuple(part):
         return None
     return tuple(slice(None) if n == k else slice(rank * k, (rank + 1) * k) for n, k in zip(whole, part, strict=True))
 
 
 def _read(path: Path, names: list[str], shares: list[tuple[slice, ...] | None]) -> Iterator[torch.Tensor]:
-    """Of each tensor the share alone is read."""
+    """Reads only the share of each tensor."""
     with _open(path) as shard:
         for name, share in zip(names, shares, strict=True):
             yield shard.get_tensor(name) if share is None else shard.get_slice(name)[share]
