@@ -1,13 +1,13 @@
-"""Editing (LLaDA2.1): when a block whose revealed tokens may still change is finished."""
+"""Editing (LLaDA2.1): revealed tokens may still change; when such a block is finished."""
 
 from typing import NamedTuple
 
 
 class BlockEdits(NamedTuple):
-    """Where a block that is edited stands.
+    """The state of a block that is edited.
 
-    first: the places before it are given. token_ids: of all its places after the last step, None where one is masked;
-    empty before the first step. post_steps: steps made so far that found no mask.
+    first: positions before it are given. token_ids: all of the block's tokens after the last step, None where masked;
+    empty before the first step. post_steps: steps so far that began without a mask.
     """
 
     first: int
@@ -16,12 +16,12 @@ class BlockEdits(NamedTuple):
 
     @property
     def revealed(self) -> list[int]:
-        """The places that may change."""
+        """The positions that may change."""
         return [i for i in range(self.first, len(self.token_ids)) if self.token_ids[i] is not None]
 
     def after_step(self, token_ids: tuple[int | None, ...], max_post_steps: int) -> tuple["BlockEdits", bool]:
-        """token_ids: as above -> how it stands now, and whether it is finished: nothing is masked, and the step found
-        no mask and changed nothing, or so many such steps are made."""
+        """token_ids: as above -> the new state, and whether the block is finished: nothing is masked, and either the
+        step began without a mask and changed nothing, or max_post_steps such steps were made."""
         had_masks = len(self.revealed) < len(token_ids) - self.first
         changed = any(self.token_ids[i] != token_ids[i] for i in self.revealed)
         now = BlockEdits(self.first, token_ids, self.post_steps + (not had_masks))

@@ -1,8 +1,8 @@
-"""The likelihood of an answer by masked diffusion: which masks are tried, and what their losses say.
+"""The likelihood of an answer under masked diffusion: which masks are tried, and what is estimated from them.
 
 LLaDA's bound (arXiv 2502.09992, equation 6, and its repository's get_log_likelihood.py): with the number x of masked
-tokens uniform in 1..L and the mask uniform among those of x, the log-likelihood is the mean of L / x times the sum of
-the masked tokens' log-probabilities.
+tokens uniform in 1..L and the mask uniform among those of x tokens, the log-likelihood is the mean of L / x times the
+sum of the masked tokens' log-probabilities.
 """
 
 import math
@@ -22,19 +22,19 @@ def draw_masks(length: int, mc_num: int, seed: int) -> list[Mask]:
         return [mask for count in range(1, length + 1) for mask in combinations(range(length), count)]
     draw = random.Random(seed)
     if is_stratified(length, mc_num):
-        # the whole answer once, the other numbers as evenly as can be
+        # the fully masked answer once, the other counts as evenly as possible
         share, more = divmod(mc_num - 1, length - 1)
         return [m for n in range(1, length) for m in _of_count(length, n, share + (n <= more), draw)] + [
             tuple(range(length))
         ]
     first = draw.randint(1, length)
-    # halves go up: to the even number, as LLaDA's torch.round has them, some numbers would come more often than others
+    # halves round up: rounded to even, as by LLaDA's torch.round, some counts would come more often than others
     counts = [(first + (2 * i * length + mc_num) // (2 * mc_num) - 1) % length + 1 for i in range(mc_num)]
     return [_one_of_count(length, count, draw) for count in sorted(counts)]
 
 
 def is_stratified(length: int, mc_num: int) -> bool:
-    """Whether every number of masked tokens has at least two masks, or its only one."""
+    """Whether each number of masked tokens has at least two masks, or its only one."""
     return 2 * length <= mc_num or 2**length - 1 <= mc_num
 
 
@@ -49,11 +49,11 @@ def _one_of_count(length: int, count: int, draw: random.Random) -> Mask:
 
 
 def estimate(length: int, mc_num: int, masks: Sequence[Mask], sums: Sequence[float]) -> tuple[float, float | None]:
-    """masks: what `draw_masks` gave; sums: of each the masked tokens' log-probabilities -> the log-likelihood and its
-    standard error, 0 where every mask was tried, None where a single one cannot tell."""
+    """masks: from `draw_masks`; sums: for each, the sum of its masked tokens' log-probabilities -> the log-likelihood
+    and its standard error: 0 if every mask was tried, None if there is only one of several masks."""
     values = [length / len(mask) * total for mask, total in zip(masks, sums, strict=True)]
     if not is_stratified(length, mc_num):
-        # a systematic sample in the number of masked tokens, whose neighbours differ by little else than chance
+        # a systematic sample of the number of masked tokens: neighbours differ by little but chance
         if len(values) < 2:
             return values[0], None
         steps = [(b - a) ** 2 for a, b in zip(values, values[1:], strict=False)]
@@ -70,5 +70,5 @@ def estimate(length: int, mc_num: int, masks: Sequence[Mask], sums: Sequence[flo
     return math.fsum(means.values()) / length, math.sqrt(variance) / length
 
 
-# What a forward of the whole answer, as one block, computes.
+# Scoring treats the whole answer as one block.
 SCORING_MODES: dict[str, Mode] = {"vanilla": vanilla, "block": block}

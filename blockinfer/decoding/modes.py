@@ -1,11 +1,11 @@
 """Decoding modes: what each denoising step recomputes, as segments.
 
-A segment is a run of query positions of one sequence against the first `kv_len` keys of that sequence. A forward writes
-the K and V of all its queries to their pages before it attends, so the segments of one forward see each other's K and V
-as far as their kv_len reaches. A mode is a pure function from where a sequence stands to its next segments.
+A segment is a run of query positions of one sequence that attend to the first `kv_len` keys of that sequence. A forward
+writes the K and V of all its queries to their pages before it attends, so its segments see each other's K and V as far
+as their kv_len reaches. A mode is a pure function from a sequence's state to its next segments.
 
-Where a sequence stands is a window of open blocks; with one block at a time it is that block. The window's start moves
-when its first block is finished, and its end when a block opens (`decoding.windows`).
+The state includes a window of open blocks; with one block at a time the window is that block. Its start moves when its
+first block is finished, its end when a block opens (`decoding.windows`).
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class Segment(NamedTuple):
 
 
 class BlockState(NamedTuple):
-    """Where a sequence stands; positions count from the prompt's first token.
+    """A sequence's state; positions count from the prompt's first token.
 
     prompt_len: the first generated position. canvas_end: one past the last. [block_start, block_end): the window, which
-    is the block being denoised, or all blocks that are open at once. suffix_end: one past the last mask that the window
-    sees where the suffix is dropped, at least block_end. step: steps already made since the window's start last moved.
-    num_cached: leading positions whose K/V is final in the pages.
+    is the block being denoised, or all blocks open at once. suffix_end: one past the last mask that the window sees if
+    the suffix is dropped, at least block_end. step: steps made since the window's start last moved. num_cached: leading
+    positions whose K/V in the pages is final.
     """
 
     prompt_len: int
@@ -43,28 +43,28 @@ Mode = Callable[[BlockState], list[Segment]]
 
 
 def vanilla(state: BlockState) -> list[Segment]:
-    """The whole canvas in every step; nothing is approximated (LLaDA, arXiv 2502.09992, semi-autoregressive)."""
+    """The whole canvas in every step; exact (LLaDA, arXiv 2502.09992, semi-autoregressive)."""
     return [Segment(0, state.canvas_end, state.canvas_end)]
 
 
 def prefix_cache(state: BlockState) -> list[Segment]:
-    """The K/V before the window is held until it moves (Fast-dLLM's prefix cache, arXiv 2505.22618, section 3.2)."""
+    """The K/V before the window is reused until it moves (Fast-dLLM's prefix cache, arXiv 2505.22618, section 3.2)."""
     start = 0 if state.step == 0 else state.block_start
     return [Segment(start, state.canvas_end, state.canvas_end)]
 
 
 def dual_cache(state: BlockState) -> list[Segment]:
-    """The K/V before the window and of the masks after it is held until it moves (Fast-dLLM's dual cache)."""
+    """The K/V before the window, and of the masks after it, is reused until it moves (Fast-dLLM's dual cache)."""
     if state.step == 0:
         return [Segment(0, state.canvas_end, state.canvas_end)]
     return [Segment(state.block_start, state.block_end, state.canvas_end)]
 
 
 def block(state: BlockState) -> list[Segment]:
-    """The suffix is dropped and committed K/V never recomputed: each block sees the prompt and the blocks before it.
+    """The suffix is dropped and committed K/V is never recomputed: each block sees the prompt and earlier blocks.
 
-    What is not cached yet rides along with the window's first step: the prompt, the blocks just finished, or, after a
-    preemption, all of them, each with kv_len at its own end, as if each had been computed when it was finished.
+    What is not cached yet is computed in the window's first step: the prompt, the blocks just finished or, after a
+    preemption, all of them. Each has kv_len at its own end, as if computed when it was finished.
     """
     return _commits(state) + [Segment(state.block_start, state.suffix_end, state.suffix_end)]
 
@@ -80,7 +80,7 @@ def _commits(state: BlockState) -> list[Segment]:
 
 
 def block_refresh(state: BlockState) -> list[Segment]:
-    """The suffix is dropped; all K/V before the window is computed anew when it moves, then held."""
+    """The suffix is dropped; all K/V before the window is recomputed when it moves, then reused."""
     start = 0 if state.step == 0 else state.block_start
     return [Segment(start, state.suffix_end, state.suffix_end)]
 
@@ -93,14 +93,14 @@ MODES: dict[str, Mode] = {
     "block_refresh": block_refresh,
 }
 
-# In these the prompt's K and V depend on the prompt alone, so that several answers to it can share them.
+# Modes in which the prompt's K and V depend on the prompt alone, so that several answers can share them.
 PROMPT_ALONE = frozenset({"block"})
 
-# These see all of the canvas, so that text may follow what is masked.
+# Modes that see the whole canvas, so that text may follow the masks.
 SEE_SUFFIX = ("vanilla", "prefix_cache", "dual_cache")
 
-# These drop what follows the window, but for the masks that a request has them keep.
+# Modes that drop what follows the window, except for the masks that suffix_window keeps.
 DROP_SUFFIX = ("block", "block_refresh")
 
-# In these a block that is finished may stay in the window for a while: they commit it once it has left.
+# Modes that can keep a finished block in the window for a while, and commit it once it leaves.
 MAY_DELAY = ("block",)

@@ -1,7 +1,7 @@
 """Unmasking rules: which masked positions of the open blocks a step reveals.
 
-A rule is a way to rank the masked positions and a way to choose of them, both of which are in `kernels.slots`. It
-reveals nothing but masked positions of open blocks, and at least one of the first of them.
+A rule combines a ranking of the masked positions and a choice among them, both from `kernels.slots`. It reveals only
+masked positions of open blocks, and at least one of the first open block.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from blockinfer.kernels.slots import OF_A_BLOCK, Choice, Rank
 
 
 class Rule(NamedTuple):
-    """rank, choice: what positions are ranked by, and which of them are revealed.
+    """rank: what positions are ranked by. choice: which of them are revealed.
 
-    scheduled: the schedule decides alone, so that the number of steps is known beforehand. option, default: the name of
-    the SamplingParams field that the choice reads.
+    scheduled: the schedule alone decides, so the number of steps is known beforehand. option, default: the name and
+    default of the SamplingParams field that the choice reads.
     """
 
     rank: Rank
@@ -24,21 +24,21 @@ class Rule(NamedTuple):
 
     @property
     def has_schedule(self) -> bool:
-        """Whether it counts what the schedule says, alone or beside a threshold."""
+        """Whether the schedule counts, alone or beside a threshold."""
         return self.choice in OF_A_BLOCK
 
     def choice_option(self, value: float) -> float:
-        """What the choice reads, where the rule's option has this value: of a threshold the lowest score."""
+        """The choice's parameter for this value of the rule's option; for a threshold, the lowest score."""
         if self.choice not in (Choice.THRESHOLD, Choice.SCHEDULED_THRESHOLD):
             return value
-        # minus what all other tokens have, or minus the entropy
+        # scores: minus the probability of all other tokens, or minus the entropy
         return value - 1 if self.rank == Rank.CONFIDENCE else -value
 
 
 def scheduled_count(length: int, steps: int, step: int) -> int:
-    """Positions that step `step` (from 0) of `steps` reveals in a block of `length`: as even as can be, more first.
+    """Positions that step `step` (from 0) of `steps` reveals in a block of `length`: as even as possible, larger first.
 
-    LLaDA's schedule (arXiv 2502.09992, get_num_transfer_tokens). Past the last step nothing is left: 0.
+    LLaDA's schedule (arXiv 2502.09992, get_num_transfer_tokens); 0 past the last step.
     """
     return length // steps + (step < length % steps) if step < steps else 0
 

@@ -1,4 +1,4 @@
-"""What the config.json of families in Hugging Face's own naming have in common."""
+"""What config.json files in Hugging Face's own naming have in common."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from blockinfer.checks import shown
 from blockinfer.model_config import MAX_LAYERS, ConfigReader, architecture, check_heads
 
-# What all of these networks compute.
+# Values that all of these networks implement.
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "clip_qkv": (None,),
-    # compressed-tensors' name for quantization_config, of before it joined transformers
+    # compressed-tensors' name for quantization_config before it joined transformers
     "compression_config": (None,),
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "use_sliding_window": (False, None),
 }
-# RoPE as it is here: what rope_scaling may say of it, or rope_parameters, as transformers 5 writes it.
+# RoPE as implemented: the values allowed in rope_scaling, or in rope_parameters, as transformers 5 writes it.
 _PLAIN_ROPE: dict[str, tuple[object, ...]] = {"rope_type": ("default",), "type": ("default",), "factor": (1.0, None)}
 
 
 def hf_reader(raw: Mapping[str, Any], source: str) -> ConfigReader:
-    """With what stands in rope_parameters as fields of the config, as transformers 4 has them.
+    """A reader that sees the entries of rope_parameters as fields of the config, as in transformers 4.
 
     Raises ValueError for RoPE of another type.
     """
@@ -41,8 +41,8 @@ def hf_reader(raw: Mapping[str, Any], source: str) -> ConfigReader:
 
 
 def read_hf_shape(read: ConfigReader, *, mlp_size: str | None, tied: bool) -> dict[str, Any]:
-    """The fields of ModelConfig. mlp_size: what the config calls a dense layer's width, where there may be one; tied:
-    whether the head is the embeddings where the config does not say.
+    """The fields of ModelConfig. mlp_size: the config's name for the width of a dense MLP, None if there is none. tied:
+    whether head and embeddings are tied if the config does not say.
 
     Raises ValueError as a family's `read_config` does.
     """

@@ -1,6 +1,6 @@
-"""iLLaDA (arXiv 2606.25331): LLaDA's layers under the names of Hugging Face's Llama, with grouped queries.
+"""iLLaDA (arXiv 2606.25331): LLaDA's layers under the names of Hugging Face's Llama, with grouped-query attention.
 
-Beside names and shapes it differs in rounding: RoPE turns q and k in the model's dtype, by angles of float32.
+Besides names and shapes, rounding differs: RoPE rotates q and k in the model's dtype, by float32 angles.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.published import TensorGroup
 from blockinfer.models.transformer import Transformer
 
-# The shape of GSAI-ML/iLLaDA-8B-Instruct. rope_theta is LLaDA's: it changes no speed.
+# The shape of GSAI-ML/iLLaDA-8B-Instruct. rope_theta is LLaDA's: it does not affect speed.
 ILLADA_8B: dict[str, Any] = {
     "architectures": ["ILLaDAForCausalLM"],
     "hidden_size": 4096,

@@ -19,10 +19,10 @@ from blockinfer.models.transformer import Transformer, unfilled
 
 
 class LLaDALayer(nn.Module):
-    """One transformer block. q, k, v are one matrix, gate and up another.
+    """One transformer block. q, k and v are one matrix, gate and up another.
 
-    A rank has whole heads and a share of the MLP: of the two matrices rows, of those that lead back to d_model columns,
-    whose products are summed over the ranks (arXiv 1909.08053).
+    Each rank has whole heads and a share of the MLP: rows of these two matrices, and columns of those that lead back to
+    d_model, whose products are all-reduced (arXiv 1909.08053).
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class LLaDALayer(nn.Module):
         table: SegmentTable,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [T, d], or parts of it [S, T, d]: the previous layer's output, which is added to residual [T, d] -> what
-        this rank's heads attended to, [T, heads * D], in `out` where it is given.
+        """x: the previous layer's output, [T, d] or parts [S, T, d], which is added to residual [T, d] -> the
+        attention's output for this rank's heads, [T, heads * D], in `out` if given.
 
-        kv_pages [2, pages, P, HK, D]: this layer's cache.
+        kv_pages [2, pages, P, HK, D]: this layer's KV cache.
         """
         x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps, self.quantized)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
@@ -69,24 +69,25 @@ class LLaDALayer(nn.Module):
         return attention(qkv, cos_sin, kv_pages, table, out).flatten(1)
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """attended [T, heads * D], residual [T, d], to which the attention's output is added -> the layer's output,
-        [T, d], or parts of it [S, T, d], not yet added."""
+        """attended [T, heads * D]; residual [T, d], to which the attention's output projection is added -> the layer's
+        output, [T, d] or parts [S, T, d], not yet added to the residual."""
         x = self._summed(attended, self.attn_out, residual.dtype)
         x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
         return self._summed(gated_linear(x, self.gate_up_proj), self.ff_out, residual.dtype)
 
     def _summed(self, x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """x [T, K], this rank's share of the depth -> the product of all ranks, [T, d], or parts of it [S, T, d]."""
+        """x [T, K]: this rank's share of the inner dimension -> the product summed over ranks, [T, d] or parts [S, T,
+        d]."""
         return self.ranks.all_reduce(linear_parts(x, weight, self.ranks.sum_out(len(x))), dtype)
 
     def split(self) -> list[torch.Tensor | QuantizedWeight]:
-        """Views of q, k, v, gate and up, each as a matrix of its own."""
+        """Views of q, k, v, gate and up as separate matrices."""
         kv_rows = (self.qkv_proj.shape[0] - self.attn_out.shape[1]) // 2
         return [*self.qkv_proj.split([self.attn_out.shape[1], kv_rows, kv_rows]), *self.gate_up_proj.chunk(2)]
 
 
 class LLaDA(Transformer):
-    """The published names: `ff_out` is the head, and inside a block the MLP's last matrix."""
+    """Published names: `ff_out` is the head and, inside a block, the MLP's last matrix."""
 
     EMBEDDINGS, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
     TIED_BY = "weight_tying"

@@ -1,7 +1,7 @@
-"""LLaDA2.0 and 2.1 (arXiv 2512.15745): partial RoPE, a norm of each head, and experts in groups, one of them shared.
+"""LLaDA2.0 and 2.1 (arXiv 2512.15745): partial RoPE, per-head norms, and experts in groups, one of them shared.
 
-Scores are sigmoids of logits in float32. Experts are chosen by score and bias out of the best groups; their weights are
-the scores, divided by their sum and scaled.
+Router scores are sigmoids of logits in float32. Experts are chosen by score plus bias from the best groups; their
+weights are the scores, divided by their sum and scaled.
 """
 
 from collections.abc import Mapping
@@ -46,13 +46,13 @@ LLADA2_MINI: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-# What all of them were trained with; their configs do not say.
+# All were trained with it; their configs do not say so.
 BLOCK_LENGTH = 32
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    # of one that was tuned to blocks of another length
+    # a checkpoint tuned to another block length
     "block_length": (BLOCK_LENGTH, None),
     "block_size": (BLOCK_LENGTH, None),
-    # LLaDA2.2's, which has this architecture's name: experts are chosen for a block, and tokens that move others
+    # LLaDA2.2, under the same architecture name: experts are chosen per block, and tokens can move others
     "delete_token_id": (None,),
     "expert_capacity": (None,),
     "moe_router_enable_expert_bias": (True,),
@@ -86,7 +86,7 @@ class LLaDA2(MoETransformer):
             sigmoid=True,
             groups=read.integer("n_group"),
             groups_kept=read.integer("topk_group"),
-            # one score is not divided by itself
+            # a single score is not normalized
             normalized=read.integer("num_experts_per_tok") > 1,
             scale=read.positive("routed_scaling_factor"),
             shared=read.integer("num_shared_experts", default=0, minimum=0),

@@ -7,7 +7,7 @@ from blockinfer.model_config import MAX_LAYERS, ModelConfig, architecture, check
 from blockinfer.models.hf_config import hf_reader
 from blockinfer.quantization import read_quantization
 
-# What the network here computes. A checkpoint that says otherwise is refused; one that is silent is taken to agree.
+# Values that the network implements. A config with other values is refused; missing fields are accepted.
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "activation_type": ("silu",),
     "alibi": (False, None),
@@ -16,7 +16,7 @@ _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "block_group_size": (1,),
     "block_type": ("llama",),
     "clip_qkv": (None,),
-    # compressed-tensors' name for quantization_config, of before it joined transformers
+    # compressed-tensors' name for quantization_config before it joined transformers
     "compression_config": (None,),
     "include_bias": (False, None),
     "include_qkv_bias": (False, None),

@@ -1,7 +1,7 @@
-"""LLaDA-MoE (arXiv 2509.24389): bidirectional, with a norm of each head and a mixture of experts in every layer.
+"""LLaDA-MoE (arXiv 2509.24389): bidirectional, with per-head norms and a mixture of experts in every layer.
 
-The published network takes the softmax over all experts in float32, of logits in its own dtype, and the weights of the
-best ones as they are. What a config says of norm_topk_prob changes nothing there, and nothing here.
+The published network takes the softmax over all experts in float32, of logits in its own dtype, and uses the weights of
+the best experts unnormalized. norm_topk_prob has no effect there, and none here.
 """
 
 from collections.abc import Mapping
@@ -35,14 +35,14 @@ LLADA_MOE_7B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-# Its config names neither.
+# The config names neither.
 MASK, EOS = 156895, 156892
 _IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "moe_router_enable_expert_bias": (False, None),
     "moe_router_score_function": ("softmax", None),
     "qk_layernorm": (True,),
     "routed_scaling_factor": (1.0, None),
-    # -2 is what the published config class has where it is told nothing
+    # -2 is the published config class's default
     "router_num_group": (None, 0, 1, -2),
     "router_topk_group": (None, 0, 1, -2),
     "shared_expert_intermediate_size": (None, 0),
@@ -117,7 +117,7 @@ class LLaDAMoE(MoETransformer):
 
 
 def _check_frequency(frequency: object, layers: int, source: str) -> None:
-    """moe_layer_freq: 1 for each layer, or silent."""
+    """moe_layer_freq must be 1 for every layer, or missing."""
     if frequency is not None and frequency not in (1, [1] * layers):
         raise ValueError(
             f"{source}: moe_layer_freq={shown(frequency)} is not implemented, only 1 for each of the {layers} layers is"

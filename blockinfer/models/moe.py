@@ -1,4 +1,4 @@
-"""The layers of the networks with mixtures of experts: attention with a norm of each head, and the MLPs."""
+"""Layers of mixture-of-experts networks: attention with per-head norms, and the MLPs."""
 
 from functools import partial
 
@@ -25,35 +25,35 @@ class DenseMLP(nn.Module):
         self.down_proj = unfilled(config.d_model, config.mlp_hidden_size, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, d] -> [T, d], or parts of it [S, T, d]."""
+        """[T, d] -> [T, d], or parts [S, T, d]."""
         return linear_parts(gated_linear(x, self.gate_up_proj), self.down_proj)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By the names that both families have for them."""
+        """By the names that both families use."""
         gate, up = self.gate_up_proj.chunk(2)
         return {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": self.down_proj}
 
 
 class Mixture(nn.Module):
-    """Experts and their router. An expert that all rows share is one more of them, behind the others."""
+    """Experts and their router. A shared expert, which serves all rows, is stored after the others."""
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         weight = partial(unfilled, dtype=dtype, device=device)
         self.rule = config.rule
         self.gate = weight(config.num_experts, config.d_model)
-        # added to scores in float32, whatever the network's dtype
+        # added to the scores in float32, whatever the network's dtype
         bias = unfilled(config.num_experts, dtype=torch.float32, device=device)
         self.bias = bias if config.router_bias else None
         self.gate_up = weight(config.all_experts, 2 * config.expert_hidden_size, config.d_model)
         self.down = weight(config.all_experts, config.d_model, config.expert_hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, d] -> [T, d], or parts of it [S, T, d]."""
+        """[T, d] -> [T, d], or parts [S, T, d]."""
         return mixture(x, route(x, self.gate, self.bias, self.rule), self.gate_up, self.down)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By the names that both families have for them."""
+        """By the names that both families use."""
         tensors = {"gate.weight": self.gate}
         if self.bias is not None:
             tensors["gate.expert_bias"] = self.bias
@@ -66,7 +66,7 @@ class Mixture(nn.Module):
 
 
 def mlp_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Of `DenseMLP.tensors`, and of an expert."""
+    """Shapes of the tensors of `DenseMLP`, or of one expert."""
     return {
         "gate_proj.weight": (hidden, width),
         "up_proj.weight": (hidden, width),
@@ -75,7 +75,7 @@ def mlp_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 class MoELayer(nn.Module):
-    """One transformer block, of which the first ones have a dense MLP. q, k, v are one matrix."""
+    """One transformer block; the first dense_layers have a dense MLP. q, k and v are one matrix."""
 
     def __init__(self, config: MoEConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class MoELayer(nn.Module):
 
 
 class MoETransformer(Transformer):
-    """A network of these layers; RoPE's angles are rounded to the network's dtype."""
+    """A network of `MoELayer`s; RoPE's cos and sin are rounded to the network's dtype."""
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         layers = (MoELayer(config, i, dtype, device) for i in range(config.n_layers))

@@ -1,4 +1,4 @@
-"""The shape of a network with mixtures of experts, and what the configs of such families have in common."""
+"""The shape of a mixture-of-experts network, and what the configs of such families have in common."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from blockinfer.kernels.router import RouterRule
 from blockinfer.model_config import ConfigReader, ModelConfig
 
-# The kernels hold a row's experts at once.
+# The kernels process all experts of a row at once.
 _MAX_EXPERTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(ModelConfig):
-    """dense_layers: so many first layers have one MLP, of mlp_hidden_size. The others have num_experts experts of
-    expert_hidden_size each, and behind them those that all rows share; rule says who goes where, with biases where
-    router_bias is set. rotary_size: `rotary_dim`."""
+    """dense_layers: how many leading layers have a dense MLP, of mlp_hidden_size. The others have num_experts experts
+    of expert_hidden_size each, followed by the shared ones; rule is the router's, with biases if router_bias is set.
+    rotary_size: `rotary_dim`."""
 
     dense_layers: int
     num_experts: int
@@ -29,12 +29,12 @@ class MoEConfig(ModelConfig):
 
     @property
     def all_experts(self) -> int:
-        """With those that are shared."""
+        """Including the shared ones."""
         return self.num_experts + self.rule.shared
 
     @property
     def step_width(self) -> int:
-        """A row's pairs, before and behind the second product, besides what a dense network has."""
+        """The larger of a dense network's and what a row's experts take before and after the second product."""
         pairs = self.rule.top_k + self.rule.shared
         return max(super().step_width, pairs * (self.expert_hidden_size + self.d_model) + 10 * self.d_model)
 
@@ -47,7 +47,7 @@ class MoEConfig(ModelConfig):
 
 
 def read_rotary_size(read: ConfigReader, head_dim: int, usual_factor: float) -> int:
-    """Of the partial_rotary_factor, the family's usual one where the config is silent; a rotary_dim must agree."""
+    """Computed from partial_rotary_factor, by default the family's usual one; a rotary_dim must agree."""
     factor = read.positive("partial_rotary_factor", default=usual_factor)
     size = int(head_dim * factor)
     if factor > 1 or size < 2 or size % 2:
@@ -63,14 +63,14 @@ def read_rotary_size(read: ConfigReader, head_dim: int, usual_factor: float) -> 
 
 
 def read_experts(read: ConfigReader, size_name: str) -> dict[str, Any]:
-    """num_experts, expert_hidden_size. size_name: what the config calls the latter."""
+    """num_experts and expert_hidden_size. size_name: the config's name for the latter."""
     return dict(
         num_experts=read.integer("num_experts", _MAX_EXPERTS), expert_hidden_size=read.integer(size_name, minimum=1)
     )
 
 
 def check_router(source: str, experts: int, rule: RouterRule, names: tuple[str, str]) -> None:
-    """names: what the config calls the groups, and those that are kept."""
+    """names: the config's names for the number of groups and of the groups kept."""
     groups, kept = names
     if experts % rule.groups:
         raise ValueError(f"{source}: num_experts={experts} does not split into {groups}={rule.groups} groups")

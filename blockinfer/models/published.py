@@ -1,4 +1,4 @@
-"""The tensors of a family's published checkpoints, by arithmetic alone: before anything is built."""
+"""The tensors of a family's published checkpoints, computed before anything is built."""
 
 import itertools
 import math
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class TensorGroup(NamedTuple):
-    """Tensors that come once for each index: those of the model, of a layer, of an expert.
+    """Tensors that repeat for each index: those of the model, of a layer, of an expert.
 
-    prefix: what their names begin with, with a {} for each of `indices`. shapes: by the rest of the name. asked: the
-    fields of the config that say how many indices there are, as an error names them.
+    prefix: the start of their names, with a {} for each of `indices`. shapes: by the rest of the name. asked: the
+    config's fields that set the number of indices, as an error names them.
     """
 
     prefix: str
@@ -20,7 +20,7 @@ class TensorGroup(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many tensors there are."""
+        """The number of tensors."""
         return len(self.shapes) * math.prod(map(len, self.indices))
 
     @property
@@ -28,7 +28,7 @@ class TensorGroup(NamedTuple):
         return self.parameters_of(1)
 
     def parameters_of(self, ranks: int, everyones: Collection[str] = ()) -> int:
-        """Of one of so many ranks, which share all matrices but those of these names."""
+        """Per rank, if all matrices but those named in `everyones` are split over `ranks`."""
         sizes = (
             math.prod(shape) // (ranks if len(shape) == 2 and self.prefix + name not in everyones else 1)
             for name, shape in self.shapes.items()
@@ -36,12 +36,12 @@ class TensorGroup(NamedTuple):
         return math.prod(map(len, self.indices)) * sum(sizes)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and the shape of each."""
+        """The name and shape of each."""
         for index in itertools.product(*self.indices):
             prefix = self.prefix.format(*index)
             yield from ((prefix + name, shape) for name, shape in self.shapes.items())
 
 
 def num_parameters(groups: Iterable[TensorGroup], ranks: int, everyones: Collection[str]) -> int:
-    """Of one of so many ranks, which share all matrices but those of these names."""
+    """Per rank, if all matrices but those named in `everyones` are split over `ranks`."""
     return sum(group.parameters_of(ranks, everyones) for group in groups)

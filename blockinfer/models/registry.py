@@ -1,4 +1,4 @@
-"""Which class serves which checkpoint, by the config's `architectures`, and shapes known by name."""
+"""Which class serves which checkpoint, by `architectures` in its config, and published shapes by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ MODELS: dict[str, type[Transformer]] = {
     "LLaDAModelLM": LLaDA,
     "ILLaDAForCausalLM": ILLaDA,
     "LLaDAMoEModelLM": LLaDAMoE,
-    # the base model's
+    # the base model
     "LLaDAMoEModel": LLaDAMoE,
     "LLaDA2MoeModelLM": LLaDA2,
 }
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def model_class(name: str, source: str) -> type[Transformer]:
     """Raises ValueError for an architecture that is not implemented, naming those that are."""
     if name not in MODELS:
-        # no nearest name: a checkpoint's is hardly mistyped, and LLaDA's relatives differ in one syllable
+        # no nearest name: checkpoints hardly mistype it, and LLaDA's relatives differ in one syllable
         raise ValueError(f"{source}: architecture {shown(name)} is not implemented, only {', '.join(MODELS)} are")
     return MODELS[name]
 

@@ -1,4 +1,4 @@
-"""What the networks here have in common: embeddings, layers over a paged KV cache, a last norm and a head."""
+"""What all networks have in common: embeddings, layers over a paged KV cache, a final norm and a head."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -17,16 +17,15 @@ from blockinfer.models.published import TensorGroup
 
 
 class Transformer(nn.Module):
-    """A network; logits at a position predict the token at that position, without a shift.
+    """A network whose logits at a position predict the token at that position, without a shift.
 
-    layers: each has an `attend` and a `finish`, as those of `models.llada.LLaDALayer`. cos_sin: `rope_tables` of all
-    positions.
-    config is of the whole network. n_heads, n_kv_heads: this rank's; it has all embeddings, and of the head a share of
-    the vocabulary.
-    QUANTIZES: whether the class takes quantization="fp8", which makes QuantizedWeights of the layers' matrices.
-    EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the field of the config that makes them one.
-    IS_SHARED: whether ranks can share it; then it is made with them, and its matrices but the embeddings are shared, by
-    columns those of a layer that BY_COLUMNS names, and by rows the others.
+    layers: each with `attend` and `finish`, as in `models.llada.LLaDALayer`. cos_sin: `rope_tables` of all positions.
+    config is of the whole network. n_heads, n_kv_heads: this rank's; each rank has all embeddings, and a share of the
+    head's vocabulary.
+    QUANTIZES: whether the class supports quantization="fp8", which makes the layers' matrices QuantizedWeights.
+    EMBEDDINGS, HEAD: the published names of these two tensors. TIED_BY: the config's field that ties them.
+    IS_SHARED: whether ranks can split the network. Then it takes `ranks`, and all matrices but the embeddings are
+    split: by columns those of a layer named in BY_COLUMNS, by rows the others.
     """
 
     QUANTIZES: ClassVar[bool] = False
@@ -69,12 +68,12 @@ class Transformer(nn.Module):
     @staticmethod
     @abstractmethod
     def published(config: ModelConfig) -> list[TensorGroup]:
-        """The tensors of a checkpoint: what `checkpoint_tensors` has."""
+        """The tensors of a checkpoint, those of `checkpoint_tensors`."""
 
     @abstractmethod
     def checkpoint_tensors(self) -> dict[str, torch.Tensor | QuantizedWeight]:
-        """The published tensor names and the part of a parameter that each fills, in the published shape, or this
-        rank's share of its rows or columns."""
+        """The published tensor names, each with the part of a parameter that it fills, in the published shape or, with
+        several ranks, this rank's share of its rows or columns."""
 
     def forward(
         self,
@@ -85,9 +84,9 @@ class Transformer(nn.Module):
         attended: torch.Tensor,
         residual: torch.Tensor,
     ) -> None:
-        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. All up to the last layer's
-        attention, which every row needs; what `logits` goes on with, attended [T, heads * D] and residual [T, d], is
-        written."""
+        """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. Runs everything up to the
+        last layer's attention, which every row needs, and writes the inputs of `logits`: attended [T, heads * D] and
+        residual [T, d]."""
         torch.index_select(self.wte, 0, token_ids, out=residual)
         x = torch.zeros_like(residual)
         cos_sin = self.cos_sin[positions]
@@ -97,8 +96,8 @@ class Transformer(nn.Module):
         last[0].attend(x, residual, cos_sin, last[1], table, attended)
 
     def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """attended, residual, as `forward` wrote them; rows [N] int64 -> their logits, of this rank's share of the
-        vocabulary, [N, embedding_size / ranks]."""
+        """attended, residual: as `forward` wrote them; rows [N] int64 -> logits of these rows for this rank's share of
+        the vocabulary, [N, embedding_size / ranks]."""
         attended, residual = attended[rows], residual[rows]
         x = self.layers[-1].finish(attended, residual)
         return linear(add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0], self.lm_head)
