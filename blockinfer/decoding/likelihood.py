@@ -50,7 +50,7 @@ def _one_of_count(length: int, count: int, draw: random.Random) -> Mask:
 
 def estimate(length: int, mc_num: int, masks: Sequence[Mask], sums: Sequence[float]) -> tuple[float, float | None]:
     """masks: from `draw_masks`; sums: for each, the sum of its masked tokens' log-probabilities -> the log-likelihood
-    and its standard error: 0 if every mask was tried, None if there is only one of several masks."""
+    and its standard error: 0 if every mask was tried, None for a single mask of several."""
     values = [length / len(mask) * total for mask, total in zip(masks, sums, strict=True)]
     if not is_stratified(length, mc_num):
         # a systematic sample of the number of masked tokens: neighbours differ by little but chance

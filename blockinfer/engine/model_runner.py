@@ -1,4 +1,4 @@
-"""The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they act on."""
+"""The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they use."""
 
 import time
 from dataclasses import dataclass
@@ -49,11 +49,11 @@ _COLUMN_BYTES = 1024
 
 @dataclass
 class EngineStats:
-    """Counts since the engine was made, without padding: model launches; rows in them; rows through the LM head; keys:
-    cached positions that a launch attends to, those of a sequence once.
+    """Counts since the engine was made, without padding. forwards: model launches. rows: rows in them. lm_head_rows:
+    rows through the LM head. keys: cached positions that a launch attends to, counted once per sequence.
 
-    graphs: CUDA graphs captured; capture_seconds and graph_bytes: what that took, compilation included. compiled:
-    variants of Triton kernels that this process has loaded.
+    graphs: CUDA graphs captured; capture_seconds and graph_bytes: their cost, compilation included. compiled: variants
+    of Triton kernels that this process has loaded.
     """
 
     forwards: int = 0
@@ -67,11 +67,11 @@ class EngineStats:
 
 
 class BlockResult(NamedTuple):
-    """A sequence's open blocks after a step: how many positions of each are still masked.
+    """A sequence's open blocks after a step. left: positions of each that are still masked.
 
-    token_ids: of all positions, the mask token where one is masked, where a block may be at its end or someone watches.
-    broken: its logits were NaN or infinite, and the rest means nothing; as far as was read. logprobs: of each position,
-    by token id, where they were asked for and a block may be at its end.
+    token_ids: of all their positions, the mask token where masked; only if a block may have ended or the sequence is
+    watched. broken: logits were NaN or infinite, so the rest means nothing; False if not read. logprobs: of each
+    position, by token id; only if the request asks and a block may have ended.
     """
 
     left: list[int]
@@ -83,11 +83,11 @@ class BlockResult(NamedTuple):
 class ModelRunner:
     """Owns the token state and the KV pages.
 
-    state: of max_num_seqs + 1 slots and max_model_len positions; its tokens are the prompt, the revealed ones, and the
-    mask token where nothing is revealed yet; what is masked is meant from a sequence's current block on. It is state of
-    its own, since a prompt may contain the mask token. page_tables [slots, pages of max_model_len] int64: each
-    sequence's pages. kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the last page are scrap: they take
-    what pads a step, and hold anything.
+    state: max_num_seqs + 1 slots of max_model_len positions. Its tokens are the prompt, the revealed tokens, and the
+    mask token elsewhere; `masked` counts only from a sequence's current block on, and is kept separately because a
+    prompt may contain the mask token. page_tables [slots, pages of max_model_len] int64: each sequence's pages.
+    kv_pages [layers, 2, pages + 1, P, HK, D]. The last slot and the last page are scrap: padding rows use them, and
+    their content is arbitrary.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ModelRunner:
         self.kv_pages = allocate_pages(model, config, num_pages + 1)
         self.page_tables = torch.full((slots, -(-length // config.page_size)), num_pages, device=self.device)
         self._num_pages_known = [0] * slots
-        # what logits_eos_inf forbids, and what confidence_eos_eot_inf puts last
+        # the tokens that logits_eos_inf forbids, and those that confidence_eos_eot_inf ranks last
         size = model.config.vocab_size
         self.eos_ids, self.last_ids = (
             torch.tensor([i for i in ids if i < size], **ints) for ids in (eos_ids, last_ids)
@@ -122,13 +122,13 @@ class ModelRunner:
             self._whole_logits, lambda rows: self._reveal.padded(rows), size, self.device, ranks.wait
         )
         self._cutting, self._scratch = self._make_attention()
-        # where every step finds its indices, and what those that are there depend on
+        # the input indices of every step, and the layout that the present ones were made for
         self._blocks = most_blocks(config.max_num_seqs)
         rows = -(-config.max_num_batched_tokens // ROW_TILE) * ROW_TILE
         self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
         self._layout: tuple[int, list] | None = None
         self._any_whole = False
-        # what the layers leave for what follows, and what that leaves for the host
+        # output of the layers for `_run_reveal`, and its output for the host
         self._attended, self._residual = (
             torch.zeros((rows, width), dtype=config.dtype, device=self.device)
             for width in (model.n_heads * model.config.head_dim, model.config.d_model)
@@ -136,7 +136,7 @@ class ModelRunner:
         self._result = torch.zeros(2 * self._blocks + config.max_num_seqs * length, **ints)
         sizes = self._capture_sizes()
         self._layers, self._reveal = StepGraphs(self._run_layers, sizes), StepGraphs(self._run_reveal, sizes)
-        # For steps with whole segments: the kernel of these takes others 1.5 us a layer though it has no work there.
+        # Only for steps with whole segments: in other steps their kernel would cost 1.5 us a layer for no work.
         whole_sizes = [size for size in sizes if self._cutting.whole_rows and size >= self._cutting.least_whole]
         self._layers_with_whole = StepGraphs(partial(self._run_layers, may_be_whole=True), whole_sizes)
         self._graphs = self._layers, self._layers_with_whole, self._reveal
@@ -145,26 +145,26 @@ class ModelRunner:
         heads, head_dim = (self.model.n_heads, self.model.n_kv_heads), self.model.config.head_dim
         of_model = head_dim, self.config.dtype, self.device
         if not runs_triton(self.kv_pages):
-            # the twin takes each segment at once
+            # the PyTorch twin processes a segment at once
             return with_whole(Cutting(self.config.max_num_batched_tokens, 1), *of_model), None
         cutting = with_whole(Cutting.of(*heads, self.device), *of_model)
         return cutting, make_scratch(cutting, *heads, head_dim, self.device)
 
     def _capture_sizes(self) -> list[int]:
-        """Empty where kernels are launched one by one: by PyTorch's twins, and where that was asked for."""
+        """Empty if kernels are launched one by one: with PyTorch's twins, or with enforce_eager."""
         if self.config.enforce_eager or not runs_triton(self.kv_pages):
             return []
         return self.config.cudagraph_capture_sizes or default_sizes(self.config.max_num_batched_tokens)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Runs all that any step may run, and captures what may be, on indices that name no tile and no block. Ranks do
-        it together, once each has its memory. Nothing where kernels are launched one by one."""
+        """Runs everything that a step may run, and captures the graphs, on indices without tiles or blocks. All ranks
+        call it together, once each has its memory. Does nothing if kernels are launched one by one."""
         number = sum(graphs.number for graphs in self._graphs)
         if not number:
             return
         start = time.perf_counter()
-        # what steps of more rows need is there before graphs are
+        # allocate what the largest steps need before capturing
         rows = len(self._attended)
         self._run_layers(rows)
         if self._cutting.whole_rows:
@@ -182,19 +182,19 @@ class ModelRunner:
         self.stats.capture_seconds = time.perf_counter() - start
 
     def drop_graphs(self) -> None:
-        """NCCL waits for ever where what it shares is destroyed before a graph that has captured a use of it."""
+        """NCCL hangs if a communicator is destroyed before a graph that captured a use of it."""
         for graphs in self._graphs:
             graphs.drop()
 
     def _free_memory(self) -> int:
-        """Bytes of the GPU that are neither used nor kept by torch for what is to come."""
+        """Bytes of the GPU that are neither used nor cached by torch's allocator."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def start(self, sequence: Resident) -> None:
-        """Writes the tokens of a sequence that was given its slots; all from its current block on is masked, but for
-        what is given there."""
+        """Writes the tokens of a sequence that has just got its slots; from its current block on all is masked, except
+        given tokens."""
         self._start_lane(sequence, sequence.slot, sequence.known_token_ids())
         if sequence.guided:
             self._start_lane(sequence, sequence.shadow_slot, sequence.shadow_token_ids())
@@ -218,19 +218,18 @@ class ModelRunner:
         self._num_pages_known[slot] = 0
 
     def _write_tokens(self, slot: int, start: int, tokens: list[int | None]) -> None:
-        """The mask token for None."""
+        """Writes the mask token for None."""
         mask = self.config.mask_token_id
         write(self.state.tokens[slot, start : start + len(tokens)], [mask if t is None else t for t in tokens])
 
     @torch.inference_mode()
     def run(self, scheduled: list[ScheduledSequence]) -> tuple[list[BlockResult], Scores | None]:
-        """One step of every scheduled sequence -> what became of the open blocks of each that has some, and what is
-        read of the others' logits, where there are any.
+        """One step of every scheduled sequence -> the result for each sequence with open blocks, and the scores of the
+        others, if any.
 
-        Waits for the device only where a block ends, whose tokens may hold a stop token, where a rule has no schedule,
-        where several blocks may be open, and where someone watches a canvas. Otherwise the step is still under way or
-        queued behind others, on one stream: what is done next to slots and pages, which may be another sequence's by
-        then, is done after it.
+        Waits for the device only if a block ends (its tokens may include a stop token), a rule has no schedule, several
+        blocks may be open, or a canvas is watched. Otherwise the step is still running, or queued on the one stream:
+        later work on its slots and pages, which may belong to another sequence by then, runs after it.
         """
         rows = sum(entry.plan.rows for entry in scheduled)
         padded = self._layers.padded(rows)
@@ -241,7 +240,7 @@ class ModelRunner:
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
         for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
-        # the device is busy: the rest is not waited for
+        # the device is busy: do not wait for the rest
         sequences = [sequence for sequence, _ in denoised(scheduled)]
         scores = None
         if len(sequences) < len(scheduled):
@@ -250,7 +249,7 @@ class ModelRunner:
         return (self._denoise(scheduled, sequences) if sequences else []), scores
 
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
-        """What follows the layers in the sequences that have blocks."""
+        """The rest of the step, after the layers, for the sequences that have blocks."""
         expected = [sequence.masked_after_step() for sequence in sequences]
         predicted = sum(sequence.num_predicted for sequence in sequences)
         write(self._packed[step_columns(self._blocks)], pack_steps(scheduled, self._blocks))
@@ -290,23 +289,23 @@ class ModelRunner:
         return results
 
     def _forward(self, scheduled: list[ScheduledSequence], rows: int) -> None:
-        """All layers on the rows of these, padded to so many."""
+        """All layers on the scheduled rows, padded to `rows`."""
         self._write_inputs(scheduled, rows)
         (self._layers_with_whole if self._any_whole else self._layers)(rows)
 
     def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
-        """StepInputs for so many rows, but for `step_columns`: from step to step of a block they are what they were."""
+        """Writes StepInputs for `rows` rows, except `step_columns`; unchanged between the steps of a block."""
         wanted = rows, layout(scheduled)
         if wanted == self._layout:
             return
-        self._layout = None  # should Ctrl-C come before the last line
+        self._layout = None  # in case Ctrl-C comes before the last line
         packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
         write(self._packed[: len(packed)], packed)
         self._any_whole = bool(packed[1])
         self._layout = wanted
 
     def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
-        """A running sequence's pages are only ever added to, until it is started anew."""
+        """A running sequence's pages only grow until it is started anew, so only new pages are written."""
         for sequence, _ in scheduled:
             self._write_page_table(sequence.slot, sequence.pages)
             if sequence.guided:
@@ -319,10 +318,11 @@ class ModelRunner:
             self._num_pages_known[slot] = len(pages)
 
     def _run_layers(self, rows: int, may_be_whole: bool = False) -> None:
-        """All layers on the step's rows, padded to so many, up to the last one's attention: K and V are written.
+        """All layers, up to the last one's attention, on the step's rows padded to `rows`; writes K and V.
         may_be_whole: whether there may be tiles of whole segments.
 
-        Launches the same kernels for the same number and never waits for the device, so that it can be captured.
+        Launches the same kernels for the same number of rows and never waits for the device, so that it can be
+        captured.
         """
         inputs = StepInputs.split(self._packed, self._blocks, rows)
         page_size = self.config.page_size
@@ -340,9 +340,9 @@ class ModelRunner:
         self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual)
 
     def _run_reveal(self, size: int, guidance: Guidance | None = None) -> None:
-        """The masked rows' predictions, padded to so many, and what the rules make of them, down to the result.
+        """Predicts the masked rows, padded to `size`, and applies the unmasking rules, down to the result.
 
-        As `_run_layers`, it can be captured; guidance, of so many rows, is not.
+        Can be captured, as `_run_layers`, but not with guidance, which has `size` rows.
         """
         blocks = StepInputs.split(self._packed, self._blocks, 0).blocks
         rows, options = masked_rows(self.state, blocks, size)
@@ -350,8 +350,8 @@ class ModelRunner:
         unmask(predicted, rows, self.state, blocks, self._result)
 
     def _logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
-        """rows [N] of the last forward -> their logits, of this rank's share of the vocabulary, [N, columns], guided
-        where that is asked for."""
+        """rows [N] of the last forward -> logits for this rank's share of the vocabulary, [N, columns], guided if asked
+        for."""
         logits = self.model.logits(self._attended, self._residual, rows)
         if guidance is None:
             return logits
@@ -359,7 +359,7 @@ class ModelRunner:
         return guide(logits, shadow, guidance.scale)
 
     def _whole_logits(self, rows: torch.Tensor, guidance: Guidance | None = None) -> torch.Tensor:
-        """`_logits` of all ranks, [N, embedding_size]: for what few requests ask for."""
+        """`_logits` gathered from all ranks, [N, embedding_size]; for options that few requests use."""
         return self.model.ranks.gather_columns(self._logits(rows, guidance))
 
     def _confidence(self, logits: torch.Tensor, options: RowOptions) -> Confidence:
@@ -368,7 +368,7 @@ class ModelRunner:
         return sharded_confidence(logits, self._shard, options, self.model.ranks)
 
     def _predict(self, rows: torch.Tensor, options: RowOptions, guidance: Guidance | None) -> Confidence:
-        """rows [N]: of the forward, with what each asks for -> what each predicts."""
+        """rows [N]: of the forward; options: of each -> the prediction for each."""
         # the PyTorch twin computes in float32 at least
         size = _COLUMN_BYTES // (self.config.dtype.itemsize if runs_triton(self._residual) else 4)
         if guidance is not None:
@@ -385,6 +385,6 @@ class ModelRunner:
 
 
 def most_blocks(max_num_seqs: int) -> int:
-    """How many blocks a step may work on, an even number: one of each sequence, or all that one may have open and one
-    of each other."""
+    """The most blocks in a step, rounded up to an even number: one of each sequence, or MAX_OPEN_BLOCKS of one sequence
+    and one of each other."""
     return (max_num_seqs + MAX_OPEN_BLOCKS) // 2 * 2

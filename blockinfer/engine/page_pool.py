@@ -1,8 +1,8 @@
-"""The pages of the KV cache: who may use which. Numbers only, no tensors."""
+"""Allocation of KV cache pages. Numbers only, no tensors."""
 
 
 class PagePool:
-    """num_pages pages of page_size tokens; each is free or held, by one sequence or by several that share it."""
+    """num_pages pages of page_size tokens; each is free, or held by one or several sequences."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
@@ -15,11 +15,11 @@ class PagePool:
         return len(self._free)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens."""
+        """The number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` pages; the caller has made sure that there are as many."""
+        """Takes `count` pages; the caller must check that as many are free."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -27,13 +27,13 @@ class PagePool:
         return pages
 
     def share(self, pages: list[int]) -> None:
-        """One more holder for each of the pages, all of which are in use."""
+        """Adds a holder to each of the pages, all of which must be in use."""
         for page in pages:
             assert self._holders[page], f"page {page} is free"
             self._holders[page] += 1
 
     def free(self, pages: list[int]) -> None:
-        """Gives a holder's pages back; each must be in use, and is free once its last holder gives it back."""
+        """Releases a holder's pages. Each must be in use, and is free once its last holder releases it."""
         for page in reversed(pages):
             assert self._holders[page], f"page {page} freed twice"
             self._holders[page] -= 1

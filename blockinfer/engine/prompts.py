@@ -1,4 +1,4 @@
-"""From what the user gives as a prompt to token ids, checked."""
+"""Converts prompts to token ids, and checks them."""
 
 import re
 from collections.abc import Callable
@@ -13,8 +13,8 @@ _KEYS = ("prompt", "prompt_token_ids", "infill")
 
 
 class ReadPrompt(NamedTuple):
-    """text: None where there was none. token_ids: with the mask token in masked spans. tokens: where there are such
-    spans, token_ids with None in them."""
+    """text: None if the prompt had none. token_ids: with the mask token in masked spans. tokens: the same with None
+    there; None if there are no masked spans."""
 
     text: str | None
     token_ids: list[int]
@@ -22,7 +22,7 @@ class ReadPrompt(NamedTuple):
 
 
 class PromptReader:
-    """tokenize: of a text, with or without special tokens; None where there is no tokenizer."""
+    """tokenize: from a text to ids, with or without special tokens; None without a tokenizer."""
 
     def __init__(self, tokenize: Callable[..., list[int]] | None, mask_token_id: int, embedding_size: int) -> None:
         self._tokenize = tokenize
@@ -30,7 +30,7 @@ class PromptReader:
         self._embedding_size = embedding_size
 
     def read(self, prompt: Prompt) -> ReadPrompt:
-        """Raises ValueError for one that is empty, malformed or, as text, without a tokenizer."""
+        """Raises ValueError if the prompt is empty or malformed, or is text and there is no tokenizer."""
         if isinstance(prompt, str):
             return ReadPrompt(prompt, self._checked(self._encode(prompt)), None)
         if not isinstance(prompt, dict):
@@ -51,7 +51,7 @@ class PromptReader:
         return self._with_spans(text)
 
     def encode(self, text: str | list[int], name: str) -> list[int]:
-        """The token ids of a text that goes on from another, or those that are given, checked."""
+        """The checked token ids of a continuation, given as text or as ids."""
         if isinstance(text, str):
             if not text:
                 raise ValueError(f"the {name} is empty")
@@ -65,7 +65,7 @@ class PromptReader:
         return ReadPrompt(text, token_ids, tokens)
 
     def _with_spans(self, text: str) -> ReadPrompt:
-        """Each stretch of text is encoded by itself, the first with the special tokens that begin a prompt."""
+        """Each stretch of text is encoded separately, the first with the special tokens that begin a prompt."""
         tokens: list[int | None] = []
         for i, part in enumerate(_SPAN.split(text)):
             if i % 2 == 0:

@@ -1,4 +1,4 @@
-"""What the scheduler knows of a request, whatever it asks for. No tensors."""
+"""What the scheduler knows of a request, of any kind. No tensors."""
 
 import time
 from collections.abc import Container
@@ -9,8 +9,8 @@ from blockinfer.decoding.windows import Window
 
 
 class Plan(NamedTuple):
-    """What a step computes of a sequence: its segments, of which the last holds the open blocks, how many rows they
-    have, and the largest kv_len; and how many blocks are open, from position `block_start` on."""
+    """What a step computes for a sequence: its segments (the last contains the open blocks), the number of rows, the
+    largest kv_len, the number of open blocks, and their first position, `block_start`."""
 
     segments: list[Segment]
     rows: int
@@ -20,11 +20,11 @@ class Plan(NamedTuple):
 
 
 class Resident:
-    """What the scheduler knows of one that runs: where it stands in the queue, its slot and its pages.
+    """A sequence as the scheduler sees it: its place in the queue, slot and pages.
 
-    request_id: its own, which no other has. siblings: those of its request, itself among them; the first one's
-    request_id is the request's. guided: beside its own rows it has those of a shadow, which sees no prompt, with a slot
-    and pages of its own.
+    request_id: unique to the sequence. siblings: all sequences of the same request, including this one; the first one's
+    request_id is the request's. guided: it also has a shadow, which does not see the prompt and has its own rows, slot
+    and pages.
     """
 
     mode: str
@@ -39,14 +39,14 @@ class Resident:
         self.siblings.append(self)
         self.slot: int | None = None
         self.shadow_slot: int | None = None
-        self.on_device = False  # whether the slot's tokens are its own
+        self.on_device = False  # whether its tokens are written to the slot
         self.broken = False  # whether its logits were seen to be NaN or infinite
         self.pages: list[int] = []
         self.shadow_pages: list[int] = []
-        self.prompt_source: Resident | None = None  # whose pages hold its prompt
+        self.prompt_source: Resident | None = None  # the sibling whose prompt pages it shares
         self.num_cached = 0
         self.last_run = -1
-        self.last_out = 0  # the scheduler's step that it sat out last, or in which it was admitted
+        self.last_out = 0  # the scheduler's step that it last sat out or was admitted in
         self.nfe = 0
         self.preemptions = 0
         self.added_at = time.perf_counter()
@@ -55,16 +55,16 @@ class Resident:
 
     @property
     def request(self) -> int:
-        """The id of its request."""
+        """The request's id."""
         return self.siblings[0].request_id
 
     @property
     def lanes(self) -> int:
-        """How many rows each of its positions has: 2 with a shadow."""
+        """Rows per position: 2 with a shadow, else 1."""
         return 2 if self.guided else 1
 
     def plan(self) -> Plan:
-        """Of the next step."""
+        """The next step."""
         if self._plan is None:
             segments = self._segments()
             rows = self.lanes * sum(stop - start for start, stop, _ in segments)
@@ -80,35 +80,36 @@ class Resident:
         raise NotImplementedError
 
     def ran(self, forward: int) -> None:
-        """Forward number `forward` was launched with its rows."""
+        """Records that forward number `forward` was launched with its rows."""
         self.last_run = forward
         self.nfe += self.lanes
 
     def restart_block(self) -> None:
-        """Back to where its last block was finished, with nothing cached: a preemption took the pages."""
+        """Returns to the end of its last finished block with nothing cached, after a preemption took its pages."""
         self.preemptions += 1
         self.begin_with(0, None)
 
     def requeue(self) -> None:
-        """Out of slots and pages and back to where its last block was finished, whatever an interrupted call left."""
+        """Gives up slots and pages and returns to the end of its last finished block, whatever an interrupted call
+        left."""
         self.preemptions += self.slot is not None
         self.slot, self.pages, self.on_device, self.broken = None, [], False, False
         self.shadow_slot, self.shadow_pages = None, []
         self.begin_with(0, None)
 
     def prompt_holder(self) -> "Resident | None":
-        """The oldest running sibling, where it may share the prompt's pages with this one."""
+        """The oldest running sibling, if the mode allows sharing the prompt's pages with it."""
         if len(self.siblings) == 1 or self.mode not in PROMPT_ALONE:
             return None
         return next((sibling for sibling in self.siblings if sibling.slot is not None), None)
 
     def begin_with(self, num_cached: int, source: "Resident | None") -> None:
-        """So many positions of its pages hold what `source` has computed or is about to."""
+        """The first num_cached positions of its pages hold what `source` has computed or is about to."""
         self.num_cached = num_cached
         self.prompt_source = source
         self._plan = None
 
     def has_prompt(self, computing: Container[int]) -> bool:
-        """Whether the prompt's pages that it shares hold their K and V once these have run."""
+        """Whether the shared prompt pages hold their K and V once the sequences in `computing` have run."""
         source = self.prompt_source
         return source is None or source.num_cached >= self.prompt_len or source.request_id in computing

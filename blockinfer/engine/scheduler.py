@@ -1,4 +1,4 @@
-"""Who runs in the next step. Plain Python: requests wait, run, are preempted and come back; no tensors."""
+"""Decides which sequences run in the next step, and preempts them. Plain Python, no tensors."""
 
 import math
 from collections import OrderedDict
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.resident import Plan, Resident
 
-# From so many tiles of rows on the time of a step is that of its matrix products (measured on an H200).
+# From this many tiles of rows on, matrix products dominate a step's time (measured on an H200).
 _MANY_TILES = 8
 
 
@@ -18,11 +18,11 @@ class ScheduledSequence(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served. A running sequence owns a slot and the pages that its next step needs; the pages that
-    its prompt fills it may share with its siblings.
+    """First come, first served. A running sequence owns a slot and the pages that its next step needs; it may share
+    full pages of the prompt with its siblings.
 
-    Pages are taken as blocks need them. When they run out, the youngest running request gives up its pages, goes back
-    to the head of the queue and starts its current block anew; so the oldest one always gets on.
+    Pages are allocated as blocks need them. When they run out, the youngest running sequence is preempted: it gives up
+    its pages, returns to the head of the queue and restarts its current block. So the oldest one always progresses.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Scheduler:
         alone: bool = False,
         max_blocks: int | None = None,
     ) -> None:
-        """row_tile: so many rows cost as much as one more; 1 where each row costs its share. alone: one request runs at
-        a time, whatever the limits allow. max_blocks: open ones in a step; None is any number."""
+        """row_tile: rows per tile, which cost as much as one row; 1 if each row costs its share. alone: run one request
+        at a time, whatever the limits allow. max_blocks: open blocks in a step; None for no limit."""
         self.pool = pool
         self.alone = alone
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_tile = row_tile
         self.max_blocks = max_blocks or math.inf
-        # by id, so that an abort need not look for its request
+        # by id, so that an abort needs no search
         self._waiting: OrderedDict[int, Resident] = OrderedDict()
         self.running: list[Resident] = []  # oldest first
         self._free_slots = list(range(max_num_seqs))[::-1]
@@ -49,7 +49,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> Collection[Resident]:
-        """The next to run first."""
+        """In the order in which they will run."""
         return self._waiting.values()
 
     def add(self, sequence: Resident) -> None:
@@ -58,8 +58,8 @@ class Scheduler:
     def schedule(self) -> list[ScheduledSequence]:
         """The next step's sequences, in the order they were added.
 
-        Where the rows exceed max_num_batched_tokens, or the open blocks max_blocks, the sequences that ran least
-        recently go first.
+        If the rows exceed max_num_batched_tokens, or the open blocks max_blocks, the least recently run sequences go
+        first.
         """
         self._steps += 1
         self._grow()
@@ -76,9 +76,10 @@ class Scheduler:
         return scheduled
 
     def _in_whole_tiles(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Without a few, where more sequences a tile of rows run then: each in turn, so that none falls behind.
+        """Leaves out a few sequences if that runs more sequences per tile of rows; they take turns, so that none falls
+        behind.
 
-        A commit's 32 rows would else make a step of 1,024 as long as one of 1,152.
+        Otherwise a commit's 32 rows would make a step of 1,024 rows as slow as one of 1,152.
         """
         rows = sum(entry.plan.rows for entry in scheduled)
         whole = rows // self.row_tile
@@ -96,14 +97,14 @@ class Scheduler:
         return in_turn[number:]
 
     def release(self, sequence: Resident) -> None:
-        """Takes a sequence out, running or waiting, where it is still there; its pages and slot are free again."""
+        """Removes a running or waiting sequence, if it is still there, and frees its pages and slots."""
         if sequence.slot is None:
             self._waiting.pop(sequence.request_id, None)
         else:
             self._stop_running(sequence)
 
     def _grow(self) -> None:
-        """Pages for the running sequences' next steps, the oldest first, preempting from the youngest end."""
+        """Allocates pages for the running sequences' next steps, oldest first, preempting the youngest."""
         for sequence in list(self.running):
             shortage = sequence.lanes * self._shortage(sequence)
             while sequence.slot is not None and shortage > self.pool.num_free:
@@ -112,13 +113,13 @@ class Scheduler:
                 self._extend(sequence)
 
     def _admit(self) -> None:
-        """The next ones in the queue, as far as slots and pages go."""
+        """Admits sequences from the head of the queue, as slots and pages allow."""
         admitted = []
         for sequence in self._waiting.values():
             if self.alone and any(other.request != sequence.request for other in self.running + admitted):
                 break
             holder = sequence.prompt_holder()
-            # the page that the prompt fills in part goes on with the answer, so each has its own
+            # a page that the prompt fills only in part also holds the answer, so it is not shared
             shared = sequence.prompt_len // self.pool.page_size if holder else 0
             shortage = sequence.lanes * (self._shortage(sequence) - shared)
             if len(self._free_slots) < sequence.lanes or shortage > self.pool.num_free:
@@ -129,7 +130,7 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             sequence.shadow_slot = self._free_slots.pop() if sequence.guided else None
             sequence.last_out = self._steps
-            # behind those that are there, so that a stream of new ones does not keep an old one out
+            # after those already running, so that a stream of new sequences does not starve an old one
             sequence.last_run = max((other.last_run for other in self.running), default=-1)
             admitted.append(sequence)
         for sequence in admitted:
@@ -144,7 +145,7 @@ class Scheduler:
         sequence.begin_with(count * self.pool.page_size, holder)
 
     def _extend(self, sequence: Resident) -> None:
-        """By the pages that its next step needs; the caller has made sure that there are as many."""
+        """Allocates the pages that its next step needs; the caller must check that as many are free."""
         shortage = self._shortage(sequence)
         sequence.pages = sequence.pages + self.pool.allocate(shortage)
         if sequence.guided:
@@ -170,10 +171,10 @@ class Scheduler:
 
 
 def _with_their_prompts(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Without those whose prompt's pages are a sibling's that has not computed them, nor does so in this step.
+    """Leaves out sequences whose shared prompt pages are neither computed nor computed in this step.
 
-    In the same step is early enough: in each layer K and V are written before any attention reads them. Who shares such
-    pages came after the sibling, so it is preempted before it.
+    The same step is early enough: in each layer K and V are written before any attention reads them. A sequence that
+    shares a sibling's pages is younger, so it is preempted first.
     """
     if all(sequence.prompt_source is None for sequence, _ in scheduled):
         return scheduled

@@ -1,4 +1,4 @@
-"""What is read of the logits of rows that are scored: a function of its own, beside a step's captured ones."""
+"""Reads log-probabilities of scored rows from their logits, outside a step's captured functions."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from blockinfer.engine.transfer import on_device
 from blockinfer.kernels.guidance import Guidance
 from blockinfer.kernels.log_probability import log_probability
 
-# Rows whose logits are there at once: that bounds their memory.
+# Rows whose logits exist at once; bounds their memory.
 _ROWS = 256
 
 
 class ScoreReader:
-    """logits: of rows [N] of the last forward. padded: to how many rows so many are best padded. size: of the
-    vocabulary. wait: for an event of the device, before it is waited for."""
+    """logits: of rows [N] of the last forward. padded: from a number of rows to the number to pad them to. size: of the
+    vocabulary. wait: called with a device event before the host synchronizes with it."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ScoreReader:
         self._wait = wait
 
     def read(self, scheduled: list[ScheduledSequence]) -> Scores:
-        """Of the rows to score among what was just run, of which there is one; the values are not waited for."""
+        """The scores of the rows just run, at least one; does not wait for the values."""
         scored, rows, token_ids, shifts, scales = [], [], [], [], []
         for (sequence, plan), own in zip(scheduled, lane_rows(scheduled), strict=True):
             if isinstance(sequence, ScoringRow):
@@ -62,12 +62,12 @@ class ScoreReader:
     def log_probabilities(
         self, rows: list[int], token_ids: list[int], guidance: tuple[list[int], list[float]] | None
     ) -> torch.Tensor:
-        """rows of the forward, token_ids, and of each row its Guidance -> [N] float64."""
+        """rows of the forward, their token_ids, and guidance as shifts and scales -> [N] float64."""
         chunks = []
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
             number = len(rows[part])
-            # as many rows as graphs of the step's other functions have, whose kernels are compiled
+            # padded to a captured size, whose kernels are compiled
             filler = [0] * (self._padded(number) - number)
             columns = [rows[part], token_ids[part], *(column[part] for column in guidance or ())]
             chunk, tokens, *guiding = (on_device(np.array(column + filler), self._device) for column in columns)

@@ -1,4 +1,4 @@
-"""Likelihoods as requests: each mask of an answer is one forward, batched with whatever else runs."""
+"""Likelihoods as requests: each mask of an answer is one forward, batched with other requests."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from blockinfer.engine.resident import Resident
 
 
 class ScoringRow(Resident):
-    """A canvas with some of its positions masked, and what is read of the logits there.
+    """A canvas with some positions masked, and the log-probabilities to read there.
 
-    token_ids: all of the canvas, shared between siblings. answer: its positions; the others are given, which a shadow
-    does not see, and those before it are its prompt. masked: positions that hold the mask token. reads: of each
-    (position, token id) the log-probability will be among `values`.
+    token_ids: the whole canvas, shared between siblings. answer: its positions. The others are given, and hidden from a
+    shadow; those before the answer are the prompt. masked: positions that hold the mask token. reads: (position, token
+    id) pairs whose log-probabilities go to `values`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ScoringRow(Resident):
         self.values: list[float] | None = None
 
     def known_token_ids(self) -> list[int | None]:
-        """None where a position is masked."""
+        """None where masked."""
         return [None if i in self._masked else token for i, token in enumerate(self._token_ids)]
 
     def shadow_token_ids(self) -> list[int | None]:
@@ -52,7 +52,7 @@ class ScoringRow(Resident):
         return SCORING_MODES[self.mode](state)
 
     def launched(self) -> None:
-        """Its forward is on its way; who shares its prompt's pages may read them from now on."""
+        """After its forward was launched: siblings that share its prompt pages may read them."""
         self.num_cached = self.prompt_len
         self.prompt_source = None
 
@@ -61,14 +61,14 @@ class ScoringRow(Resident):
 
 
 class Scores:
-    """The values of a step's rows, on their way from the device."""
+    """The values of a step's rows, possibly still being copied from the device."""
 
     def __init__(self, rows: list[ScoringRow], read: Callable[[], list[float]]) -> None:
         self.rows = rows
         self._read = read
 
     def collect(self) -> None:
-        """Waits for them, and gives each row its own."""
+        """Waits for the values and gives each row its own."""
         values = self._read()
         for row in self.rows:
             row.values, values = values[: len(row.reads)], values[len(row.reads) :]

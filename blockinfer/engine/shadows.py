@@ -1,4 +1,5 @@
-"""Guided sequences: each has a shadow, which sees no prompt, with a slot and pages of its own, in the same forwards."""
+"""Guided sequences: each has a shadow, which does not see the prompt, with its own slot and pages, in the same
+forwards."""
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from blockinfer.kernels.slots import SlotState
 
 
 def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: torch.device) -> Guidance:
-    """Of the predicted rows of a step, in their order, padded to `size`."""
+    """Guidance for a step's predicted rows, in order, padded to `size`."""
     shifts, scales = np.zeros(size, dtype=np.int64), np.zeros(size)
     number = 0
     for (sequence, _), rows in zip(scheduled, lane_rows(scheduled), strict=True):
@@ -25,7 +26,7 @@ def guidance_of_blocks(scheduled: list[ScheduledSequence], size: int, device: to
 
 
 def show_shadows(state: SlotState, guided: list[Sequence]) -> None:
-    """What was revealed in open blocks, their shadows see too; what is given they do not."""
+    """Copies the revealed tokens of open blocks to the shadows, but not the given ones."""
     for sequence in guided:
         length = sequence.block_end - sequence.block_start
         given = sequence.given_after()[:length] or [None] * length

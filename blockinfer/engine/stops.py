@@ -1,11 +1,11 @@
-"""Stop strings: where in an answer the first of them is complete."""
+"""Stop strings: where the first one in an answer is complete."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
 class StopMatch(NamedTuple):
-    """The stop string, the tokens up to the one that completes it, and the text that is left of them."""
+    """The stop string, the number of tokens up to the one that completes it, and the remaining text."""
 
     stop: str
     num_tokens: int
@@ -15,14 +15,14 @@ class StopMatch(NamedTuple):
 def find_stop(
     decode: Callable[[list[int]], str], token_ids: list[int], searched: int, stops: Sequence[str], include: bool
 ) -> StopMatch | None:
-    """token_ids, of which the first `searched` are known to hold none of the stops -> what ends them, as vLLM has it:
-    the stop that is complete with the fewest tokens, and of several the first of the list.
+    """Finds the stop string that is complete with the fewest tokens, or the first in the list of several, as vLLM does.
+    The first `searched` of token_ids are known to contain none.
 
-    The text is cut before the stop, or behind it where `include` is set.
+    The text is cut before the stop, or after it if `include` is set.
     """
     if _first_in(decode(token_ids), stops) is None:
         return None
-    # more tokens only add to the text: those below `low` hold none, those up to `high` do
+    # more tokens only add text: the first `low` contain no stop, the first `high` do
     low, high = searched, len(token_ids)
     while low + 1 < high:
         middle = (low + high) // 2

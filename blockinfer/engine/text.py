@@ -1,16 +1,17 @@
-"""Text of a request that is still under way: what of it no later token can change."""
+"""Text of a running request: the part that no later token can change."""
 
 from collections.abc import Iterable
 
-# What stands where bytes are no whole character, or not yet.
+# Stands for bytes that are not, or not yet, a whole character.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def settled(text: str, before: str, stop: Iterable[str]) -> str:
-    """As much of `text`, the decoded tokens so far, as will stand whatever comes.
+    """The part of `text`, the decoded tokens so far, that no later token changes.
 
-    Held back is half a character at its end, and what a stop string may begin with. `before` is what was given out
-    before: where a tokenizer takes that back, which byte-level ones never do, it stands until the text goes on from it.
+    Holds back an incomplete character at the end, and anything that may begin a stop string. `before` is what was
+    returned last. If a tokenizer takes that back, which byte-level ones never do, it is returned again until the text
+    continues it.
     """
     text = text.rstrip(_REPLACEMENT)
     text = text[: len(text) - max((_overlap(text, string) for string in stop), default=0)]
@@ -18,6 +19,6 @@ def settled(text: str, before: str, stop: Iterable[str]) -> str:
 
 
 def _overlap(text: str, string: str) -> int:
-    """The length of the longest end of `text` that `string` goes on from."""
+    """The length of the longest suffix of `text` that is a proper prefix of `string`."""
     lengths = range(min(len(text), len(string) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(string[:length])), 0)
