@@ -1,4 +1,4 @@
-"""Editing (LLaDA2.1): revealed tokens of a block are replaced where the network predicts another one confidently enough.
+"""Editing (LLaDA2.1): revealed tokens of a block are replaced if the network is confident of another one.
 
 Rows of revealed positions go through the LM head separately from those of masked ones, so that a step without such
 requests launches nothing more. Their tokens are written before the masked positions' are: neither sees the other.

@@ -299,7 +299,7 @@ class Engine:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around changes that Ctrl-C could leave half made; errors cannot. Repairs the state if the last call was cut."""
+        """Around changes that Ctrl-C could leave half made; errors cannot. Repairs the state after a cut call."""
         if self._cut_short:
             finished = {output.request_id: output for output in self._finished if output.finished}
             for i, first in self._sequences.items():

@@ -23,7 +23,7 @@ def main() -> None:
     try:
         follow(group)
     except BaseException:
-        # where the first rank is gone there is nothing to tell, and stdin ends this
+        # if the first rank is gone there is nobody to tell, and stdin ends this process
         time.sleep(1)
         traceback.print_exc()
         _exit(1)
@@ -32,15 +32,15 @@ def main() -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """At once, whatever threads there are, and what a GPU may still wait for."""
+    """Exits at once, whatever threads are running and whatever a GPU may still wait for."""
     sys.stderr.flush()
     os._exit(status)
 
 
 def _end_with_parent() -> None:
-    """The parent's end of stdin is closed when it ends, however it does."""
+    """Ends this process when its parent ends, however it does: that closes the parent's end of stdin."""
     threading.Thread(target=_end_when_closed, daemon=True).start()
-    # where a library holds the interpreter, the signal does it, whose default is to end the process
+    # if a library holds the interpreter, the signal's default action ends the process
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
 

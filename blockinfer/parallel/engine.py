@@ -1,8 +1,8 @@
-"""An engine on several ranks: each has the whole engine around its share of the model, and all make the same calls.
+"""An engine on several ranks: each rank has a whole engine around its share of the model, and all make the same calls.
 
-What an engine does is a function of these calls and of its device's results, and those are the same on all ranks: of
-each position's prediction the ranks put the same numbers together (kernels.sharded_confidence). So nothing but calls is
-told, and nothing above the model knows of ranks.
+What an engine does depends only on these calls and on its device's results, which are the same on all ranks: for each
+position's prediction the ranks combine the same numbers (kernels.sharded_confidence). So only calls are broadcast, and
+nothing above the model knows of ranks.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ from blockinfer.parallel.interrupts import undivided
 from blockinfer.sampling_params import SamplingParams
 from blockinfer.scoring_params import ScoringParams
 
-# What a call raises on all ranks alike, after which they go on.
+# What a call raises on all ranks alike; they continue after it.
 AGREED = (ValueError, FloatingPointError)
-# Steps that the others are told of at once: the word takes as long as a tenth of a step, and where a rule has no
-# schedule nothing else happens meanwhile. What comes between waits for the last of them.
+# Steps per broadcast: a broadcast takes a tenth of a step, and if a rule has no
+# schedule nothing overlaps it. Other calls wait for the last of these steps.
 _STEPS = 4
 
 
 class LeadingEngine(Engine):
-    """The first rank's, which tells the others every call that changes an engine, and steps some at a time. Raises
-    besides what `Engine` does RuntimeError once another rank is gone."""
+    """The first rank's engine, which broadcasts every call that changes an engine, and steps several at a time. Besides
+    what `Engine` raises, raises RuntimeError once another rank is gone."""
 
     _group: Group | None = None
 
     def __init__(
         self, model: Transformer, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None, group: Group
     ) -> None:
-        # what this does, the others' do by themselves
+        # the other ranks' engines do the same by themselves
         super().__init__(model, config, tokenizer)
         self._group = group
 
@@ -71,14 +71,14 @@ class LeadingEngine(Engine):
 
     def step(self) -> list[RequestOutput | ScoringOutput]:
         self._step_everywhere()
-        # in one statement, which Ctrl-C comes before or after
+        # one statement, so Ctrl-C comes before or after it
         return (self._finished, vars(self).update(_finished=[]))[0]
 
     def abort(self, request_id: int) -> None:
         self._make_told_steps()
         kept = [output for output in self._finished if output.request_id != request_id]
         if any(output.finished for output in self._finished if output.request_id == request_id):
-            # by one of these steps, and nobody has been given it
+            # finished by one of these steps, and not yet returned
             self._finished = kept
             return
         self._everywhere("abort", request_id)
@@ -86,7 +86,7 @@ class LeadingEngine(Engine):
 
     def abort_all(self) -> None:
         if self._group is None or self._group.failure:
-            # also after an error that no rank goes on after
+            # also after an error that no rank recovers from
             super().abort_all()
         else:
             self._everywhere("abort_all")
@@ -95,14 +95,14 @@ class LeadingEngine(Engine):
         return self._everywhere("restart", alone)
 
     def _make_told_steps(self) -> None:
-        """Before anything else that the others are told. What they bring is given out by the next step, and what they
-        raise is raised by it once more."""
+        """Makes the steps already broadcast, before anything else is. The next step returns their outputs, or raises
+        again what they raised."""
         while self._group.told_steps:
             with suppress(*AGREED):
                 self._step_everywhere()
 
     def _step_everywhere(self) -> None:
-        """What it brings is kept."""
+        """Keeps its outputs."""
         group = self._group
         with self._made_by_all():
             if not group.told_steps:
@@ -110,11 +110,11 @@ class LeadingEngine(Engine):
             group.told_steps -= 1
             self._finished = super().step()
             if not self._sequences:
-                # the others' further steps do nothing
+                # the other ranks' remaining steps do nothing
                 group.told_steps = 0
 
     def _everywhere(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A call of this engine, and of the others'."""
+        """Calls a method of this engine and of the other ranks' engines."""
         self._make_told_steps()
         with self._made_by_all():
             self._group.tell((name, args, kwargs))
@@ -122,7 +122,7 @@ class LeadingEngine(Engine):
 
     @contextmanager
     def _made_by_all(self) -> Iterator[None]:
-        """Around a call that the others make too."""
+        """Around a call that the other ranks make too."""
         group = self._group
         with undivided():
             group.begin_call()
@@ -131,7 +131,7 @@ class LeadingEngine(Engine):
             except AGREED:
                 raise
             except BaseException as error:
-                # of a rank that is gone torch says something else first
+                # if a rank is gone, torch first raises another error
                 group.wait_for_failure(f"rank {group.rank} of {group.size} has failed: {reason(error)}")
                 group.check()
             finally:
@@ -141,8 +141,8 @@ class LeadingEngine(Engine):
 def load_share(
     group: Group, prepared: Callable[[], Prepared], seed: int, engine: type[Engine] = Engine
 ) -> tuple[Loaded, Engine]:
-    """This rank's share of the model, and the engine around it; all ranks call it together. seed: of the engine, where
-    its config names none. Raises ValueError on all of them where one could not load, with its reason."""
+    """This rank's share of the model, and the engine around it; all ranks call it together. seed: the engine's, if its
+    config names none. If one rank cannot load, raises ValueError on all of them, with its reason."""
     loaded = _together(group, lambda: load(prepared(), group.ranks))
     config, model = loaded.config, loaded.model_config
     group.ranks.reserve(model.d_model, config.dtype)
@@ -151,14 +151,14 @@ def load_share(
         config, kv_cache_memory=pages * page_bytes(model, config), seed=seed if config.seed is None else config.seed
     )
     extra = (group,) if engine is LeadingEngine else ()
-    # a rank without memory for it would leave the others waiting in the first sum
+    # a rank without memory for it would leave the others waiting in the first all-reduce
     made = _together(group, lambda: engine(loaded.network, agreed, loaded.tokenizer, *extra))
     made.runner.capture()
     return loaded, made
 
 
 def _together(group: Group, function: Callable[[], Any], everyones: bool = False) -> Any:
-    """What the function gives here, or on every rank. Raises ValueError where it failed on one."""
+    """The result of the function here, or of every rank. Raises ValueError if it failed on any rank."""
     result, failed = None, None
     try:
         result = function()

@@ -1,4 +1,4 @@
-"""What every rank but the first does: it makes the calls that the first one makes, on its share of the model."""
+"""What every rank but the first does: it makes the calls of the first rank, on its share of the model."""
 
 import gc
 from contextlib import suppress
@@ -14,7 +14,8 @@ from blockinfer.parallel.group import Group
 
 
 def follow(group: Group) -> None:
-    """Until the first rank says that all is over. Raises FirstRankGone where it has ended before."""
+    """Runs until the first rank says that all is done. Raises FirstRankGone if that rank has ended without saying
+    so."""
     engine: Engine | None = None
     while True:
         message = group.hear()
@@ -45,7 +46,7 @@ def _call(engine: Engine, name: str, *args: Any, **kwargs: Any) -> None:
 
 
 def _load(group: Group, config: EngineConfig, seed: int) -> Engine | None:
-    """None where a rank could not: the first one says why, and closes."""
+    """None if any rank failed to load: the first rank reports why, and closes."""
     try:
         _, engine = load_share(group, lambda: prepare(config), seed)
         return engine

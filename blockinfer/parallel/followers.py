@@ -1,4 +1,4 @@
-"""The processes of the other ranks: started here, one a GPU, or there already, by torchrun or srun."""
+"""The processes of the other ranks: started here, one per GPU, or already started by torchrun or srun."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ from blockinfer.parallel.group import Place
 
 
 def place_outside(size: int, on_gpu: bool) -> Place | None:
-    """Where torchrun, or who does as it does, has started all ranks: this one's place, in a group of `size` of them
-    that follow each other. None where RANK and WORLD_SIZE name no ranks besides this one.
+    """This process's place if torchrun, or a launcher that sets the same variables, started all ranks: its rank in a
+    consecutive group of `size` of them. None if RANK and WORLD_SIZE name no ranks besides this one.
 
-    Raises ValueError where they cannot be split so, or name a GPU that is not there.
+    Raises ValueError if the ranks cannot be split so, or name a GPU that is not there.
     """
     named = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     if not named["RANK"].isdecimal() or not named["WORLD_SIZE"].isdecimal() or int(named["WORLD_SIZE"]) == 1:
@@ -41,7 +41,7 @@ def place_outside(size: int, on_gpu: bool) -> Place | None:
 
 
 def store_outside(size: int) -> dist.Store:
-    """Of this rank's group, at MASTER_ADDR and MASTER_PORT."""
+    """The store of this rank's group, at MASTER_ADDR and MASTER_PORT."""
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError, dist.DistError) as error:
@@ -50,9 +50,9 @@ def store_outside(size: int) -> dist.Store:
 
 
 class Followers:
-    """Processes for all ranks but the first, which end with this one, or with `end`.
+    """Processes for all ranks but the first, which end with this process or with `end`.
 
-    on_death: called with what is to be said where one ends by itself.
+    on_death: called with a message if one ends by itself.
     """
 
     def __init__(self, size: int, on_gpu: bool) -> None:
@@ -74,20 +74,20 @@ class Followers:
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
     def _start(self, rank: int, on_gpu: bool) -> subprocess.Popen[bytes]:
-        # not by multiprocessing, which would run the user's script once more in each
+        # not multiprocessing, which would run the user's script again in each process
         command = [sys.executable, "-P", "-m", "blockinfer.parallel", str(self._folder / "store")]
         threads = torch.get_num_threads() if on_gpu else max(1, torch.get_num_threads() // self.size)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
             "OMP_NUM_THREADS": str(threads),
-            # the first rank's bars speak for all
+            # only the first rank shows progress bars
             "TQDM_DISABLE": "1",
         }
         return subprocess.Popen(
             [*command, str(rank), str(self.size), "cuda" if on_gpu else "cpu"],
             stdin=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the first rank, which tells the others what to do
+            start_new_session=True,  # only the first rank handles Ctrl-C, and tells the others what to do
         )
 
     def _wait_until_ready(self) -> None:
@@ -110,11 +110,11 @@ class Followers:
         return f"rank {rank} of {self.size} ended {how}"
 
     def expect_end(self) -> None:
-        """From now on it is nothing to speak of."""
+        """From now on, a process that ends is not reported."""
         self._ending = True
 
     def end(self, seconds: float = 0.0) -> None:
-        """Those that have not ended after so many seconds are ended."""
+        """Ends the processes that have not ended after `seconds`."""
         self._ending = True
         deadline = time.monotonic() + seconds
         for process in self._processes:
@@ -126,5 +126,5 @@ class Followers:
             process.stdin.close()
 
     def clean(self) -> None:
-        """Once nobody looks into the store any more, torch's own threads included: they would wait for its file."""
+        """Deletes the store's folder; call it once no thread reads it, torch's own included: they would wait for its file."""
         shutil.rmtree(self._folder, ignore_errors=True)

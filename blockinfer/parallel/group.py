@@ -1,4 +1,4 @@
-"""The ranks that share one model, as torch.distributed has them: who is which, and what the first tells the others."""
+"""The ranks that share one model, over torch.distributed: their numbering, and what the first tells the others."""
 
 import os
 import pickle
@@ -16,20 +16,20 @@ import torch.distributed as dist
 from blockinfer.kernels.ranks import RankGroup
 from blockinfer.parallel.watch import Watch
 
-# Between two requests a rank may wait for as long as nobody asks for anything.
+# Between requests a rank may wait indefinitely.
 _FOREVER = timedelta(days=3650)
-# A process that is not back from its GPU so long after another rank has died will not be.
+# Seconds after a rank has died: a call that has not returned from its GPU by then never will.
 _GRACE = 15.0
-# Seconds for the end of what a communicator's abort lets go on.
+# Seconds to wait for what a communicator's abort releases.
 _ABORT, _DONE = 5.0, 1.0
 
 
 class FirstRankGone(RuntimeError):
-    """Nobody will tell this rank anything any more."""
+    """The first rank is gone and will tell this rank nothing more."""
 
 
 class Place(NamedTuple):
-    """Of a process: its rank among `size`, and the number of its GPU on this host."""
+    """A process's rank among `size`, and the number of its GPU on this host."""
 
     rank: int
     size: int
@@ -37,9 +37,9 @@ class Place(NamedTuple):
 
 
 class Group:
-    """This process's end of it. failure: why the ranks can do nothing more together, once that is so. told_steps: how
-    many the first rank has told the others to make and has not made itself. stuck: why this process's GPU will never be
-    done, once that is so, whatever becomes of the group."""
+    """This process's membership. failure: why the ranks can no longer work together, once that is so. told_steps: steps
+    that the first rank has broadcast and not yet made itself. stuck: why this process's GPU will never finish, once
+    that is so, whatever becomes of the group."""
 
     stuck: ClassVar[str | None] = None
 
@@ -64,18 +64,18 @@ class Group:
         self._watch = Watch(_FOREVER, self.fail)
 
     def tell(self, message: Any) -> None:
-        """From the first rank to the others."""
+        """Broadcasts a message from the first rank."""
         content = pickle.dumps(message)
         dist.broadcast(torch.tensor([len(content)]), 0, group=self._control)
         dist.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, group=self._control)
 
     def tell_steps(self, number: int) -> None:
-        """The same, of that many steps, in one broadcast."""
+        """Broadcasts from the first rank that `number` steps follow."""
         dist.broadcast(torch.tensor([-number]), 0, group=self._control)
         self.told_steps = number
 
     def hear(self) -> Any:
-        """What the first rank tells next, or how many steps. Raises FirstRankGone where that one is."""
+        """The next message from the first rank, or a number of steps. Raises FirstRankGone if that rank is gone."""
         length = torch.zeros(1, dtype=torch.int64)
         try:
             dist.broadcast(length, 0, group=self._control)
@@ -88,13 +88,13 @@ class Group:
         return pickle.loads(content.numpy().tobytes())
 
     def exchange(self, value: Any) -> list[Any]:
-        """What each rank gives, the first rank's first."""
+        """The values of all ranks, the first rank's first."""
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self._control)
         return values
 
     def check(self) -> None:
-        """Raises RuntimeError where the ranks can do nothing more together."""
+        """Raises RuntimeError if the ranks can no longer work together."""
         if self.failure is not None:
             self._calling = False
             raise RuntimeError(f"{self.failure}; this LLM is of no more use: close it, and load it anew")
@@ -107,13 +107,13 @@ class Group:
         self._calling = False
 
     def fail(self, reason: str) -> None:
-        """For good; the first reason is what is told. A call that does not come back from its GPU ends the process."""
+        """Permanent; the first reason is kept. A call that does not return from its GPU ends the process."""
         if self.failure is None:
             self.failure = reason
             threading.Thread(target=self._end_what_hangs, daemon=True).start()
 
     def wait_for_failure(self, reason: str) -> None:
-        """After an error of torch's: what it comes from is soon known, or else it is this reason."""
+        """After an error from torch: waits briefly for its cause, and otherwise fails for this reason."""
         if not self.fails_soon():
             self.fail(reason)
 
@@ -142,8 +142,8 @@ class Group:
             time.sleep(20e-6)
 
     def leave(self, drop_graphs: Callable[[], None] = lambda: None) -> None:
-        """Out of torch.distributed; where the ranks have failed, without waiting for the others. drop_graphs: the
-        communicators that graphs have captured end after these."""
+        """Leaves torch.distributed; if the ranks have failed, without waiting for the others. drop_graphs: called
+        first, since communicators must outlive the graphs that captured them."""
         if not dist.is_initialized():
             return
         if self.failure is None or not self.on_gpu:
@@ -159,7 +159,7 @@ class Group:
                 drop_graphs()
                 dist.distributed_c10d._abort_process_group()
 
-        # what waits in symmetric memory is let go; a kernel of NCCL's is ended by its communicator's abort, and that
+        # kernels waiting in symmetric memory are released; NCCL's are ended by their communicator's abort, which
         # waits for the GPU
         with suppress(RuntimeError):
             self.ranks.let_go(self._gpu_is_idle, _DONE)
@@ -171,7 +171,7 @@ class Group:
         self.ranks.release(leave_behind=Group.stuck is not None)
 
     def gpu_is_done(self) -> bool:
-        """With all that it was given; not where it will not be within a second, or has failed for good."""
+        """Whether the GPU has finished its work; False if it does not within a second, or has failed for good."""
         end = time.monotonic() + _DONE
         while not self._gpu_is_idle() and time.monotonic() < end:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Calls that all ranks make are not left half made."""
+"""Keeps a call that all ranks make from being interrupted halfway."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """Ctrl-C, and SIGTERM where it has a handler of Python's, wait for the end of the block: the other ranks are in the
-    same call, and would wait for what this one no longer computes. The second Ctrl-C does not wait."""
+    """Delays Ctrl-C, and SIGTERM if it has a Python handler, to the end of the block: the other ranks are in the same
+    call, and would wait for what this one no longer computes. A second Ctrl-C is not delayed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The first rank's side: the others are found or started, load with it, and end with it."""
+"""The first rank's side: the other ranks are found or started, load with it, and end with it."""
 
 import atexit
 import threading
@@ -19,21 +19,21 @@ from blockinfer.parallel.followers import Followers, place_outside, store_outsid
 from blockinfer.parallel.group import FirstRankGone, Group, Place
 from blockinfer.parallel.interrupts import undivided
 
-# torch.distributed has one default group a process.
+# torch.distributed has one default group per process.
 _one_at_a_time = threading.Lock()
-# Ranks that were there before serve one LLM after another.
+# Ranks started from outside serve one LLM after another.
 _outside: Group | None = None
-# What ends the one that is open, or the last one that was.
+# Ends the Leader that is open, or was open last.
 _abandon_open: weakref.finalize | None = None
 
 
 class Leader:
-    """What an LLM of several ranks has of the others, from `open` until `close`. Without that they end with `owner`."""
+    """An LLM's connection to its other ranks, from `open` until `close`. If it is not closed, they end with `owner`."""
 
     def __init__(self, config: EngineConfig, owner: object) -> None:
-        """Raises ValueError for what cannot be loaded, before another process is started, and where the ranks cannot be
-        had; ChildProcessError where one ends. On a rank that is not the first of its group it serves that one, and
-        raises SystemExit when all is over."""
+        """Raises ValueError for what cannot be loaded, before another process is started, and if the ranks are not
+        available; ChildProcessError if one ends. On a rank that is not the first of its group it follows the first, and
+        raises SystemExit when that one is done."""
         self._followers: Followers | None = None
         self._group: Group | None = None
         self._runner: Callable[[], ModelRunner | None] = lambda: None
@@ -77,7 +77,7 @@ class Leader:
         atexit.register(_dismiss, _outside)
 
     def open(self) -> tuple[Loaded, LeadingEngine]:
-        """Raises as `LLM` does; nothing is left then."""
+        """Raises as `LLM` does, after cleaning up."""
         group, prepared, seed = self._group, self._prepared, draw_engine_seed()
         self._prepared = None
         group.begin_call()
@@ -98,11 +98,11 @@ class Leader:
 
     @property
     def failed(self) -> bool:
-        """Whether the ranks can do nothing more together; then a GPU may never be done."""
+        """Whether the ranks can no longer work together; a GPU may then never finish."""
         return self._group.failure is not None
 
     def close(self) -> None:
-        """Once the engine is dropped here. Closing twice is fine."""
+        """Call it after the engine is dropped here. Closing twice is fine."""
         if not self._abandon.alive:
             return
         if self.failed:
@@ -113,7 +113,7 @@ class Leader:
             try:
                 self._tell_end()
             except RuntimeError as error:
-                # one has ended just now: there is nobody to tell
+                # a rank has just ended: there is nobody to tell
                 self._group.failure = reason(error)
                 self._group.leave(self._drop_graphs)
             finally:
@@ -134,7 +134,7 @@ class Leader:
     def _end_without_a_word(self) -> None:
         if self._followers is not None:
             if self._group is not None and not self.failed:
-                # what they were told they do yet: a GPU would wait for ever for one that is ended within a sum
+                # the ranks finish the steps already broadcast: a GPU would hang if one were ended within an all-reduce
                 self._group.gpu_is_done()
             self._followers.end()
             if self._group is not None:
@@ -146,7 +146,7 @@ class Leader:
         elif self._group is not None and not self.failed:
             self._drop_graphs()
             if self._group.told_steps:
-                # the others wait in one of them
+                # the other ranks wait in one of them
                 self._group.fail("the LLM was dropped while requests ran")
                 self._group.leave()
             else:
@@ -154,14 +154,14 @@ class Leader:
         _one_at_a_time.release()
 
     def _drop_graphs(self) -> None:
-        """Of an engine that others may hold: a user's script, or an error's traceback."""
+        """Drops the graphs of an engine that a user's script or an error's traceback may still hold."""
         runner = self._runner()
         if runner is not None:
             runner.drop_graphs()
 
 
 def _serve(place: Place, on_gpu: bool) -> NoReturn:
-    """The first rank of the group, for as long as it lives. Raises SystemExit."""
+    """Follows the first rank of the group for as long as it lives. Raises SystemExit."""
     _refuse_initialized()
     group = Group(place, store_outside(place.size), on_gpu)
     group.watch()
@@ -192,7 +192,7 @@ def _refuse_initialized() -> None:
 
 
 def _is_on_gpu(config: EngineConfig) -> bool:
-    """Raises ValueError for a device that is one GPU's."""
+    """Raises ValueError for a device that names one GPU."""
     device = find_device(config.device)
     if device.type == "cuda" and device.index is not None:
         raise ValueError(

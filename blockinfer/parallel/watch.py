@@ -1,4 +1,4 @@
-"""Whether the other ranks are still there, where their processes were not started here: srun says nothing of it."""
+"""Detects that another rank is gone if its process was not started here: srun does not report it."""
 
 import threading
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 class Watch:
-    """The first rank looks at all others, and they at the first: a connection that ends says so.
+    """The first rank watches all others, and they watch the first: a closed connection shows that a rank has ended.
 
-    All ranks make one together. on_death: called with what is to be said.
+    All ranks make one together. on_death: called with a message.
     """
 
     def __init__(self, forever: timedelta, on_death: Callable[[str], None]) -> None:
@@ -25,13 +25,13 @@ class Watch:
 
     def _look(self, other: int) -> None:
         try:
-            # the last word of a rank that leaves
+            # the last message of a rank that leaves
             dist.recv(torch.zeros(1), other, group=self._group)
         except RuntimeError:
             self._on_death(f"rank {other} of {self._size} has ended")
 
     def leave(self) -> None:
-        """All ranks together: nothing is to be said then."""
+        """All ranks call it together; nothing is reported then."""
         for other in self._others:
             dist.send(torch.zeros(1), other, group=self._group)
         for thread in self._threads:
