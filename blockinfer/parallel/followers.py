@@ -126,5 +126,5 @@ class Followers:
             process.stdin.close()
 
     def clean(self) -> None:
-        """Deletes the store's folder; call it once no thread reads it, torch's own included: they would wait for its file."""
+        """Deletes the store's folder. Call it once no thread reads it: torch's own would wait for its file."""
         shutil.rmtree(self._folder, ignore_errors=True)
