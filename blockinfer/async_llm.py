@@ -51,7 +51,7 @@ class Generation:
             self._owner._forget(self)
 
     def _put(self, output: RequestOutput | Exception) -> None:
-        """In the loop's thread."""
+        """Runs in the loop's thread."""
         if self.done:
             return
         self._outputs.put_nowait(output)
@@ -73,11 +73,11 @@ class AsyncLLM:
         self._engine = llm.take_over()
         self.llm = llm
         self._unfinished = 0
-        # texts are tokenized, and chat templates run, one after another and beside the engine's steps
+        # tokenizes texts and runs chat templates, one at a time, beside the engine's steps
         self.helper: Executor = ThreadPoolExecutor(1, "blockinfer-text")
-        # a thread begins with the first GPU as its current one
+        # a new thread's current GPU is the first one
         self._gpu = torch.cuda.current_device() if llm.config.device.type == "cuda" else None
-        # what follows belongs to the thread
+        # the following belong to the engine's thread
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._generations: dict[int, Generation] = {}
         self._suspects: set[int] = set()
@@ -131,7 +131,7 @@ class AsyncLLM:
         return await asyncio.get_running_loop().run_in_executor(self.helper, function, *args)
 
     async def abort(self, request_id: int) -> None:
-        """Drops an unfinished request; its generator raises RuntimeError. Raises ValueError if there is none of that
+        """Drops an unfinished request; its generator raises RuntimeError. Raises ValueError if there is none with that
         id."""
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         error = RuntimeError(f"request {request_id} was aborted")
@@ -156,7 +156,7 @@ class AsyncLLM:
         self._unfinished -= 1
         self._commands.put(lambda: self._drop(generation))
 
-    # from here on in the thread
+    # the methods below run in the engine's thread
 
     def _run(self) -> None:
         if self._gpu is not None:
@@ -172,7 +172,7 @@ class AsyncLLM:
             self._obey(wait=False)
 
     def _obey(self, wait: bool) -> None:
-        """What was asked for since; waits for something where nothing is to be done."""
+        """Runs the queued commands; wait: first waits for one."""
         try:
             if wait:
                 self._commands.get()()
@@ -212,21 +212,21 @@ class AsyncLLM:
             self._settle({output.request_id for output in outputs if output.finished})
 
     def _blame(self, error: Exception) -> None:
-        """Fails the requests that an error names; for one that names none, looks for the one that it comes from."""
+        """Fails the requests that an error names; if it names none, starts the search for the one at fault."""
         named = getattr(error, "request_ids", None)
         if named is None:
             _log.error("a step failed", exc_info=error)
             ran = self._engine.restart(alone=True)
             named = ran if len(ran) == 1 else []
             self._suspects |= set(ran)
-            if not ran:  # no request's doing
+            if not ran:  # no request is at fault
                 self._engine.restart()
                 named = list(self._generations)
             error = RuntimeError(f"the engine failed: {type(error).__name__}: {error}")
         self._fail(named, error)
 
     def _fail(self, request_ids: list[int], error: Exception) -> bool:
-        """Ends these with an error -> whether one of them was there."""
+        """Ends these with an error -> whether any of them was unfinished."""
         there = [(i, self._generations[i]) for i in request_ids if i in self._generations]
         for i, _ in there:
             self._engine.abort(i)
@@ -240,7 +240,7 @@ class AsyncLLM:
             self._settle({generation.request_id})
 
     def _settle(self, request_ids: set[int]) -> None:
-        """These are out of the engine; with the last suspect gone, requests run side by side again."""
+        """These have left the engine; once the last suspect is gone, requests run side by side again."""
         for i in request_ids:
             del self._generations[i]
         if self._suspects:

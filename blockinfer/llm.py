@@ -169,7 +169,7 @@ class LLM:
         try:
             return self._complete(prompts, params, use_tqdm, on_finish)
         finally:
-            # once more: a second Ctrl-C may have cut the first clean-up short
+            # again: a second Ctrl-C may have interrupted the first clean-up
             engine.abort_all()
 
     def _complete(
@@ -183,7 +183,7 @@ class LLM:
         ids: list[int] = []
         outputs: dict[int, RequestOutput] = {}
         try:
-            # no comprehension: in Python 3.12.1 an interrupt of one was seen to pass by the `finally`
+            # no comprehension: in Python 3.12.1 an interrupt in one was seen to skip the `finally`
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
                 ids.append(self._add(i, prompt, p))
             with tqdm(total=len(ids), disable=not use_tqdm, unit="request", dynamic_ncols=True) as progress:
@@ -355,15 +355,15 @@ class LLM:
         Closing twice is allowed; generating afterwards raises RuntimeError.
         """
         if self._engine is not None and self._leader is not None:
-            # the other ranks may be in steps of what still runs
+            # the other ranks may be in steps of requests that still run
             with suppress(RuntimeError):
                 self._engine.abort_all()
         self._engine = None
         if self._chat_template is not None:
             self._chat_template.close()
-        # where ranks have failed, a GPU may never be done: what waits for it is the leader's to drop
+        # if ranks have failed, a GPU may never be done: the leader drops what waits for it
         if not (self._leader and self._leader.failed):
-            # the runner and its two functions hold each other
+            # the runner and its graphs' functions reference each other
             gc.collect()
             if self.config.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from blockinfer.llm import LLM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> the exit code: 2 for options, a model or an address that cannot be used, named in one sentence."""
+    """-> the exit code: 2, after a one-sentence message, for options, a model or an address that cannot be used."""
     parser = make_parser()
     options = vars(parser.parse_args(arguments))
     for name in ("api_key", "served_model_name"):
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = {name: options.pop(name) for name in ("max_queue", "max_request_bytes", "receive_timeout")}
     limits["shutdown_timeout"] = options.pop("shutdown_timeout")
     try:
-        # before a model is loaded for minutes
+        # before the model, which takes minutes to load
         listener = _bind(host, port)
     except OSError as error:
         parser.error(f"cannot listen on {host}:{port}: {error.strerror or error}")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with listener, LLM(**{name: value for name, value in options.items() if value is not None}) as llm:
             if llm.tokenizer is None:
                 raise ValueError(f"{options['model']}: there is no tokenizer, and answers are text; pass --tokenizer")
-            # by default the thread of the engine, back from the device, waits 5 ms for one that writes answers
+            # by default the engine's thread, back from the device, waits 5 ms for a thread that writes answers
             sys.setswitchinterval(0.0005)
             engine = AsyncLLM(llm)
             try:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that has the address, and takes no connections yet."""
+    """A socket bound to the address that does not listen yet."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _argument(kind: Any) -> dict[str, Any]:
-    """How an option of the engine is written, by its annotation."""
+    """argparse's settings for an engine option, from its annotation."""
     kinds = get_args(kind) or (kind,)
     if bool in kinds:
         return {"action": "store_true", "default": None}

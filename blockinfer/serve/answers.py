@@ -1,4 +1,4 @@
-"""Answers as OpenAI spells them: whole ones, and the chunks of a stream."""
+"""Answers in OpenAI's format: whole ones, and the chunks of a stream."""
 
 import json
 import time
@@ -20,7 +20,7 @@ def event(content: dict[str, Any]) -> bytes:
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Tokens, without stop tokens, and forwards, of all choices together."""
+    """Tokens, without stop tokens, and forwards, summed over all choices."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     forwards = sum(output.metrics.nfe for output in outputs)
@@ -30,7 +30,7 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 @dataclass
 class _Sent:
-    """Of a choice's stream: characters and tokens that were sent, and whether its end was."""
+    """What a choice's stream has sent: characters, tokens, and whether its end."""
 
     text: int = 0
     tokens: int = 0
@@ -39,8 +39,8 @@ class _Sent:
 
 @dataclass
 class Answer:
-    """One answer: the choices of its prompts, one after another. token_text: of a canvas's tokens. It keeps what a
-    stream has sent."""
+    """One answer: the choices of its prompts, one after another. token_text: from a canvas's token to its text. Keeps
+    track of what a stream has sent."""
 
     chat: bool
     model: str
@@ -59,12 +59,12 @@ class Answer:
         return self._head("chat.completion") | {"choices": choices, "usage": usage(outputs)}
 
     def begin(self, count: int) -> Iterator[dict[str, Any]]:
-        """A chat's first chunks say who speaks."""
+        """A chat's first chunks, which give the role."""
         for i in range(count if self.chat else 0):
             yield self._chunk(i, {"role": "assistant", "content": ""})
 
     def chunks(self, number: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
-        """What an output of prompt `number` adds to the stream: new text, canvases, ends."""
+        """The chunks that an output of prompt `number` adds to the stream: new text, canvases, ends."""
         for one in output.outputs:
             yield from self._chunks(_index(number, output, one), output, one)
         if output.finished:
@@ -107,13 +107,13 @@ class Answer:
         return self._head("chat.completion.chunk") | {"choices": [choice]} | usage_so_far
 
     def _canvas(self, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
-        """The open blocks after a step, None where a position is masked; and what was done so far."""
+        """The open blocks after a step, None where a position is masked; and tokens and forwards so far."""
         canvas = [None if token is None else self.token_text(token) for token in one.canvas]
         done = {"tokens": len(one.token_ids), "forwards": output.metrics.nfe}
         return {"provisional": True, "canvas": canvas} | done
 
     def _logprobs(self, one: CompletionOutput, start: int) -> dict[str, Any] | None:
-        """Of the tokens from `start` on, as OpenAI has them for a chat or a completion."""
+        """Those of the tokens from `start` on, in OpenAI's format for chats or completions."""
         if one.logprobs is None:
             return None
         positions = list(zip(one.token_ids, one.logprobs, strict=True))
@@ -124,7 +124,7 @@ class Answer:
         return {
             "tokens": texts[start:],
             "token_logprobs": [_finite(tokens[token].logprob) for token, tokens in positions[start:]],
-            # of tokens that are written alike the likeliest
+            # of tokens with the same text, the likeliest
             "top_logprobs": [
                 {t.decoded_token: _finite(t.logprob) for t in _likeliest(tokens)[::-1]}
                 for _, tokens in positions[start:]
@@ -134,7 +134,7 @@ class Answer:
 
 
 def _index(number: int, output: RequestOutput, one: CompletionOutput) -> int:
-    """The choice's: every prompt has as many."""
+    """The choice's index: all prompts have equally many."""
     return number * len(output.outputs) + one.index
 
 
@@ -151,5 +151,5 @@ def _likeliest(tokens: dict[int, Logprob]) -> list[Logprob]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes this for what is next to impossible."""
+    """JSON has no infinity; OpenAI writes -9999.0 for very unlikely tokens."""
     return max(logprob, -9999.0)

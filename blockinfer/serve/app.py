@@ -1,4 +1,4 @@
-"""The HTTP side: paths, bodies, streams."""
+"""The HTTP application: paths, bodies, streams."""
 
 import asyncio
 import logging
@@ -21,26 +21,26 @@ from blockinfer.serve.service import Job, Service, unless_gone
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page.html")
-# the page is one file, which loads nothing and talks to this server alone
+# the page is one file that loads nothing and talks only to this server
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# nginx's status for it, which nobody reads
+# nginx's status for a client that went away; nobody reads it
 _GONE = 499
-# As many request limits are read and thrown away before a body is refused: who is still sending reads no answer.
+# Up to this multiple of max_request_bytes is read before a body is refused: a client that still sends reads no answer.
 _READ_ON = 16
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; it closes the service's engine when it is shut down."""
+    """The application; its shutdown closes the service's engine."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.engine.close()
 
-    # FastAPI's own pages load scripts from elsewhere
+    # FastAPI's own pages load scripts from other hosts
     app = FastAPI(title="BlockInfer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.service = service
     app.add_exception_handler(ApiError, on_api_error)
@@ -67,7 +67,7 @@ async def page(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while requests are taken and steps succeed."""
+    """200 while requests are accepted and steps succeed."""
     service = _service(request)
     if service.draining or not service.engine.healthy:
         return json_response({"status": "shutting down" if service.draining else "the engine fails"}, 503)
@@ -107,7 +107,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _counted(request: Request, answer: Callable) -> Response:
-    """The answer; what was refused is counted, and who went away."""
+    """The answer; counts it, refusals and departed clients included, but streams, which count themselves."""
     counted = _service(request).metrics.answered
     try:
         response = await answer(request)
@@ -148,7 +148,7 @@ async def _complete(request: Request) -> Response:
 
 
 async def _answer(request: Request, job: Job, asked: Any, prompts: list, params: Any) -> Response:
-    """Owns the job from here on."""
+    """Owns the job from now on."""
     service = _service(request)
     options = asked.stream_options
     chat, usage = isinstance(asked, ChatRequest), bool(options and options.include_usage)
@@ -172,7 +172,7 @@ async def _answer(request: Request, job: Job, asked: Any, prompts: list, params:
 
 
 class _Events(StreamingResponse):
-    """A stream, at whose end, however it comes, nothing of its job is left."""
+    """A stream that closes its job when it ends, in whatever way."""
 
     def __init__(self, job: Job, service: Service, path: str, answer: Answer, count: int) -> None:
         self._job, self._service, self._path = job, service, path
@@ -204,7 +204,7 @@ class _Events(StreamingResponse):
 
 
 async def _body(request: Request) -> bytes:
-    """The body, of JSON, after the key; raises ApiError where it is too large, too slow or something else."""
+    """The JSON body, after a check of the key; raises ApiError if it is too large, too slow or not JSON by its type."""
     service = _service(request)
     options = service.options
     service.check_key(request.headers.get("authorization"))

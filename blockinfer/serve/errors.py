@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: OpenAI's error body."""
+"""Errors as clients get them: OpenAI's error body."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request that is refused, or that failed: a sentence, and the field that it is about."""
+    """A refused or failed request: a sentence, and the field that it is about."""
 
     def __init__(
         self,
@@ -32,12 +32,12 @@ class ApiError(Exception):
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """In ASCII: a message may quote half a character, which UTF-8 cannot write."""
+    """In ASCII: a message may quote a lone surrogate, which UTF-8 cannot encode."""
     return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 def of_exception(error: Exception) -> ApiError:
-    """What to tell of an error that ended a request which had been accepted."""
+    """The ApiError for an error that ended an accepted request."""
     if isinstance(error, ApiError):
         return error
     return ApiError(500, str(error) or type(error).__name__)
@@ -48,7 +48,7 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    """Of the router: a path or a method that is not there."""
+    """The router's errors: an unknown path or method."""
     asked = f"{request.method} {request.url.path}"
     messages = {404: f"there is no {asked} here", 405: f"{asked}: this path takes {(error.headers or {}).get('Allow')}"}
     message = messages.get(error.status_code, str(error.detail))

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics that Prometheus reads at /metrics."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """One server's counts. Gauges are read from the engine when they are asked for."""
+    """One server's metrics. Gauges are read from the engine on each scrape."""
 
     def __init__(self, llm: LLM) -> None:
         self.registry = registry = CollectorRegistry()
@@ -40,7 +40,7 @@ class Metrics:
             Gauge(name, what, **named).set_function(read)
 
     def answered(self, endpoint: str, status: int | str) -> None:
-        """status: HTTP's, or "aborted" where the client went away, or "failed" where a stream broke off."""
+        """status: HTTP's, or "aborted" if the client went away, or "failed" if a stream broke off."""
         self._requests.labels(endpoint, str(status)).inc()
 
     def between_blocks(self, seconds: float) -> None:

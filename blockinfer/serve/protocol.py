@@ -1,6 +1,6 @@
 """The bodies of OpenAI's completions and chat completions, checked and turned into prompts and SamplingParams.
 
-What the engine cannot do is refused, never ignored; a value that asks for nothing (`"tools": []`) is accepted.
+What the engine cannot do is refused, never ignored; a neutral value (`"tools": []`) is accepted.
 """
 
 import json
@@ -21,7 +21,7 @@ _NOT_KEPT = "nothing is kept here"
 
 
 class Refused(NamedTuple):
-    """Why a field of OpenAI's, or of those who speak its API, is refused but for values that ask for nothing."""
+    """Why a field of OpenAI's API, or of other servers' versions of it, is refused, and its neutral values."""
 
     reason: str
     neutral: tuple[Any, ...] = ()
@@ -60,7 +60,7 @@ REFUSED = {
     "top_logprobs": Refused("of a completion logprobs is their number"),
 }
 _HINTS = SAMPLING_HINTS | {"extra_body": "what it holds are fields of the body itself, where the client puts them"}
-# What has OpenAI's limits is a field of its own below; the engine's other options are extra fields.
+# Options with OpenAI's limits are fields of the models below; the engine's other options are extra fields.
 _OPENAI = ("max_tokens", "temperature", "seed", "logprobs")
 DECODING = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in _OPENAI)
 
@@ -72,7 +72,7 @@ class StreamOptions(BaseModel):
 
 
 class _Request(BaseModel):
-    """The fields that both have. user is a name that OpenAI's clients may give; it has no effect there either."""
+    """The fields that both bodies have. user: a name that OpenAI's clients may give; it has no effect there either."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
     limit_names: ClassVar[tuple[str, ...]] = ("max_tokens",)
@@ -87,7 +87,7 @@ class _Request(BaseModel):
     user: str | None = None
 
     def number_of_logprobs(self) -> int | None:
-        """As SamplingParams has it."""
+        """SamplingParams.logprobs."""
         raise NotImplementedError
 
     def sampling_params(self) -> SamplingParams:
@@ -148,7 +148,7 @@ class CompletionRequest(_Request):
     @field_validator("prompt", mode="before")
     @classmethod
     def _check_prompt(cls, prompt: object) -> list[str | list[int]]:
-        """One prompt or several, each a text or token ids, as a list."""
+        """One prompt or several, each a text or token ids, as a list of prompts."""
         if isinstance(prompt, str) or _is_ids(prompt):
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt or not all(isinstance(p, str) or _is_ids(p) for p in prompt):
@@ -161,7 +161,7 @@ def _is_ids(value: object) -> bool:
 
 
 def _message(number: int, message: object) -> dict[str, str]:
-    """{"role", "content"} of one message, whose content may be parts of text. lm-eval adds "type": "text"."""
+    """{"role", "content"} of one message, whose content may be a list of texts. lm-eval adds "type": "text"."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object with role and content, got {shown(message)}")
     role, content = message.get("role"), message.get("content")
@@ -187,7 +187,7 @@ def _part(number: int, part: object) -> str:
 
 
 def _check_extra(name: str, value: object, fields: dict[str, Any]) -> None:
-    """A field that OpenAI's models here do not name: an option of the engine, or one that is refused."""
+    """Checks a field that the models here do not name: an option of the engine, else refused."""
     if name in DECODING:
         return
     if name in REFUSED:
@@ -204,7 +204,7 @@ _Model = TypeVar("_Model", bound=_Request)
 
 
 def parse(kind: type[_Model], body: bytes) -> _Model:
-    """Raises ApiError for a body that is no JSON object of that kind, naming the field."""
+    """Raises ApiError, naming the field, for a body that is not a JSON object of that kind."""
     try:
         raw = json.loads(body, parse_constant=_no_number, object_pairs_hook=_no_double)
     except RecursionError:

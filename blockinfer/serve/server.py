@@ -1,4 +1,4 @@
-"""uvicorn, with what it leaves open: time for headers, clients that do not read, and what runs at the end."""
+"""uvicorn, with what it lacks: a limit on the time for headers, on clients that do not read, and on shutdown."""
 
 import asyncio
 import logging
@@ -14,13 +14,13 @@ from blockinfer.serve.errors import ApiError
 from blockinfer.serve.service import Service
 
 _log = logging.getLogger("uvicorn.error")
-# Longer than a slow answer's pauses, on which it does not depend: only of data that a client does not take.
+# How long a client may leave sent data untaken; pauses in a slow answer do not count.
 _UNREAD_SECONDS = 60
 
 
 class Server(uvicorn.Server):
-    """One service's server. SIGTERM and Ctrl-C let what runs finish for shutdown_timeout seconds, and refuse the
-    rest; a second Ctrl-C ends it at once."""
+    """One service's server. SIGTERM and Ctrl-C give running requests shutdown_timeout seconds to finish and refuse
+    new ones; a second Ctrl-C ends it at once."""
 
     def __init__(self, service: Service, *, log_level: str = "info") -> None:
         options = service.options
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 log_level=log_level,
                 server_header=False,
-                # until then what runs was told to end
+                # by then running requests were aborted
                 timeout_graceful_shutdown=int(options.shutdown_timeout) + 5,
             )
         )
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """A connection on which a request's headers must be there in time, and on which data must be taken."""
+    """A connection that closes if a request's headers do not arrive in time or the client does not take its data."""
 
     header_timeout: float
     _headers_due: asyncio.TimerHandle | None = None
@@ -68,7 +68,7 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
-        # of a listener that was made elsewhere asyncio does not know that it is TCP's, and lets small writes wait
+        # asyncio does not see that a listener made elsewhere is TCP, and does not set this: small writes would wait
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)

@@ -1,4 +1,4 @@
-"""What stands between HTTP and the engine: who is let in, and what runs for whom."""
+"""The layer between HTTP and the engine: admission, and each HTTP request's engine requests."""
 
 import asyncio
 import functools
@@ -17,9 +17,9 @@ from blockinfer.serve.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """model: the name that requests give. max_queue: requests that may wait besides those that run. api_key: what /v1
-    asks for, None for nothing. receive_timeout: seconds for a request's headers, and for its body. shutdown_timeout:
-    seconds that what runs gets to finish."""
+    """model: the name that requests give. max_queue: answers that may wait besides those that run. api_key: the key
+    that /v1 requires, None for none. receive_timeout: seconds for a request's headers, and for its body.
+    shutdown_timeout: seconds for running requests to finish."""
 
     model: str
     max_queue: int = 256
@@ -40,7 +40,7 @@ class Service:
         self.draining = False
         self.in_flight = 0
         self.capacity = engine.llm.config.max_num_seqs + options.max_queue
-        # of a canvas, token by token
+        # for a canvas, token by token
         self.token_text: Callable[[int], str] = functools.cache(self._token_text)
 
     def _token_text(self, token_id: int) -> str:
@@ -62,7 +62,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def admit(self, count: int) -> "Job":
-        """A place for so many answers, which its `close` gives back."""
+        """Reserves places for `count` answers, which the job's `close` frees. Raises ApiError if there is no room."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", headers={"Connection": "close"})
         if count > self.capacity:
@@ -82,7 +82,7 @@ class Job:
         service.in_flight += count
 
     async def start(self, prompts: Sequence[Prompt], params: SamplingParams, stream: str | None) -> None:
-        """Raises ApiError where the engine refuses one of them."""
+        """Adds the prompts. Raises ApiError if the engine refuses one."""
         try:
             for prompt in prompts:
                 self._generations.append(await self._service.engine.add(prompt, params, stream=stream))
@@ -93,7 +93,7 @@ class Job:
             raise ApiError(503, str(error)) from error
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Of all of them, as they come, with their numbers."""
+        """All prompts' outputs as they come, each with its prompt's number."""
         metrics, last = self._service.metrics, dict.fromkeys(range(len(self._generations)), 0.0)
         waited = {asyncio.ensure_future(anext(one)): i for i, one in enumerate(self._generations)}
         try:
@@ -117,7 +117,7 @@ class Job:
                 task.cancel()
 
     async def finished(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestOutput]:
-        """`start`, and all of them once they are done, in their order."""
+        """`start`, then the finished outputs in the order of the prompts."""
         await self.start(prompts, params, None)
         outputs = {i: output async for i, output in self.outputs() if output.finished}
         return [outputs[i] for i in sorted(outputs)]
@@ -130,7 +130,7 @@ class Job:
 
 
 async def unless_gone(receive: Callable[[], Awaitable[dict]], work: Awaitable[list[RequestOutput]]) -> list | None:
-    """The result of `work`, or None where the client went away before: then it is cancelled."""
+    """The result of `work`; if the client goes away first, `work` is cancelled and the result is None."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
