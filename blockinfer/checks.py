@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def shown(value: object) -> str:
-    """repr of anything for a message, cut to a line; Python refuses to format an integer of 4,300 digits."""
+    """repr of anything for a message, cut to a line; Python refuses to format an integer of over 4,300 digits."""
     try:
         text = repr(value)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Editing (LLaDA2.1): revealed tokens may still change; when such a block is finished."""
+"""Editing (LLaDA2.1): when a block whose revealed tokens may still change is finished."""
 
 from typing import NamedTuple
 

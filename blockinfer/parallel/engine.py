@@ -158,7 +158,7 @@ def load_share(
 
 
 def _together(group: Group, function: Callable[[], Any], everyones: bool = False) -> Any:
-    """The result of the function here, or of every rank. Raises ValueError if it failed on any rank."""
+    """The function's result on this rank, or with everyones a list of all ranks'. Raises ValueError if one failed."""
     result, failed = None, None
     try:
         result = function()

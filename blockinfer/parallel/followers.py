@@ -114,7 +114,7 @@ class Followers:
         self._ending = True
 
     def end(self, seconds: float = 0.0) -> None:
-        """Ends the processes that have not ended after `seconds`."""
+        """Waits up to `seconds` for the processes to end, then kills those that remain."""
         self._ending = True
         deadline = time.monotonic() + seconds
         for process in self._processes:
@@ -126,5 +126,5 @@ class Followers:
             process.stdin.close()
 
     def clean(self) -> None:
-        """Deletes the store's folder. Call it once no thread reads it: torch's own would wait for its file."""
+        """Removes the store's folder. Only once no thread uses it, torch's own included: they would wait for its file."""
         shutil.rmtree(self._folder, ignore_errors=True)

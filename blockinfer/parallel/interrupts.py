@@ -10,7 +10,7 @@ from types import FrameType
 @contextmanager
 def undivided() -> Iterator[None]:
     """Delays Ctrl-C, and SIGTERM if it has a Python handler, to the end of the block: the other ranks are in the same
-    call, and would wait for what this one no longer computes. A second Ctrl-C is not delayed."""
+    call, and would wait for what this one no longer computes. A second signal is not delayed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
