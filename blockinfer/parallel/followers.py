@@ -126,5 +126,5 @@ class Followers:
             process.stdin.close()
 
     def clean(self) -> None:
-        """Removes the store's folder. Only once no thread uses it, torch's own included: they would wait for its file."""
+        """Removes the store's folder. Call it once no thread uses it: torch's own would wait for its file."""
         shutil.rmtree(self._folder, ignore_errors=True)
