@@ -42,7 +42,7 @@ def settings(request):
 
 @pytest.fixture(scope="module")
 def options(settings):
-    """Of the engine, with HTTP and without."""
+    """The engine's options, with HTTP and without."""
     options = {name: value for name, value in settings.engine_options.items() if value is not None}
     options |= {"max_num_seqs": AT_ONCE, "tokenizer": settings.tokenizer}
     if settings.load_format == "dummy" and settings.tokenizer is None:

@@ -49,7 +49,7 @@ from evals.timing.steps import (
 
 # What the weights of LLaDA-8B's shape and a KV cache of some requests need.
 FREE_GB = 24
-# A case's timed runs end where another would pass these, the longest after the first.
+# A case's timed runs end when another would exceed these seconds; the longest cases end after their first run.
 MAX_SECONDS = {"cuda": 15.0, "cpu": 0.0}
 RELATIVE_ERROR = 0.005
 
