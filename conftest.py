@@ -6,7 +6,7 @@ from itertools import pairwise
 
 # Before torch is imported: with one of two cores busy, two spinning OpenMP threads were measured 47 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where each core has a test of its own, threads would wait for each other.
+# When each core runs a test of its own, threads would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,11 +16,11 @@ import torch
 from evals.files import number_argument, text_argument
 from evals.runs.git import git_environment
 
-# Before triton is imported: where there is no GPU, its interpreter runs the kernels' tests.
+# Before triton is imported: without a GPU, its interpreter runs the kernels' tests.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Before a test or pytest-benchmark calls git: in a hook of git it would see the hook's repository and index.
+# Before a test or pytest-benchmark calls git: inside a git hook it would see the hook's repository and index.
 for variable in os.environ.keys() - git_environment().keys():
     del os.environ[variable]
 
@@ -118,13 +118,14 @@ def pytest_addoption(parser):
     add("--output", type=text_argument, default="benchmark_results.json", help=output)
 
 
-# Options of pytest-benchmark that take the word after them, also where that is a folder of tests.
+# Options of pytest-benchmark that take the next word as their value, even if it is a folder of tests.
 _MAY_SWALLOW = ("--benchmark-compare", "--benchmark-histogram", "--benchmark-cprofile-dump", "--benchmark-netrc")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Refuses what pytest-benchmark would take for something else; without a folder, pytest would run the tests."""
+    """Refuses arguments that pytest-benchmark would take as an option's value; without a folder, pytest would run
+    tests/."""
     given = [str(argument) for argument in config.invocation_params.args]
     for option, value in pairwise(given):
         path = value.partition("::")[0]

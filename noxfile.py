@@ -1,5 +1,5 @@
-"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, page, lint, slurm, gpu. What follows
-`--` is passed."""
+"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, page, lint, slurm, gpu. Arguments after
+`--` are passed on."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def floors(session: nox.Session) -> None:
-    """The tests with the lowest versions that pyproject.toml allows, but for torch and triton: .ci/floors.txt."""
+    """The tests with the lowest versions that pyproject.toml allows, except for torch and triton: .ci/floors.txt."""
     session.install("-c", ".ci/floors.txt", "-e", ".[test]")
     session.run("pytest", "tests", *session.posargs)
 
@@ -39,17 +39,17 @@ def evals(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gate(session: nox.Session) -> None:
-    """This checkout against a commit: `nox -s gate -- --base REF` fails where it decodes more slowly."""
+    """This checkout against a commit: `nox -s gate -- --base REF` fails if it decodes more slowly."""
     install(session)
-    # time to remove its worktree on Ctrl-C
+    # on Ctrl-C, time to remove its worktree
     session.run("python", "-m", "evals", "gate", *session.posargs, interrupt_timeout=10.0)
 
 
 @nox.session
 def screenshots(session: nox.Session) -> None:
-    """The report of evals/report in headless Chromium: its layout is checked, its pictures are in build/screenshots."""
+    """The report of evals/report in headless Chromium: checks its layout, leaves pictures in build/screenshots."""
     chromium = shutil.which("chromium") or _install_chromium(session)
-    # without the project and torch: the report does not need them, and tests/conftest.py, which does, is left out
+    # without the project and torch: the report does not need them; tests/conftest.py does, so it is left out
     session.install("-c", "constraints.txt", "jinja2", "pillow", "playwright", "pydantic", "pytest")
     report = "tests/browser/test_report.py"
     session.run("pytest", "--noconftest", report, *session.posargs, env={"CHROMIUM": chromium})
@@ -57,7 +57,7 @@ def screenshots(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def page(session: nox.Session) -> None:
-    """The server's page in headless Chromium, on the small model; its pictures are in build/screenshots."""
+    """The server's page in headless Chromium, on the small model; leaves pictures in build/screenshots."""
     chromium = shutil.which("chromium") or _install_chromium(session)
     session.install("-c", "constraints.txt", "-e", ".[test]", "pillow", "playwright")
     session.run("pytest", "tests/browser/test_serve_page.py", *session.posargs, env={"CHROMIUM": chromium})
@@ -81,7 +81,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def slurm(session: nox.Session) -> None:
-    """evals/slurm's job on a SLURM of this machine's own: two nodes, on the CPU; a shard is killed and run again."""
+    """evals/slurm's job on a local SLURM: two nodes, on the CPU; a shard is killed and run again."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     if not all(shutil.which(daemon, path=path) for daemon in ("munged", "slurmctld", "slurmd", "sbatch")):
         command = ["apt-get", "install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]
@@ -95,10 +95,10 @@ def slurm(session: nox.Session) -> None:
 
 @nox.session(default=False, venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Tests and evals on this machine's GPU, with the torch that is installed here."""
+    """Tests and evals on this machine's GPU, with the torch installed here."""
     if not shutil.which("nvidia-smi"):
         session.error("there is no GPU here: nvidia-smi is not on the PATH")
-    # in pytest-xdist's workers there are no benchmarks, which the histories' tests make and the evals are
+    # pytest-xdist's workers run no benchmarks, which the histories' tests make and the evals are
     alone = "tests/test_history.py"
     at_once = ["-n", "auto", "--maxprocesses=10", "--dist=loadfile", "--benchmark-disable"]
     session.run("python3", "-m", "pytest", "tests", f"--ignore={alone}", *at_once, *session.posargs)
@@ -116,7 +116,7 @@ def sanitizer(session: nox.Session, tool: str) -> None:
     small = ["--hypothesis-profile=few", "-k", "not 2_31 and not 32_bits and not whole_vocabulary"]
     session.run(
         *(*check, "tests/kernels", f"--ignore={engine}", *small, *session.posargs),
-        # its own allocator would hide what lies between two tensors
+        # torch's own allocator would hide what lies between two tensors
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     # a CUDA graph cannot be captured without that allocator

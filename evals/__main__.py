@@ -1,4 +1,4 @@
-"""One way to call what comes with the suite: `python -m evals COMMAND ...`."""
+"""One entry point for the suite's commands: `python -m evals COMMAND ...`."""
 
 import difflib
 import sys
@@ -7,7 +7,7 @@ from importlib import import_module
 
 from evals.gate.exits import FAILED, run_command
 
-# The command, the module whose `main` it is, what it does.
+# The command, the module whose `main` it runs, what it does.
 COMMANDS = {
     "compare": ("evals.results.compare", "whether a run is worse than an earlier one"),
     "merge": ("evals.results.merge", "the files of a run's shards as the file of one run"),
@@ -34,7 +34,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """The command's exit code; 2 where there is no such command."""
+    """-> the command's exit code; 2 if there is no such command."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"python -m evals: no command is called {name!r}; {hint}", file=sys.stderr)
         return FAILED
-    # a command's packages, torch among them, are imported where it is called
+    # a command's packages, torch among them, are imported only when it is called
     return import_module(COMMANDS[name][0]).main(rest)
 
 

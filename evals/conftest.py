@@ -1,4 +1,4 @@
-"""The suite's fixtures: the model, the session's measurements, and what is written when they are done."""
+"""The suite's fixtures: the model, the session's measurements, and the files written at its end."""
 
 import gc
 import os
@@ -46,8 +46,8 @@ SUITE = pytest.StashKey[Suite]()
 WRITTEN = pytest.StashKey[bool]()  # the file of --output
 COMPARED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # extra_info by test, of --benchmark-compare
 BENCHMARKS = "pytest-benchmark"  # the plugin's session
-ENDING = pytest.StashKey[bool]()  # whether by SIGTERM; not there before the end
-# On a CPU they show only that all of this runs.
+ENDING = pytest.StashKey[bool]()  # whether SIGTERM ended the session; set only at the end
+# On a CPU they only show that all of this runs.
 OF_A_GPU = ("test_steps.py", "test_kernels.py")
 SERVER = "test_serving.py"
 
@@ -64,27 +64,27 @@ def settings_of(config: pytest.Config) -> Settings:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before pytest-benchmark's own, which opens its storage and reads what --benchmark-compare names."""
+    """Before pytest-benchmark's own, which opens its storage and reads the file of --benchmark-compare."""
     # here a usage error ends the session with one line; during collection it would be a traceback
     settings = settings_of(config)
     if config.getoption("benchmark_storage") == "file://./.benchmarks":
         config.option.benchmark_storage = f".benchmarks/{slug(settings.device_name)}"
     check_option(config.getoption("benchmark_compare"))
-    # who started this may have it ignored
+    # the parent process may have set it to be ignored
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, partial(_terminate, config))
         config.add_cleanup(partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
 
 
 def _terminate(config: pytest.Config, number: int, frame: Any) -> None:
-    # what is being written is not interrupted
+    # a write in progress is not interrupted
     if ENDING not in config.stash:
         config.stash[ENDING] = True
         raise Terminated("SIGTERM")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """What pytest-benchmark itself says only after the whole run."""
+    """Checks what pytest-benchmark itself reports only after the whole run."""
     config = session.config
     guard(config, config.pluginmanager.getplugin(BENCHMARKS))
     if config.getoption("benchmark_compare_fail") and not config.pluginmanager.getplugin(BENCHMARKS).compared_mapping:
@@ -93,8 +93,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """mode-block_length, the rule where it is not low_confidence alone, what is not by default, and tp2 of two ranks;
-    source before them for the accuracy."""
+    """Ids: mode-block_length, then the rule unless it is plain low_confidence, options not at their defaults, and tp2
+    for two ranks; for the accuracy, the source comes before them."""
     if "case" not in metafunc.fixturenames:
         return
     settings = settings_of(metafunc.config)
@@ -115,19 +115,19 @@ def _id(case: Case, several_rules: bool) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     files = () if _wants_steps_and_kernels(config) else OF_A_GPU
-    # it takes its time, of which the other figures need nothing
+    # it takes time, and the other figures do not need it
     files += () if settings_of(config).device == "cuda" or config.getoption("keyword") else (SERVER,)
     named = {Path(arg.partition("::")[0]).absolute() for arg in config.args}
     left_out = [item for item in items if item.path.name in files and item.path not in named]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
     if config.getoption("--mmlu") != "likelihood":
-        # without it there is nothing to see, so nothing is said to be left out
+        # without it there is nothing to show, so nothing is reported as left out
         items[:] = [item for item in items if item.path.name != "test_likelihood.py"]
-    # the timed runs first, for what is wrong with model or rows shows there; the accuracy tests read their generations;
+    # the timed runs first, as they show what is wrong with model or rows; the accuracy tests read their generations;
     # the steps have a model of their own, and the kernels none
     order = {"test_accuracy.py": 1, "test_likelihood.py": 1, "test_steps.py": 2, "test_kernels.py": 3, SERVER: 4}
-    # on a CPU those of one rule run side by side: all are through before the next rule's begin
+    # on a CPU the configurations of one rule run side by side: all finish before the next rule's begin
     rules = list(dict.fromkeys(case.unmasking for case in settings_of(config).cases))
     first = {item: rules.index(item.callspec.params["unmasking"]) for item in items if _is_throughput(item)}
     items.sort(key=lambda item: (order.get(item.path.name, 0), first.get(item, 0)))
@@ -148,7 +148,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def close_suite(config: pytest.Config) -> None:
-    """For who needs the GPU's memory, which the suite's engine has until its last test."""
+    """For tests that need the GPU memory which the suite's engine holds until its last test."""
     if SUITE in config.stash:
         config.stash[SUITE].close()
     gc.collect()
@@ -209,7 +209,8 @@ def comparable(request: pytest.FixtureRequest, suite: Suite, case: Case) -> None
 
 
 def refuse_others(request: pytest.FixtureRequest, asked: dict[str, Any]) -> None:
-    """Ends the session where the run of --benchmark-compare is of other rows or settings, for its times are, too."""
+    """Ends the session if the run of --benchmark-compare has other rows or settings, since its times then differ
+    too."""
     for there in request.config.stash.get(COMPARED, {}).get(request.node.nodeid, []):
         found = differences(there, asked)
         if found:
@@ -234,13 +235,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
-    """After pytest-benchmark's tables, which are long, and its judgement, an exception that ended in a traceback."""
+    """After pytest-benchmark's tables, which are long, and after its verdict, which may have ended in a traceback."""
     try:
         yield
     except PerformanceRegression:
         config.pluginmanager.getplugin("session").exitstatus = pytest.ExitCode.TESTS_FAILED
     except Exception as error:
-        # a damaged file to compare with, say: the suite's own tables do not depend on it
+        # for example a damaged file to compare with: the suite's own tables do not depend on it
         add_failure(config, f"pytest-benchmark's tables: {type(error).__name__}: {error}")
     _write_tables(terminalreporter, config)
     suite = config.stash.get(SUITE, None)
@@ -254,7 +255,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     benchmarks = config.pluginmanager.getplugin(BENCHMARKS).benchmarks
-    # a test that failed while it was timed has no figures
+    # a test that failed while being timed has no figures
     tables = ("kernels", KERNEL, kernel_table), ("steps", STEP, step_table), ("mmlu", LIKELIHOOD, likelihood_table)
     tables += (("serving", SERVING, serving_table),)
     for title, marker, lines in tables:
@@ -301,8 +302,8 @@ def _write_tables(terminalreporter: pytest.TerminalReporter, config: pytest.Conf
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Before pytest-benchmark writes its file: what Ctrl-C left without a round, which it cannot write, or without
-    figures is taken out."""
+    """Before pytest-benchmark writes its file: removes benchmarks that Ctrl-C left without a round, which it cannot
+    write, or without figures."""
     terminated = session.config.stash.setdefault(ENDING, False)
     benchmarks = session.config.pluginmanager.getplugin(BENCHMARKS).benchmarks
     benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark and has_figures(benchmark.extra_info)]
@@ -318,7 +319,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
-    """Adds what needs all configurations: each one's paired loss against `vanilla`."""
+    """Adds what needs all configurations: the paired loss of each against `vanilla`."""
     suite = config.stash.get(SUITE, None)
     for benchmark in output_json["benchmarks"] if suite else []:
         info = benchmark["extra_info"]
@@ -348,7 +349,7 @@ def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info
             f"--benchmark-compare: this run is on {machine_info['device']}, the other was on {there}"
         )
     if settings_of(config).device == "cpu":
-        # microseconds of the kernels' twins are no bound, nor are a small model's few steps
+        # microseconds of the kernels' twins are no bound, nor are the few steps of a small model
         others = compared_benchmark["benchmarks"]
         compared_benchmark["benchmarks"] = [other for other in others if is_configuration(other["extra_info"])]
     compared = config.stash.setdefault(COMPARED, {})

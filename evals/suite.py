@@ -28,12 +28,12 @@ from evals.runs.settings import Case, Settings
 
 
 class Suite:
-    """The session's model and measurements: each configuration is run once, and graded from the same generations.
+    """The session's model and measurements: each configuration is run once, and graded on the same generations.
 
-    timed: the configurations whose times are asked for; on a CPU they run side by side.
+    timed: the configurations to be timed; on a CPU they run side by side.
     """
 
-    # what leaves pytest's capture, so that a terminal shows the progress
+    # bypasses pytest's capture, so that a terminal shows the progress
     uncaptured: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
@@ -83,19 +83,19 @@ class Suite:
         self.hashes: dict[Case, bytes] = {}
         if kept is not None:
             model = fingerprint(llm)
-            # the reference's generations are not the engine's, though their params are those of vanilla
+            # the reference's generations are not the engine's, though its params are those of vanilla
             names = {c: model + REFERENCE_IMPL * (c.mode == REFERENCE_IMPL) for c in settings.cases}
             self.hashes = {c: settings_hash(names[c], c.params) for c in settings.cases}
             self.found = {c: [kept.take(h, token_ids) for token_ids, _ in encoded] for c, h in self.hashes.items()}
 
     def close(self) -> None:
-        """Gives the memory of the model back; what was measured stays."""
+        """Frees the model's memory; the measurements stay."""
         self.llm.close()
         self.reference = None
 
     def measure(self, case: Case, benchmark: BenchmarkFixture | None) -> Run:
-        """Runs a configuration, again and again until its mean is known or the time is over, and hands its times to
-        `benchmark`. On a CPU all of its rule that are to be timed run side by side, at the first one's call.
+        """Runs a configuration again and again until its mean is known or the time is over, and gives its times to
+        `benchmark`. On a CPU all timed configurations of its rule run side by side, at the first one's call.
 
         Without a benchmark it is run once. Raises what the engine or a grader raises.
         """
@@ -112,7 +112,7 @@ class Suite:
         if case not in self._seconds:
             together = [case]
             if self._has_lanes and timed and case in self.timed:
-                # ratios are of configurations at one rule
+                # ratios are of configurations with one rule
                 together = [other for other in self.timed if other.unmasking == case.unmasking]
             self._measure(together, repeated=timed)
         return self._seconds.pop(case)
@@ -123,7 +123,7 @@ class Suite:
         return self.settings.device == "cpu" and self.settings.tensor_parallel_size == 1
 
     def _measure(self, cases: list[Case], repeated: bool) -> None:
-        """Fills `runs`, or `failed`, and the seconds that `measure` hands on."""
+        """Fills `runs`, or `failed`, and the seconds that `measure` passes on."""
         takes = [_Take(case, list(self.found.get(case, [None] * len(self.prompts)))) for case in cases]
         with self.uncaptured():
             if self.kept is not None and not self.runs:
@@ -131,7 +131,7 @@ class Suite:
             for take in takes:
                 with self._failing(take):
                     self._write_found(take)
-                    # what is resumed is not timed: there is only the rest of it
+                    # a resumed run is not timed: only the rest of it runs
                     self._generate(take) if take.resumed else self._warm_up(take)
             fresh = [take for take in takes if not take.resumed and take.case not in self.failed]
             while fresh:
@@ -153,14 +153,14 @@ class Suite:
 
     @contextmanager
     def _failing(self, take: "_Take") -> Iterator[None]:
-        """What is raised is the configuration's own: the others go on."""
+        """An exception fails only this configuration: the others continue."""
         try:
             yield
         except Exception as error:
             self.failed[take.case] = error
 
     def _are_enough(self, takes: list["_Take"]) -> bool:
-        """All have as many rounds, the slowest one's."""
+        """All have as many rounds as the slowest one."""
         limits = self.settings.max_seconds, self.settings.relative_error
         late = any(is_enough(take.rounds, limits[0], 0.0) for take in takes)
         return late or all(is_enough(take.rounds, *limits) for take in takes)
@@ -175,7 +175,7 @@ class Suite:
             torch.cuda.reset_peak_memory_stats()
 
     def _generate(self, take: "_Take") -> None:
-        """A round of one configuration: the prompts that have no generation yet, in the first one, then all."""
+        """A round of one configuration: in the first one the prompts without a generation, then all."""
         llm, missing = self._llm(take), take.missing
         keep = self._keep(take)
         before, start = llm.stats, time.perf_counter()
@@ -213,14 +213,14 @@ class Suite:
                 take.add(one.round, one.outputs)
 
     def _keep(self, take: "_Take") -> Callable[[RequestOutput], None]:
-        """Writes a generation to the files of --resume and --samples, where there are any, in the first round."""
+        """In the first round, writes a generation to the files of --resume and --samples, if there are any."""
         if take.rounds or (self.kept is None and self.samples is None):
             return lambda output: None
         missing = set(take.missing)
         left = {token_ids: [i for i in rows if i in missing] for token_ids, rows in self._rows_of.items()}
 
         def keep(output: RequestOutput) -> None:
-            # of rows that ask the same the first one left
+            # among rows with the same prompt, the first one left
             i = left[tuple(output.prompt_token_ids)].pop(0)
             if self.kept is not None:
                 self.kept.append(self.hashes[take.case], output, self.settings.rows[i]["id"])
@@ -263,9 +263,9 @@ class Suite:
         return f"blockinfer: {number} of {len(found)} generations found in {self.settings.resume}{others}{damaged}"
 
     def result(self, case: Case) -> Run:
-        """The configuration's run, made now, untimed by pytest-benchmark, where the throughput test has not made it.
+        """The configuration's run; made now, without pytest-benchmark's timing, unless the throughput test has made it.
 
-        Raises what making it raised, then too: it is not tried again for every source.
+        Raises what making it raised, also if that was earlier: it is not tried again for every source.
         """
         if case in self.failed:
             raise self.failed[case]
@@ -276,7 +276,7 @@ class Suite:
 
 @dataclasses.dataclass
 class _Take:
-    """A configuration while it is measured: the generations that there are of its last round, and its rounds."""
+    """A configuration while it is measured: the generations so far of its last round, and its rounds."""
 
     case: Case
     outputs: list[RequestOutput | None]

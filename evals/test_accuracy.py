@@ -10,13 +10,13 @@ from evals.runs.configurations import extras, is_baseline, total_steps
 from evals.runs.run import Run, by_source
 from evals.runs.settings import SAMPLE, Case, Settings
 
-# The least share of right answers, by source, that the small model may have on sample_200.jsonl, in any mode, at one
-# token a step. Well below what it scores (its card has the figures): this catches a broken engine, not a bad day.
+# The lowest share of right answers, by source, allowed for the small model on sample_200.jsonl, in any mode, at one
+# token a step. Well below its scores (its card has the figures): this catches a broken engine, not a bad day.
 FLOORS = {"gsm8k": 0.75, "math500": 0.75, "mmlu": 0.625, "longbench_hotpotqa": 0.75}
 
 
 def test_accuracy(suite, case, source):
-    """A floor where one is known, and no more lost against `vanilla` on the same rows than --max-accuracy-loss."""
+    """A floor if one is known, and no more lost against `vanilla` on the same rows than --max-accuracy-loss."""
     settings = suite.settings
     if settings.is_dummy:
         pytest.skip("random weights answer at random")
@@ -45,7 +45,7 @@ def grades_of(run: Run, settings: Settings, source: str) -> list[Grade]:
 
 
 def has_floor(settings: Settings, case: Case) -> bool:
-    """The floors hold for the small model on the project's own rows, answers not cut short, one token a step."""
+    """The floors hold for the small model on the project's own rows, with uncut answers and one token a step."""
     params = case.params
     one_a_step = params.unmasking == "low_confidence" and total_steps(params) >= params.max_tokens
     one_a_step = one_a_step and not extras(params)

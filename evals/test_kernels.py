@@ -1,12 +1,11 @@
-"""Speed of the kernels at the shapes of LLaDA-8B: what they reach of the ceilings that the same run measures.
+"""Speed of the kernels at the shapes of LLaDA-8B: their share of the ceilings that the same run measures.
 
-A test first holds what the kernel makes of the values that are then timed to their PyTorch twin in float64, attention
-and a whole layer to what they are timed beside. Then a round times the kernel over many sets of buffers, so that on a
-GPU they come from its memory and not from its L2 cache. Right before each round the same is done with what the kernel
-is held against: for attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole
-layer what torch.compile makes of it around the same attention, for others a copy of as many bytes.
-evals/timing/kernels.py says how. On a CPU what runs is the twin, at shapes so small that its times say nothing of the
-kernel, and nothing is compiled.
+A test first checks the kernel's result on the timed inputs against its PyTorch twin in float64; attention and a whole
+layer are checked against their timed baseline. Then a round times the kernel over many sets of buffers, so that on a
+GPU they come from its memory and not from its L2 cache. Right before each round the same is done with the baseline: for
+attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole layer what torch.compile
+makes of it around the same attention, for others a copy of as many bytes. evals/timing/kernels.py says how. On a CPU
+the twin runs, at shapes so small that its times say nothing about the kernel, and nothing is compiled.
 """
 
 import inspect
@@ -41,7 +40,7 @@ ROUNDS = {"cuda": 20, "cpu": 3}
 # of the relative error |out - expected| / |expected|
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
-# Microseconds that were once measured on an H200: more than twice as many there is a regression.
+# Microseconds once measured on an H200: more than twice as many there is a regression.
 KNOWN_ON_H200 = {
     "test_attention[1x32-160-32]": 6.7,
     "test_attention[1x32-1024-32]": 10.5,
@@ -127,7 +126,7 @@ def randn(device, sizes):
 
 @pytest.fixture
 def measure(request, benchmark, ceilings, device, sizes):
-    """measure(work): times it beside what it is held against; the figures go to extra_info."""
+    """measure(work): times it and its baseline; the figures go to extra_info."""
 
     def measure(work):
         name = device_name(device)
@@ -140,7 +139,7 @@ def measure(request, benchmark, ceilings, device, sizes):
         )
         if not benchmark.enabled:
             return
-        # pytest-benchmark, which allows one iteration beside a setup, has the time of a round and not of a call
+        # pytest-benchmark allows one iteration with a setup, and its time is that of a round, not of a call
         stats = benchmark.stats
         stats.iterations = timed.calls
         stats.stats.data = [seconds / timed.calls for seconds in stats.stats.data]
@@ -160,8 +159,8 @@ def assert_close(made, expected):
 
 
 def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim, dtype=None):
-    """Of segments of so many rows and keys each, one a slot, as a step of no other rows has it in dtype; where none is
-    named all are served from pages."""
+    """The table of segments with these rows and keys, one per slot, as in a step of no other rows in dtype; if none is
+    named, all are served from pages."""
     device = page_tables.device
     cutting, total = Cutting.of(heads, kv_heads, device), slots * rows
     if dtype is not None:
@@ -184,7 +183,7 @@ def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads
     q = randn(sets, segments * rows, heads, dim)
     kv_pages = randn(2, sets * segments * pages, PAGE_SIZE, kv_heads, dim)
     order = torch.randperm(sets * segments * pages, device=device).view(sets, segments, pages)
-    # each at an address of its own, as aligned as the others
+    # each at its own address, aligned like the others
     of_heads = heads, kv_heads, dim
     tables = [segment_table(segments, rows, keys, ids.clone(), None, *of_heads, sizes.dtype) for ids in order]
 
@@ -218,8 +217,8 @@ def _gated(x, weight):
     return silu_mul(F.linear(x, weight))
 
 
-# Of a layer's products and the LM head's: what the model calls, torch's of the same, and the weight's shape, of d, the
-# MLP's width m and the vocabulary V.
+# A layer's products and the LM head's: the model's function, torch's, and the weight's shape, in terms of d, the MLP's
+# width m and the vocabulary V.
 PRODUCTS = {
     "qkv": (linear, F.linear, lambda d, m, V: (3 * d, d)),
     "attn_out": (linear_parts, F.linear, lambda d, m, V: (d, d)),
@@ -337,9 +336,9 @@ def _after_attention(attention, residual, layer):
 @pytest.mark.filterwarnings("default")  # torch.compile's own parts use what is deprecated
 @pytest.mark.benchmark(group="kernels: layer")
 def test_layer(measure, randn, device, sizes, rows):
-    """A whole layer, on segments of 32 rows that see themselves. Bytes: the weights, and what comes in and goes out.
+    """A whole layer, on segments of 32 rows that see themselves. Bytes: the weights, the input and the output.
 
-    Its output may be left in parts, which the next layer's norm adds up. It is held to what it is timed beside, in the
+    Its output may be left in parts, which the next layer's norm adds up. It is compared with its timed baseline, in the
     same dtype. The sum replaces the residual, so it grows from call to call; only the first call's values are checked.
     """
     width, dtype = sizes.heads * sizes.head_dim, sizes.dtype

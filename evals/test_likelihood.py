@@ -1,4 +1,4 @@
-"""mmlu's rows by the likelihood of the letter, where --mmlu likelihood asks for it, beside them by generation."""
+"""mmlu's rows by the likelihood of the letter, if --mmlu likelihood asks for it, beside them by generation."""
 
 import pytest
 

@@ -1,12 +1,12 @@
 """A live server: `python -m blockinfer.serve` as a process of its own, and requests through httpx.
 
-`at-once` sends as many requests as run at once, and again without HTTP to an engine of this process, in turn: the
-server's tokens/s are to be BAR of the engine's at least, the fastest round of each taken; on a CPU, which others may
-use too, its CPU time a token stands beside. The other cases are Poisson arrivals at shares of the rate that `at-once`
-reached: tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests. All are random
-token ids, answers of one length in 8 steps a block, streamed.
+`at-once` sends as many requests as run at once, and sends them again without HTTP to an engine of this process, in
+turn: the server's tokens/s must be at least BAR of the engine's, taking the fastest round of each; on a CPU, which
+others may use too, its CPU time a token is reported as well. The other cases are Poisson arrivals at shares of the rate
+that `at-once` reached: tokens/s, and p50 and p99 of the time to the first block, between blocks and of whole requests.
+All requests are random token ids, with answers of one length in 8 steps a block, streamed.
 
-It runs on a GPU, or where the file is named. The model is that of evals/test_steps.py.
+It runs on a GPU, or if the file is named. The model is that of evals/test_steps.py.
 """
 
 import random
@@ -42,11 +42,11 @@ def settings(request):
 
 @pytest.fixture(scope="module")
 def options(settings):
-    """Of the engine, with HTTP and without."""
+    """The engine's options, with HTTP and without."""
     options = {name: value for name, value in settings.engine_options.items() if value is not None}
     options |= {"max_num_seqs": AT_ONCE, "tokenizer": settings.tokenizer}
     if settings.load_format == "dummy" and settings.tokenizer is None:
-        # any will do: answers are text, and the prompts are not
+        # any token will do: answers are text, and the prompts are not
         options["tokenizer"] = "evals/llada_tiny"
     return options | ({"kv_cache_memory": KV_CACHE} if settings.device == "cuda" else {})
 
@@ -84,7 +84,7 @@ def requests(settings, llm):
 
 @pytest.fixture
 def about(request, settings, llm, benchmark):
-    """about(name, requests): what the figures are figures of."""
+    """about(name, requests): what the figures depend on."""
 
     def tell(name, requests):
         prompt, new, _, _ = SIZES[settings.device]

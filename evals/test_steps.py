@@ -49,7 +49,7 @@ from evals.timing.steps import (
 
 # What the weights of LLaDA-8B's shape and a KV cache of some requests need.
 FREE_GB = 24
-# A case's timed runs end where another would pass these, the longest after the first.
+# A case's timed runs end when another would exceed these seconds; the longest cases end after their first run.
 MAX_SECONDS = {"cuda": 15.0, "cpu": 0.0}
 RELATIVE_ERROR = 0.005
 
@@ -197,7 +197,8 @@ def measure(benchmark, llm, environment, settings, ceilings):
 
 @pytest.fixture
 def check(request, llm, environment):
-    """check(name, case) -> the case. Skips the test where the model decodes otherwise, or takes no requests so long."""
+    """check(name, case) -> the case. Skips the test if the model does not decode like that, or takes no requests so
+    long."""
 
     def check(name, case):
         if reason := refusal(llm, case):
@@ -234,7 +235,8 @@ def test_step(requests, measure, name):
 
 @pytest.mark.benchmark(group="steps: ragged")
 def test_ragged(ragged_requests, measure, benchmark, llm, sizes):
-    """Requests of many lengths, more than run at once: tokens/s beside those of `uniform`, prefill and tail in both."""
+    """Requests of many lengths, more than run at once: tokens/s beside those of `uniform`, with prefill and tail in
+    both."""
     prompts, params = random_prompts(llm, sizes.uniform.lengths), sizes.uniform.params
     warmed_up(llm, prompts, params)
     uniform, _ = timed_run(llm, prompts, params)
@@ -244,7 +246,7 @@ def test_ragged(ragged_requests, measure, benchmark, llm, sizes):
 
 @pytest.mark.benchmark(group="steps: agreement")
 def test_agreement(short_requests, measure, benchmark, llm, sizes):
-    """Whether requests at once get the tokens that they get alone, `few` of them: in low precision rounding can tip
+    """Whether requests at once get the same tokens as alone, `few` of them: in low precision rounding can change
     some."""
     sent_alone = list(zip(random_prompts(llm, short_requests.lengths), short_requests.params, strict=True))[: sizes.few]
     alone = [timed_run(llm, [prompt], [one])[1][0] for prompt, one in sent_alone]

@@ -13,7 +13,7 @@ def test_throughput(benchmark, suite, case):
     run = suite.measure(case, benchmark)
     benchmark.extra_info.update(suite.extra_info(run))
     if run.resumed and benchmark.enabled:
-        # what was timed is only the rest of it: under a name that no history and no gate compares
+        # only the rest was timed: under a name that no history and no gate compares
         benchmark.stats.name += RESUMED
         benchmark.stats.fullname += RESUMED
         benchmark.stats.group = "resumed: the time of the rest alone"

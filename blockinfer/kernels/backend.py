@@ -34,7 +34,7 @@ def _count_loaded(*args: object, **options: object) -> None:
     _loaded += 1
 
 
-# a chain, to which others may add theirs
+# a chain, to which other code may add hooks
 triton.knobs.runtime.kernel_load_end_hook.add(_count_loaded)
 
 

@@ -1,7 +1,7 @@
-"""The token each position predicts and how sure the model is of it.
+"""The token each position predicts and the model's confidence in it.
 
-How sure the model is, is told by what it gives to all *other* tokens: near certainty 1 - p has digits left in float32
-where p has none, so that positions keep an order.
+Confidence is given as the probability of all *other* tokens: near certainty, 1 - p has digits left in float32 where p
+has none, so that positions keep an order.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import launch_options, runs_triton
 from blockinfer.kernels.confidence_kernels import PARTS, _combine_kernel, _noise_kernel, _tile_kernel
 
-_NOISE_PROGRAMS = 16  # which share a row's tiles, at most
+_NOISE_PROGRAMS = 16  # the most that share a row's tiles
 
 
 class RowOptions(NamedTuple):
@@ -83,7 +83,7 @@ def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options
         draws = philox.gumbel(*(tensor[noisy] for tensor in options[1:4]), size)
         token_ids[noisy] = (logits[noisy] + options.temperature[noisy, None] * draws).argmax(dim=-1, keepdim=True)
     if not sound:
-        # the candidates that are equal at an infinite top share everything
+        # candidates that share an infinite maximum share all of the probability
         infinite = logits.amax(dim=-1).isinf().nonzero()[:, 0]
         ties = logits[infinite] == logits[infinite].amax(dim=-1, keepdim=True)
         ties[:, mask_token_id : mask_token_id + 1] = False
@@ -94,7 +94,7 @@ def token_confidence_torch(logits: torch.Tensor, vocabulary: Vocabulary, options
         logits[options.eos_last.nonzero(), last_ids] = -torch.inf
     probabilities = logits.softmax(dim=-1)
     entropy = torch.special.entr(probabilities).sum(dim=-1)
-    # the sum of the others, not 1 minus the token's, in which small ones would drown
+    # the sum of the others, not 1 minus the token's, which would lose small ones
     others = probabilities.scatter_(1, token_ids, 0.0).sum(dim=-1)
     others, entropy = (x.masked_fill(without, torch.inf).float() for x in (others, entropy))
     return Confidence(token_ids[:, 0], others, entropy, finite)
@@ -159,13 +159,13 @@ def read_tiles(
         shapes = [tuple(tensor.shape) for tensor in options]
         raise ValueError(f"options must be contiguous tensors [{rows}], got {shapes}")
     tiles = triton.cdiv(size, block)
-    # float64 holds what a tile leaves exactly, be it float32, float64 or a token id
+    # float64 holds what a tile leaves exactly, whether float32, float64 or a token id
     parts = torch.empty((PARTS.value, rows, tiles), dtype=torch.float64, device=device)
     row = (logits, logits.stride(0), size, mask_token_id, options.forbid_eos, eos_ids, len(eos_ids))
     last = (options.eos_last, last_ids, len(last_ids))
     launch = dict(BLOCK=block, **launch_options(device))
     _tile_kernel[(rows, tiles)](*row, *last, parts, **launch)
-    # most often no row asks for noise: then many rows need not be told so by many programs each
+    # most often no row asks for noise: with many rows, fewer programs a row then have to find that out
     programs = max(1, min(tiles, _NOISE_PROGRAMS, 1024 // max(1, rows)))
     noise_block = min(block, 2048)
     _noise_kernel[(rows, programs)](

@@ -1,8 +1,8 @@
 """The kernels of `kernels.confidence`, which launches them and has their twin.
 
 They read the logits once: each tile of columns leaves its largest logit and the sums that a softmax relative to it
-needs, which a last kernel combines (online softmax, arXiv 1805.02867) before it looks at the tile of the token once
-more. The tiles depend on the columns alone, so the rows beside a row change no bit of its result.
+needs, which a last kernel combines (online softmax, arXiv 1805.02867) before it reads the token's tile once more. The
+tiles depend on the columns alone, so the rows beside a row change no bit of its result.
 """
 
 import triton
@@ -14,8 +14,8 @@ from blockinfer.kernels.backend import begin
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 # What a tile leaves: of the tokens with a share in the softmax the largest logit m, sum e^(x - m), and the sum of
-# (x - m) e^(x - m); of all candidates the largest, and whether one is NaN. And what a program of the noise kernel
-# leaves: its largest noisy logit and the lowest id of that.
+# (x - m) e^(x - m); of all candidates the largest logit, and whether one is NaN. What a program of the noise kernel
+# leaves: its largest noisy logit and the lowest id with it.
 _LARGEST, _TOTAL, _WEIGHTED, _BEST, _HAS_NAN, _NOISY, _TOKEN, PARTS = (tl.constexpr(i) for i in range(8))
 
 # What a shard of the vocabulary leaves (kernels.sharded_confidence).
@@ -63,7 +63,7 @@ def _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLO
     many registers as the logits themselves."""
     token_id = start + tl.arange(0, BLOCK)
     at = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride + token_id
-    # read with the mask token, which would keep its neighbours from being loaded together
+    # reading the mask token too keeps the loads of its neighbours together
     if start + BLOCK <= vocab_size:
         x = tl.load(at)
     else:
@@ -151,13 +151,13 @@ def _tile_kernel(
 ):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)  # grid (N, tiles)
-    # special tokens stand last in most vocabularies: what takes longer is begun first
+    # special tokens come last in most vocabularies: the slower tiles start first
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     start = tile * BLOCK
     forbid_eos, eos_last = tl.load(forbid_eos_ptr + row), tl.load(eos_last_ptr + row)
     x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK)
-    # What is rare is done apart, so that others need not wait for it: a token here that is no candidate or has no share
-    # in the softmax, a largest logit that is infinite or nearly so, and NaN, which the maximum passes over and the
+    # Rare cases are handled apart, so that others need not wait for them: a token here that is no candidate or has no
+    # share in the softmax, a largest logit that is infinite or nearly so, and NaN, which the maximum ignores and the
     # total shows.
     ordinary = True
     if forbid_eos:
@@ -299,7 +299,7 @@ def _combine_kernel(
         token = tl.min(tl.where(noise_best == key, tokens, NO_TOKEN), axis=0)
         home = token // BLOCK
     start = home * BLOCK
-    # relative to the largest of all tiles; the token's tile without the token, so that what is small there is not lost
+    # relative to the largest of all tiles; the token's tile without the token, so that small values in it are not lost
     beside = tl.zeros([], tl.float32)
     has_share = tl.full([], 1, tl.int32)
     if forbid_eos | eos_last | (tl.abs(best) >= 1e30):
@@ -319,7 +319,7 @@ def _combine_kernel(
     scale = tl.exp(below)
     total = tl.sum(tile_total * scale, axis=0)
     others = tl.sum(tl.where(tile == home, 0.0, tile_total * scale), axis=0) + beside
-    # the sum of (x - largest) e^(x - largest): each tile's is of differences to its own largest
+    # the sum of (x - largest) e^(x - largest): each tile's sum uses differences from its own largest
     weighted = tl.sum((tile_weighted + below * tile_total) * scale, axis=0)
     if OF_SHARD:
         rows = tl.num_programs(0).to(tl.int64)

@@ -47,7 +47,7 @@ class PairOrder(NamedTuple):
     tiles: torch.Tensor
 
 
-# what the largest of the tiles below takes
+# the shared memory of the largest tile below
 _SHARED_MEMORY = 150 * 1024
 
 
@@ -62,8 +62,8 @@ class ExpertTiling(NamedTuple):
 
 
 def expert_tilings(pairs: int, experts: int, memory: int = _SHARED_MEMORY) -> tuple[ExpertTiling, ExpertTiling]:
-    """For gate and up, and for down; of one block_t, so many that an expert's pairs are mostly one tile (measured on an
-    H200, at LLaDA2-mini's and LLaDA-MoE's shapes). memory: bytes that a processor's programs share."""
+    """For gate and up, and for down; both with one block_t, so large that an expert's pairs are mostly one tile
+    (measured on an H200, at LLaDA2-mini's and LLaDA-MoE's shapes). memory: bytes that a processor's programs share."""
     mean = pairs / experts
     if memory < _SHARED_MEMORY:
         small = ExpertTiling(16 if mean <= 12 else 64, 64, 64, num_stages=2)
@@ -165,14 +165,14 @@ def _expert_order_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]
     counts = tl.load(counts_ptr + e, mask=e < experts, other=0)  # [1, BLOCK_E]
 
-    # pair i goes behind all of the experts before its own
+    # pair i goes after all pairs of the experts before its own
     inside = i < number
     expert = tl.load(experts_ptr + i, mask=inside, other=0)
     start = tl.sum(tl.where(e < expert[:, None], counts, 0), axis=1)
     rank = tl.load(ranks_ptr + i, mask=inside, other=0)
     tl.store(order_ptr + start + rank, i, mask=inside)
 
-    # tile i is of the expert before whose end it lies
+    # tile i belongs to the first expert whose end lies after it
     tiles = (counts + BLOCK_T - 1) // BLOCK_T
     ends = tl.cumsum(tiles, axis=1)
     expert = tl.sum(tl.where((ends <= i[:, None]) & (e < experts), 1, 0), axis=1)

@@ -25,9 +25,9 @@ from blockinfer.kernels.backend import (
 from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight, is_hopper, quantize_rows, runs_fp8
 
-# of them and fewer the kernel's time is that of reading the weights, and torch's is longer
+# up to this many rows the kernel's time is that of reading the weights, and torch's is longer
 _FEW_ROWS = 64
-# what both operands are multiplied by where torch multiplies them in half precision: exact, and nothing overflows
+# the factor of both operands where torch multiplies them in half precision: exact, and nothing overflows
 _UNIT = 2.0**-9
 
 
@@ -76,7 +76,7 @@ def fp8_linear_torch(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
 
 
 def _is_torch_faster(x: QuantizedRows, weight: QuantizedWeight) -> bool:
-    """Where it scales rows and columns itself: on Hopper, bfloat16, in 16s of columns and of depth."""
+    """Over _FEW_ROWS rows, and torch can scale rows and columns itself: Hopper, bfloat16, N and K multiples of 16."""
     return (
         x.values.shape[0] > _FEW_ROWS
         and x.dtype == torch.bfloat16
@@ -229,7 +229,7 @@ def _fp8_linear_kernel(
                 w = tl.load(up_weights + start, mask=column_inside[:, None] & inside[None, :], other=0.0)
             up_acc = tl.dot(w, x, up_acc)
     if AHEAD:
-        # not before: what it asks for ahead would take its turn before this kernel's own
+        # not earlier: the next kernel's prefetches would delay this kernel's own loads
         launch_next(PDL)
     x_scale = tl.load(x_scale_ptr + row, mask=row_inside, other=0.0)[None, :]
     acc = acc * x_scale * tl.load(weight_scale_ptr + column, mask=column_inside, other=0.0)[:, None]

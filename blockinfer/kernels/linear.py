@@ -20,10 +20,10 @@ from blockinfer.kernels.products import choose_splits, empty_product, part_of_de
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight
 
 SKINNY_ROWS = 64
-# what the largest of the tiles below takes at so many rows, and its launch
+# the shared memory of the largest tile below, with its launch, at this many rows
 _SHARED_MEMORY = 160 * 1024
 
-# what the model holds and hands on: a quantised weight is multiplied with rows that are quantised, now or before
+# the model's weights and activations: a quantised weight is multiplied with quantised rows, quantised now or before
 Weight = torch.Tensor | QuantizedWeight
 Rows = torch.Tensor | QuantizedRows
 
@@ -89,7 +89,7 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> Tiling:
-    """A program or more for each processor, all of them reading (measured on an H100, at 32 and 64 rows)."""
+    """At least a program for each processor, all of them reading (measured on an H100, at 32 and 64 rows)."""
     columns = weight.shape[0]
     if gated:
         return Tiling(64, 128, 1, num_stages=4)

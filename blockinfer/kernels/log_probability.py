@@ -55,7 +55,7 @@ def _log_probability_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, size, BLOCK):
         x = tl.load(logits_row + start + n, mask=start + n < size, other=-float("inf")).to(tl.float32)
-        # NaN never is the maximum, but makes the total NaN
+        # NaN is never the maximum, but makes the total NaN
         higher = tl.maximum(largest, x)
         reference = tl.where(tl.abs(higher) == float("inf"), 0.0, higher)
         total = total * tl.exp(largest - reference) + tl.exp(x - reference)

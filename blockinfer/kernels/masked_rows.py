@@ -122,7 +122,7 @@ def _masked_rows_kernel(
     block = tl.program_id(0)  # grid (B + 1,)
     n = tl.arange(0, BLOCK)
     if block == number:
-        # what is left over at the end
+        # the remaining rows at the end
         next_row = tl.load(first_masked_ptr + number - 1) + tl.load(masked_counts_ptr + number - 1)
         end = next_row * 0 + size
     else:

@@ -92,7 +92,7 @@ def _add_rms_norm_kernel(
     total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
-    # what is normed is what is stored: the rounded sum
+    # normalise the stored value: the rounded sum
     x = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + where, x, mask=inside)
     wide = x.to(tl.float32)

@@ -114,7 +114,7 @@ def paged_attention_triton(
         )
     # the heads of a group share their keys, so they are rows of one tile
     block_t = block_m // group
-    # of blocks of half a tile, and of fewer rows where these fill the GPU, each program has one tile
+    # for blocks of half a tile, and for fewer rows if these fill the GPU, each program has one tile
     programs = kv_heads * max(triton.cdiv(2 * rows, block_t), num_processors(q.device) // kv_heads)
     _paged_attention_kernel[(programs if rows else 0,)](
         q,
@@ -207,7 +207,7 @@ def _paged_attention_kernel(
         keys_of_part = tl.cdiv(tl.cdiv(kv_len, BLOCK_N), parts) * BLOCK_N
         first_key = part * keys_of_part
         last_key = tl.minimum(first_key + keys_of_part, kv_len)
-        # no kernel of the step makes what was read so far, so it is read while the one before still runs
+        # no kernel of the step writes what was read so far, so it is read while the previous one still runs
         begin(PDL)
 
         row = first_row + m // GROUP  # [BLOCK_M] int64
@@ -215,7 +215,7 @@ def _paged_attention_kernel(
         inside = ((m < BLOCK_M // GROUP * GROUP) & (row < stop))[:, None] & (d < HEAD_DIM)[None, :]
         q = tl.load(q_ptr + row[:, None] * q_stride + head[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
         if SPLIT and BLOCK_N > 16:
-            # few keys are read sooner in narrow tiles, many with more of them on the way
+            # narrow tiles read few keys sooner, wide ones have more of many keys in flight
             if last_key - first_key <= 8 * BLOCK_N:
                 acc, total, largest = _attend_to_part(
                     *(q, k_ptr, v_ptr, table_row, table_width, kv_head, first_key, last_key, scale),
@@ -272,9 +272,9 @@ def _attend_to_part(
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # only the last tile of keys may hold keys that are not the part's
+    # only the last tile of keys may hold keys outside the part
     whole = first_key + tl.maximum(last_key - first_key, 0) // BLOCK_N * BLOCK_N
-    # A tile's pages are looked up while the tile before is computed: were they looked up right before K and V, the
+    # A tile's pages are looked up while the tile before is computed: if they were looked up right before K and V, the
     # compiler would load these only one tile ahead, whatever num_stages says.
     n = tl.arange(0, BLOCK_N)
     last_page = table_width - 1
@@ -324,7 +324,7 @@ def _attend(
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
     else:
-        # unused slots may hold NaN, which 0 * NaN would let into the sum: they are not read
+        # unused slots may hold NaN, and 0 * NaN would reach the sum: they are not read
         inside = (key < last_key)[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + at, mask=inside, other=0.0)
         v = tl.load(v_ptr + at, mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""What `linear` and `fp8_linear` share beside their kernels: outputs, and parts of a depth that is split (split-K)."""
+"""Shared by `linear` and `fp8_linear` besides their kernels: outputs, and parts of a split depth (split-K)."""
 
 import torch
 import triton

@@ -13,8 +13,8 @@ from torch import nn
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 FP8 = torch.float8_e4m3fn
-_LARGEST = 448.0  # that FP8 holds
-# a row counts as at least this large: its scale stays a normal number, and zeros stay zeros
+_LARGEST = 448.0  # the largest value of FP8
+# the least magnitude assumed for a row: its scale stays a normal number, and zeros stay zeros
 _SMALLEST = 1e-12
 _LARGEST_IN_KERNELS, _SMALLEST_IN_KERNELS = tl.constexpr(_LARGEST), tl.constexpr(_SMALLEST)
 
@@ -104,7 +104,7 @@ def quantize_rows_torch(x: torch.Tensor) -> QuantizedRows:
 
 
 def _scale(largest: torch.Tensor) -> torch.Tensor:
-    # torch divides tensors exactly, but a tensor by a number, or the reverse, by way of a reciprocal on some devices
+    # torch divides tensors exactly; a tensor by a number, or the reverse, on some devices through a reciprocal
     return largest / torch.full_like(largest, _LARGEST)
 
 

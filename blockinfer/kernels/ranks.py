@@ -9,7 +9,7 @@ import torch.distributed as dist
 from blockinfer.kernels.parts import sum_parts
 from blockinfer.kernels.symmetric_memory import SymmetricBuffer
 
-# all_gather_into_tensor until torch 2.13
+# named all_gather_into_tensor until torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

@@ -75,7 +75,7 @@ def route_torch(logits: torch.Tensor, bias: torch.Tensor | None, rule: RouterRul
 
 
 def _first_largest(x: torch.Tensor, number: int) -> torch.Tensor:
-    """torch.topk's indices, but that the lowest of equal ones comes first."""
+    """torch.topk's indices, except that the lowest of equal ones comes first."""
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :number]
 
 

@@ -13,14 +13,14 @@ import triton.language as tl
 
 from blockinfer.kernels.backend import num_processors
 
-# Query rows, times the heads that share a KV head, of a tile: as tall as the matrix units take.
+# Query rows of a tile, times the heads that share a KV head: as tall as the matrix units take.
 BLOCK_M = 64
-# Up to so many keys, parts cost what they save (measured on an H100).
+# Up to this many keys, splitting costs as much as it saves (measured on an H100).
 _UNSPLIT_KEYS, _LEAST_KEYS, MOST_PARTS = 256, 64, 16
 
-# A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; which
-# part of them is meant, of how many; where the first part's output is kept. Of a tile of a whole segment there are no
-# parts, and the last column is the row of its first key.
+# A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; the
+# index of its part, and the number of parts; where the first part's output is kept. A tile of a whole segment has no
+# parts, and its last column is the row of its first key.
 FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
 
 
@@ -95,7 +95,7 @@ def count_tiles(tiles: np.ndarray) -> list[int]:
 
 
 def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
-    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, as those of whole segments are."""
+    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, with PLACE as for whole segments."""
     first, rows, slots, kv_lens = segments.T
     counts = -(-rows // rows_of_tile)
     segment = np.repeat(np.arange(len(rows)), counts)

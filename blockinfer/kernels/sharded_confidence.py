@@ -43,7 +43,7 @@ class Shard(NamedTuple):
         size = min(max(whole.size - first, 0), columns)
         mask = whole.mask_token_id - first
         ids = [ids[(ids >= first) & (ids < first + size)] - first for ids in (whole.eos_ids, whole.last_ids)]
-        # a mask token that is elsewhere is behind all columns here
+        # a mask token in another shard gets an id past all columns here
         return cls(Vocabulary(size, mask if 0 <= mask < size else columns, *ids), first)
 
     @property
@@ -86,7 +86,7 @@ def summary_torch(logits: torch.Tensor, shard: Shard, options: RowOptions) -> to
         draws = philox.gumbel(*(tensor[noisy] for tensor in options[1:4]), size, shard.first)
         chosen_by = logits[noisy] + options.temperature[noisy, None] * draws
         keys[noisy], tokens[noisy] = chosen_by.amax(dim=-1).double(), chosen_by.argmax(dim=-1)
-    # where all candidates are at -inf, the first of them
+    # if all candidates are at -inf, the first of them
     tokens[best == -torch.inf] = 1 if mask_token_id == 0 else 0
     share = torch.ones_like(logits, dtype=torch.bool)
     share[:, mask_token_id : mask_token_id + 1] = False
@@ -128,7 +128,7 @@ def summary_triton(logits: torch.Tensor, shard: Shard, options: RowOptions, bloc
     """The kernels of `token_confidence_triton`; raises what that does."""
     read = read_tiles(logits, shard.vocabulary, options, block, shard.first)
     out = torch.empty((SHARD_FIELDS.value, len(logits)), dtype=torch.float64, device=logits.device)
-    # what a whole vocabulary's row would have is not written
+    # fields that only a whole vocabulary's row has are not written
     read.combine(out, out, out, out, out, of_shard=True)
     return out
 

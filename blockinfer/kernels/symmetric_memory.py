@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from blockinfer.kernels.parts import sum_parts
 
-# Before torch's symmetric memory takes any.
+# Before torch allocates any symmetric memory.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
-# Bytes up to which each rank reads all of every other's rows (one shot), and up to which each sums its share of them
-# and then reads the others' sums (two shots); beyond that it is NCCL.
+# Up to so many bytes each rank reads all rows of all others (one shot), and up to so many each sums its share of the
+# rows and then reads the others' sums (two shots); beyond that NCCL sums them.
 ONE_SHOT_BYTES, TWO_SHOT_BYTES = 1 << 17, 1 << 24
-# The kernels of torch read so many bytes at a time.
+# torch's kernels read this many bytes at a time.
 _ALIGNMENT = 16
 
 
@@ -35,15 +35,15 @@ class SymmetricBuffer:
         self._buffer = buffer  # [TWO_SHOT_BYTES of its dtype]
         self._width = width
         self._group = name
-        self._pads = pads  # of each rank, its signals [number] uint32
-        # what torch finds by the name, and does not keep alive
+        self._pads = pads  # each rank's signals [number] uint32
+        # objects that torch finds by name, and does not keep alive
         self._kept = kept
 
     @classmethod
     def make(cls, width: int, dtype: torch.dtype, device: torch.device, store: dist.Store) -> "SymmetricBuffer | None":
         """None where one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
         all ranks."""
-        # torch keeps what it has exchanged, by a group's name: this one is new
+        # torch caches what it has exchanged under a group's name: this name is new
         told = [("", "")] * dist.get_world_size()
         dist.all_gather_object(told, (socket.gethostname(), f"blockinfer-{uuid.uuid4()}"))
         name, one_host = told[0][1], len({host for host, _ in told}) == 1
@@ -144,18 +144,18 @@ def set_signals(pad: torch.Tensor, signal: int) -> None:
 def _allocate(
     number: int, dtype: torch.dtype, name: str, store: dist.Store
 ) -> tuple[torch.Tensor, list[torch.Tensor], dist.ProcessGroup] | None:
-    """So many numbers, every rank's signals, and the group that they were met in."""
+    """A buffer of this many numbers, every rank's signals, and the group in which they were exchanged."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         from torch._C._distributed_c10d import _SymmetricMemory
 
         group = _name_group(name, store)
-        # outside inference mode, in which it was made: the buffer outlives it
+        # outside the caller's inference mode, which the buffer outlives
         with torch.inference_mode(False):
             buffer = _SymmetricMemory.empty_strided_p2p((number,), (1,), dtype, device)
             memory = _SymmetricMemory.rendezvous(buffer, name)
             pads = [memory.get_signal_pad(rank) for rank in range(dist.get_world_size())]
-            # once before it is needed: whether a GPU that waits loads what it takes is not sure
+            # once in advance: whether a GPU that waits can still load a kernel is not certain
             set_signals(buffer.view(torch.uint32)[:1], 0)
         return buffer, pads, group
     except (ImportError, RuntimeError, AttributeError, TypeError):
@@ -164,12 +164,12 @@ def _allocate(
 
 
 def _name_group(name: str, store: dist.Store) -> dist.ProcessGroup:
-    """All ranks once more, as a group that torch's symmetric memory finds by this name: of it torch takes the rank and
-    the store."""
+    """All ranks once more, as a group that torch's symmetric memory finds by this name: torch takes from it the rank
+    and the store."""
     from torch._C._distributed_c10d import _register_process_group
 
     group = dist.ProcessGroup(store, dist.get_rank(), dist.get_world_size())
-    # torch's operations ask for the name of its backend too, and use no more of it
+    # torch's operations also ask for its backend's name, and use nothing else of it
     cpu = torch.device("cpu")
     group._register_backend(cpu, dist.ProcessGroup.BackendType.GLOO, dist.group.WORLD._get_backend(cpu))
     _register_process_group(name, group)

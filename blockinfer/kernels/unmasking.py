@@ -1,7 +1,7 @@
 """From the predictions of a step's masked rows back to its blocks: what each sequence's rule reveals.
 
-One kernel for what PyTorch would launch some forty for, each of them longer in coming than in running. Each block's
-rule is data, and blocks may have any length, so that the same kernel serves every step.
+One kernel; PyTorch would launch about forty, each of which takes longer to launch than to run. Each block's rule is
+data, and blocks may have any length, so that the same kernel serves every step.
 """
 
 import torch
@@ -44,7 +44,7 @@ def unmask_torch(
     where, masked, listed, row = places_of(state, blocks)
     options = SlotOptions(*state.options[blocks.slots].unbind(1))
     broken = _of_windows(state.broken[blocks.slots] | (listed & ~predicted.finite[row]).any(dim=-1), blocks)
-    # what nobody asks for is left out: here each operation costs as much as its work
+    # options that no sequence uses are skipped: here the launch of an operation costs as much as its work
     ranks, choices = options.rank[:, None], options.choice[:, None]
     ranks_there, choices_there = set(options.rank.tolist()), set(options.choice.tolist())
     places = torch.arange(masked.shape[1], device=masked.device)
@@ -56,7 +56,7 @@ def unmask_torch(
         drawn = philox.uniform(
             options.seed[:, None], philox.RULE_NOISE, positions, blocks.steps[:, None], torch.zeros_like(positions)
         )
-        # what has no share in the softmax goes last, at random too
+        # tokens without a share in the softmax go last, also for a random rule
         last = predicted.others[row].isposinf()
         scores = torch.where(ranks == Rank.RANDOM, drawn.float().masked_fill(last, -torch.inf), scores)
     if Rank.POSITION in ranks_there:
@@ -81,19 +81,19 @@ def unmask_torch(
 
 
 def _of_windows(flags: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """flags [B] -> whether that of any block of the same sequence is set, [B]."""
+    """flags [B] -> whether the flag of any block of the same sequence is set, [B]."""
     found = torch.zeros_like(flags).index_put_((blocks.window_firsts,), flags, accumulate=True)
     return found[blocks.window_firsts]
 
 
 def _row_in_window(row: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """row [B, L]: of the masked rows -> which of its window's it is; those that are not listed are 0."""
+    """row [B, L]: of the masked rows -> their indices in their windows; 0 for those that are not listed."""
     return (row - blocks.first_masked[blocks.window_firsts][:, None]).clamp(min=0)
 
 
 def _chosen_of_windows(predicted: Confidence, rows: MaskedRows, options: SlotOptions, blocks: Blocks) -> torch.Tensor:
-    """[B, W], W at least the masked rows of the largest window: which of the rows of each block's window its rule
-    chooses, if it has no schedule."""
+    """[B, W], W at least the masked rows of the largest window: which rows of each block's window its rule chooses, if
+    it has no schedule."""
     first, last = (blocks.first_masked[edge] for edge in (blocks.window_firsts, blocks.window_lasts))
     count = last + blocks.masked_counts[blocks.window_lasts] - first
     number = torch.arange(max(1, int(count.max())), device=first.device)
@@ -259,7 +259,7 @@ def _unmask_kernel(
     ranked_first, ranked_end = first, first + count
     if (choice != _TOP) & (choice != _SCHEDULED_THRESHOLD):
         ranked_first, ranked_end = window_first, window_end
-    # no kernel of the step makes what was read so far, so it is read while the one before still runs
+    # no kernel of the step writes what was read so far, so it is read while the previous one still runs
     begin(PDL)
     if length == 0:
         return
@@ -275,7 +275,7 @@ def _unmask_kernel(
         score = -others
         if rank == _CERTAINTY:
             score = -tl.load(entropy_ptr + at, mask=listed, other=0.0)
-        # the schedule's ranks, which are a block's own
+        # the schedule's ranks, which count within a block
         if rank == _RANDOM:
             drawn = philox.uniform_triton(seed, RULE_NOISE, position + place, step, place * 0)
             score = tl.where(others == float("inf"), -float("inf"), drawn.to(tl.float32))
@@ -287,8 +287,8 @@ def _unmask_kernel(
         broken |= tl.max((listed & ~finite).to(tl.int32), axis=0) > 0
     tl.debug_barrier()
 
-    # of each row, how many go first: the positions rise from row to row, so among equal scores the first row does
-    end = count * 0 + 2**31 - 1  # what is chosen of the ranking, where a run of it is
+    # how many rows go before each row: positions rise from row to row, so the first of equal scores goes first
+    end = count * 0 + 2**31 - 1  # the number of chosen rows, if they are the ranking's first ones
     for start in tl.range(ranked_first, ranked_end, BLOCK):
         row = start + n
         score = tl.load(scores_ptr + row, mask=row < ranked_end, other=-float("inf"))
@@ -314,7 +314,7 @@ def _unmask_kernel(
         end = scheduled
     lowest = value.to(tl.float32)
 
-    # where a block must reveal one and has none of those that are chosen of all the window, its best
+    # if a block must reveal a row and none of its own is among those chosen in the window, its best one
     best = count * 0 - 1
     if (choice != _TOP) & (scheduled > 0) & (window_end - window_first > count):
         best = count * 0 + 2**31 - 1
@@ -325,7 +325,7 @@ def _unmask_kernel(
             score = tl.load(scores_ptr + at, mask=listed, other=-float("inf"))
             best = tl.minimum(best, tl.min(ahead, axis=0))
             chosen = listed & _is_chosen(choice, ahead, score, end, lowest)
-            # below every row, for good
+            # below every row, permanently
             best = tl.where(tl.max(chosen.to(tl.int32), axis=0) > 0, -1, best)
 
     for start in tl.range(first, first + count, BLOCK):

@@ -28,7 +28,7 @@ from blockinfer.kernels.segments import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS
 
 # Query rows of a warpgroup, of which a tile has two; keys of a tile.
 _ROWS, _KEYS = gl.constexpr(64), gl.constexpr(128)
-_STAGES = gl.constexpr(2)  # tiles of K and of V that are on their way or in use
+_STAGES = gl.constexpr(2)  # tiles of K and of V that are being loaded or in use
 
 
 def with_whole(cutting: Cutting, head_dim: int, dtype: torch.dtype, device: torch.device) -> Cutting:
@@ -114,7 +114,7 @@ def _whole_attention_kernel(
     HEAD_DIM: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    # of the queries two tiles, of each a half for each warpgroup
+    # two tiles of queries, each with a half for each warpgroup
     q = gl.allocate_shared_memory(q_blocks.dtype, [4, _ROWS, HEAD_DIM], q_blocks.layout)
     k = gl.allocate_shared_memory(q_blocks.dtype, [_STAGES, _KEYS, HEAD_DIM], k_blocks.layout)
     v = gl.allocate_shared_memory(q_blocks.dtype, [_STAGES, _KEYS, HEAD_DIM], v_blocks.layout)
@@ -131,7 +131,7 @@ def _whole_attention_kernel(
     num_paged = gl.load(num_tiles_ptr)
     num_tiles = gl.load(num_tiles_ptr + 1).to(gl.int32)
     tiles_ptr += num_paged * TILE_COLUMNS
-    # no kernel of the step makes what was read so far
+    # no kernel of the step writes what was read so far
     begin(PDL)
     both = (out_blocks, out_ptr, tiles_ptr, num_tiles, scale, q, k, v, out, filled, free, turns)
     loading = (q_blocks, k_blocks, v_blocks, tiles_ptr, num_tiles, q, k, v, filled, free)
@@ -189,7 +189,7 @@ def _load(given, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexp
             at = [first + part * _ROWS, head * HEAD_DIM]
             tma.async_copy_global_to_shared(q_blocks, at, q_filled.index(half), q.index(2 * half + part))
         for start in range(0, keys, _KEYS):
-            # the last ones as a whole tile too, so that no row of another segment is read
+            # the last keys too are loaded as a whole tile, so that no row of another segment is read
             row = keys_from + gl.minimum(start, keys - _KEYS)
             i, phase = keys_read % _STAGES, keys_read // _STAGES % 2
             k_column = HEADS * HEAD_DIM + kv_column
@@ -231,7 +231,7 @@ def _compute(given, WHICH: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.const
         weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
         turn += 1
         for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-            # of the next tile, which is begun before this one ends
+            # the next tile's, which begins before this one ends
             next_work = gl.minimum(work + gl.num_programs(0), num_work - 1)
             next_head, next_first, next_stop, _, next_keys = _tile_of(next_work, tiles_ptr, num_tiles)
             my_q = q.index(tile % 2 * 2 + WHICH)
@@ -327,7 +327,7 @@ def _write(values, row, stop, head, buffer, out_blocks, out_ptr, HEADS: gl.const
     """values [_ROWS, HEAD_DIM] of the rows from `row` on, of which those from stop on are another segment's."""
     HEAD_DIM: gl.constexpr = values.shape[1]
     if row + _ROWS <= stop:
-        # the buffer's last copy is under way no more
+        # the copy out of the buffer has finished
         tma.store_wait(0)
         buffer.store(values)
         fence_async_shared()

@@ -1,6 +1,6 @@
-"""The files that a command is given: each is checked at its start, and written whole or not at all.
+"""The files named to a command: each is checked at its start, and written whole or not at all.
 
-Who reads and writes a run's files needs this, and needs no torch.
+Code that reads and writes a run's files needs this module, and needs no torch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ class BadOutput(ValueError):
 
 
 def text_argument(text: str) -> str:
-    """An argparse type: a value that an unset variable of a shell has left empty is refused."""
+    """An argparse type: refuses an empty value, such as an unset shell variable leaves."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
     return text
@@ -53,19 +53,21 @@ def number_argument(minimum: float, number: type = int, maximum: float = math.in
 
 
 def show(text: str, file: TextIO) -> None:
-    """Prints it with what comes from files made harmless: a terminal's escape codes, and what it has no letter for."""
+    """Prints text that comes from files, made harmless: without a terminal's escape codes or characters the terminal
+    cannot encode."""
     shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     encoding = file.encoding or "utf-8"
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def samples_name(shard: tuple[int, int] | None) -> str:
-    """Of the file of answers beside a run's results, or beside those of its shard (index, number of shards)."""
+    """The name of the file of answers beside a run's results, or beside those of its shard (index, number of
+    shards)."""
     return f"samples-{shard[0]}-{shard[1]}.jsonl" if shard else "samples.jsonl"
 
 
 def read_bytes(path: StrPath) -> bytes:
-    """Raises OSError, also for a folder and for a device, which may never end."""
+    """Raises OSError, also for a folder and for a device, whose data may never end."""
     with open(path, "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
@@ -74,9 +76,9 @@ def read_bytes(path: StrPath) -> bytes:
 
 
 def check_target(path: StrPath, inputs: Iterable[StrPath] = ()) -> str:
-    """The file that `path` names, behind its links, as one that may be written; there need be none yet.
+    """The file that `path` names, with links followed, as one that may be written; it need not exist yet.
 
-    Raises BadOutput for a folder, for what is no regular file, where there is no folder for it, and for one of the
+    Raises BadOutput for a folder, for anything but a regular file, if its folder does not exist, and for one of the
     inputs: a file that the command reads, or a file in a folder that it reads.
     """
     target = os.path.realpath(path)
@@ -96,7 +98,7 @@ def check_target(path: StrPath, inputs: Iterable[StrPath] = ()) -> str:
 
 
 def check_output(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
-    """What `write_output` will need at a command's end, tried at its start. Raises BadOutput."""
+    """Tries at a command's start what `write_output` will need at its end. Raises BadOutput."""
     target = check_target(path, inputs)
     with _refusals(path):
         if os.path.exists(target):
@@ -105,14 +107,14 @@ def check_output(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
 
 
 def check_folder(path: StrPath) -> None:
-    """Makes the folder where it is missing, and tries whether files can be made in it. Raises BadOutput."""
+    """Makes the folder if it is missing, and tries whether files can be made in it. Raises BadOutput."""
     with _refusals(path):
         os.makedirs(path, exist_ok=True)
         os.unlink(_make_part(os.path.join(os.path.realpath(path), "file")))
 
 
 def write_output(path: StrPath, content: str | bytes) -> None:
-    """Text in UTF-8. The file is the old one or has all of the content, also where the machine goes down.
+    """Writes text in UTF-8. Even if the machine goes down, the file is either the old one or has all of the content.
 
     Raises BadOutput.
     """
@@ -121,9 +123,10 @@ def write_output(path: StrPath, content: str | bytes) -> None:
 
 
 def write_measured(path: StrPath, content: str | bytes) -> None:
-    """The same of what took long to measure: where it cannot be written, it is put in the folder of temporary files.
+    """`write_output` for a measurement that took long: if it cannot be written, it goes to the folder of temporary
+    files.
 
-    Raises BadOutput then too, which says where it is.
+    In that case too, raises BadOutput, which says where the file is.
     """
     try:
         write_output(path, content)
@@ -139,10 +142,10 @@ def write_measured(path: StrPath, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[str]:
-    """The path of a file beside `path`, which takes its place when the block ends without an exception.
+    """The path of a file beside `path`, which replaces `path` when the block ends without an exception.
 
-    Links are followed, the file's permissions kept. Raises BadOutput; where the last step alone has failed, the file
-    beside is left, and the message names it.
+    Links are followed, and the file's permissions kept. Raises BadOutput; if only the last step failed, the file beside
+    is left, and the message names it.
     """
     target = check_target(path)
     with _refusals(path):
@@ -164,8 +167,8 @@ def replacing(path: StrPath) -> Iterator[str]:
 
 
 def locked(path: str) -> FileIO:
-    """The file, made where it is missing, for this run alone; what is written goes to its end. Raises ValueError where
-    another run has it."""
+    """The file, made if it is missing, locked for this run; writes go to its end. Raises ValueError if another run has
+    locked it."""
     while True:
         file = open(path, "a+b", buffering=0)
         try:
@@ -177,7 +180,7 @@ def locked(path: str) -> FileIO:
             # some network file systems have no locks; lines are then appended without one
             pass
         file.seek(0)
-        # another run may have put a file in its place meanwhile
+        # another run may have replaced the file meanwhile
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             return file
         file.close()
@@ -185,7 +188,7 @@ def locked(path: str) -> FileIO:
 
 @contextmanager
 def _refusals(path: StrPath) -> Iterator[None]:
-    """OSError, and a BadOutput that lacks the name, as one that has it."""
+    """Turns an OSError, or a BadOutput without the file's name, into a BadOutput with it."""
     try:
         yield
     except (OSError, BadOutput) as error:
@@ -198,7 +201,7 @@ def _reason(error: OSError) -> str:
 
 
 def _mode(path: str) -> int | None:
-    """None where there is nothing."""
+    """None if there is no file."""
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
@@ -206,7 +209,7 @@ def _mode(path: str) -> int | None:
 
 
 def _make_part(target: str) -> str:
-    # a name of its own, since the target's may be as long as a name can be
+    # a short name of its own, since the target's may already have the maximum length
     part = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return part

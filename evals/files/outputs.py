@@ -1,6 +1,6 @@
-"""The files that a session of the suite leaves: tried before it begins, each written on its own at its end.
+"""The files that a session of the suite leaves: tried before it begins, each written separately at its end.
 
-What could not be written is told after the tables, and fails the session then.
+Failures to write are reported after the tables, and then fail the session.
 """
 
 import os
@@ -19,7 +19,7 @@ FAILURES = pytest.StashKey[list[str]]()
 
 
 def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
-    """Tries what the command line names. inputs: other files and folders that the session reads.
+    """Tries the outputs named on the command line. inputs: other files and folders that the session reads.
 
     Raises pytest.UsageError for a file that cannot be written, that is read, or that two options name.
     """
@@ -29,7 +29,7 @@ def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
     for name, path in (paths | {"--samples": samples_path(option)}).items():
         if path is None or (name == "--output" and path == os.devnull):
             continue
-        # as an argument of the type Path, what an unset variable of a shell has left empty is this
+        # parsed as a Path, the empty value of an unset shell variable is this
         if os.fspath(path) == ".":
             raise pytest.UsageError(f"{name} must name a file, got a folder, or nothing")
         try:
@@ -43,8 +43,8 @@ def check_outputs(option: Callable[[str], Any], inputs: list[str]) -> None:
 
 
 def samples_path(option: Callable[[str], Any]) -> str | None:
-    """Where the answers are written: what --samples names, else a file beside the results, each shard's with a name of
-    its own. None for nowhere: /dev/null, or no results either."""
+    """Where the answers are written: the file of --samples, else a file beside the results, with its own name for each
+    shard. None (nowhere) for /dev/null, or if no results are written either."""
     given, results = option("--samples"), option("--benchmark-json") or option("--output")
     if (given or results) == os.devnull:
         return None
@@ -54,8 +54,8 @@ def samples_path(option: Callable[[str], Any]) -> str | None:
 
 
 def guard(config: pytest.Config, session: BenchmarkSession) -> None:
-    """pytest-benchmark ends at the first of its files that it cannot write, and the tables with it: each of its steps
-    becomes an attempt. Raises pytest.UsageError where a history is asked for that cannot be written."""
+    """pytest-benchmark stops at the first of its files that it cannot write, and its tables with it; here each of its
+    steps becomes an `attempt`. Raises pytest.UsageError if a history is asked for that cannot be written."""
     storage, finish = session.storage, session.finish
     if (session.save or session.autosave) and isinstance(storage, FileStorage):
         try:
@@ -87,7 +87,7 @@ def guard(config: pytest.Config, session: BenchmarkSession) -> None:
 
 @contextmanager
 def attempt(config: pytest.Config, name: str, kinds: type[Exception] = OSError) -> Iterator[None]:
-    """What fails in it is told at the session's end; a BadOutput too."""
+    """Failures in the block are reported at the session's end; a BadOutput too."""
     try:
         yield
     except (BadOutput, kinds) as error:
@@ -100,7 +100,7 @@ def add_failure(config: pytest.Config, sentence: str) -> None:
 
 
 def tell_failures(config: pytest.Config, reporter: pytest.TerminalReporter) -> None:
-    """Last of all that is shown. A session that had passed fails."""
+    """Shown after everything else. A session that had passed fails."""
     failures = config.stash.get(FAILURES, [])
     if not failures:
         return

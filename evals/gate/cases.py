@@ -1,4 +1,4 @@
-"""The configurations that the gate runs, and how much of each."""
+"""The configurations that the gate runs, and how many rows of each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class GateCase:
 
     @property
     def params(self) -> dict[str, Any]:
-        """A commit that knows one block at a time alone takes the cases of that."""
+        """A commit that can open only one block at a time takes the cases with one block."""
         opened = {"block_add_threshold": self.block_add_threshold} if self.block_add_threshold < 1 else {}
         return opened | {
             "mode": self.mode,
@@ -43,15 +43,15 @@ class Profile:
 
 @dataclass(frozen=True)
 class Worse:
-    """What head is made to do beyond its work, to try the gate: a share of its time, in all cases or in those of a mode
-    or a rule, or a share of its memory."""
+    """Extra load on head, to test the gate: a share of its time, in all cases or in those of one mode or rule, or a
+    share of its memory."""
 
     share: float = 0.0
     where: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "Worse":
-        """0.1, 0.1:vanilla, 0.1:threshold, 0.1:memory. Raises ValueError."""
+        """Parses 0.1, 0.1:vanilla, 0.1:threshold, 0.1:memory. Raises ValueError."""
         share, colon, where = text.partition(":")
         places = {place for case in PROFILES["full"].cases for place in (case.mode, case.unmasking)} | {MEMORY}
         try:
@@ -77,7 +77,7 @@ class Worse:
 
 
 MEMORY = "memory"
-# Every mode, every rule and several blocks open in as few cases as can be.
+# Every mode, every rule and several open blocks in as few cases as possible.
 _QUICK = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=2, denoising_steps=2),
     GateCase("block", 32, "threshold", max_tokens=64, rows=2),
@@ -87,7 +87,7 @@ _QUICK = (
     GateCase("block_refresh", 32, "entropy", max_tokens=64, rows=2),
     GateCase("block", 8, "entropy_threshold", max_tokens=32, rows=2, block_add_threshold=0.5),
 )
-# Every mode with one rule, every rule with one mode, several blocks open; more rows at once.
+# Every mode with one rule, every rule with one mode, several open blocks; more rows at once.
 _FULL = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("block", 32, "threshold", max_tokens=64, rows=4),
@@ -102,9 +102,9 @@ _FULL = (
     GateCase("dual_cache", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("prefix_cache", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
 )
-# A unit takes 0.05 to 0.3 s: long beside a clock's grain, short beside what other processes do.
+# A unit takes 0.05 to 0.3 s: long beside a clock's resolution, short beside other processes' bursts.
 PROFILES = {"quick": Profile(_QUICK, pairs=60), "full": Profile(_FULL, pairs=80)}
 LEAST_PAIRS = 40
-# A round is a pair of processes. Two of the same code differ by up to 3 % in all that they do, and no number of pairs
-# averages that out: more processes do.
+# A round is a pair of processes. Two of the same code differ by up to 3 % throughout, and more pairs do not average
+# that out: more processes do.
 PAIRS_A_ROUND = 5

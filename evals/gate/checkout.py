@@ -1,4 +1,4 @@
-"""The gate's calls of git: the commit that a name means, and a worktree of it for as long as the gate runs."""
+"""The gate's git calls: the commit that a name means, and a worktree of it while the gate runs."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evals.runs.git import git_environment
 
-# A folder of temporary files, which holds a worktree and a file that the gate keeps locked while it lives.
+# A folder of temporary files that holds a worktree and a file which the gate keeps locked while it runs.
 PREFIX, WORKTREE, ALIVE = "blockinfer-gate-", "base", "alive"
 
 
@@ -20,9 +20,9 @@ class RunFailed(Exception):
 
 @contextlib.contextmanager
 def base_checkout(root: Path, ref: str) -> Iterator[Path]:
-    """A worktree of the repository `root` at `ref`, gone afterwards however the block ends.
+    """A worktree of the repository `root` at `ref`, removed however the block ends.
 
-    A gate that was killed with SIGKILL leaves its worktree; the next gate of the same repository removes it.
+    A gate killed with SIGKILL leaves its worktree; the next gate of the same repository removes it.
     """
     commit = resolve(root, ref)
     _remove_dead(root)
@@ -37,7 +37,7 @@ def base_checkout(root: Path, ref: str) -> Iterator[Path]:
 
 
 def _remove_dead(root: Path) -> None:
-    """Removes the worktrees of gates that live no longer. What another user owns stays, and does not matter."""
+    """Removes the worktrees of gates that no longer run. Those of another user stay, and do no harm."""
     for line in git(root, "worktree", "list", "--porcelain").splitlines():
         path = Path(line.removeprefix("worktree "))
         folder = path.parent
@@ -77,12 +77,12 @@ def resolve(root: Path, ref: str) -> str:
 
 
 def short(folder: Path) -> str:
-    """The commit that is checked out, with "+" where the files differ from it."""
+    """The commit that is checked out, with "+" if files differ from it."""
     return git(folder, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What git prints. In a hook of git's the folder decides too, not what the hook was given. Raises RunFailed."""
+    """git's output. The folder decides, even inside a git hook, whose variables are dropped. Raises RunFailed."""
     try:
         command = ["git", *arguments]
         done = subprocess.run(

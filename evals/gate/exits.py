@@ -1,4 +1,5 @@
-"""The gate's exit codes, and the way out. This file imports what Python has and no more: a checkout cannot break it."""
+"""The gate's exit codes, and how it exits. Imports the standard library only, so that no checkout can break this
+file."""
 
 import signal
 import sys
@@ -8,25 +9,25 @@ from types import FrameType
 from typing import NoReturn
 
 PASSES, REGRESSION, FAILED, CANNOT_TELL = range(4)
-# What ends a job: Ctrl-C, `kill` and a runner that cancels, a terminal that is closed.
+# Signals that end a job: Ctrl-C, `kill` or a runner that cancels, a closed terminal.
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and leaves with its exit code.
+    """Runs `main` and exits with its exit code.
 
-    A job that is cancelled tidies up like one that ends, and leaves with 128 + the signal's number. A crash leaves with
-    FAILED, so that it is never taken for a verdict.
+    A cancelled job cleans up like one that ends, and exits with 128 + the signal's number. A crash exits with FAILED,
+    so that it is never taken for a verdict.
     """
     for ending in ENDINGS:
-        # ignored by a shell's background (SIGINT) or nohup (SIGHUP), and then it stays so
+        # signals that a shell's background (SIGINT) or nohup (SIGHUP) ignores stay ignored
         if signal.getsignal(ending) is not signal.SIG_IGN:
             signal.signal(ending, _leave)
     try:
         code = main()
         sys.stdout.flush()
     except SystemExit as error:
-        # Python's own way out of a sentence is 1, which is a verdict here
+        # SystemExit with a sentence would exit with 1, which is a verdict here
         code = error.code
         if isinstance(code, str):
             print(code, file=sys.stderr)
@@ -38,7 +39,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    # a second one must not end the tidying up
+    # a second signal must not interrupt the clean-up
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(128 + number)

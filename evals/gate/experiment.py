@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         about = dict(zip(SAME, known, strict=True))
         if about["commit"].endswith("+"):
             raise RunFailed("the checkout has changes, so head would not be the same as base: commit or stash them")
-        # now, not after the first run
+        # before the first run, not after it
         path.open("a").close()
         runs = read_runs(path, about)
         for _ in range(options.runs):
-            # in turn, so that what drifts over the hours meets every slowdown
+            # in turn, so that drift over the hours affects every slowdown
             for worse in options.slowdown:
                 if sum(run.worse == worse for run in runs) < options.runs:
                     runs.append(_run(root, about, worse))

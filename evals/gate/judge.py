@@ -1,10 +1,10 @@
 """What the rounds say: the typical ratio of two times with its interval, and whether head is worse than base.
 
-A ratio is head's time over base's, of the same rows, measured one right after the other. A round's is the median of its
-pairs: a neighbour's burst of work moves a few pairs far and the median hardly. Rounds differ by more than their pairs
-do, as each has processes of its own, so they and not the pairs are the sample: the typical ratio is the median of the
-means of any two rounds, and its interval that of Wilcoxon's signed ranks (M. Hollander, D. Wolfe, E. Chicken,
-Nonparametric Statistical Methods, 3rd ed., 2014, sections 3.2 and 3.3), which a round gone wild does not move far.
+A ratio is head's time over base's, of the same rows, measured one right after the other. A round's ratio is the median
+of its pairs: a burst of work beside it moves a few pairs far and the median hardly. Rounds differ by more than their
+pairs, as each has processes of its own, so the sample is the rounds: the typical ratio is the median of the means of
+all pairs of rounds, and its interval that of Wilcoxon's signed ranks (M. Hollander, D. Wolfe, E. Chicken, Nonparametric
+Statistical Methods, 3rd ed., 2014, sections 3.2 and 3.3), which one outlying round does not move far.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,7 +18,7 @@ from evals.gate.exits import CANNOT_TELL, FAILED, PASSES, REGRESSION
 from evals.gate.measure import Bytes, Measurement, Round
 from evals.results.forwards import nfe_fault
 
-# How often the truth may lie below an interval, and how often above.
+# The probability that the truth lies below an interval, and that it lies above.
 TAIL = 0.05
 
 
@@ -31,7 +31,7 @@ class Ratio:
     high: float
 
     def is_slower(self, margin: float) -> bool:
-        """Whether even the interval's lower end is beyond 1 + margin."""
+        """Whether even the interval's lower end is above 1 + margin."""
         return self.low > 1 + margin
 
     def can_tell(self, margin: float) -> bool:
@@ -43,8 +43,8 @@ class Ratio:
 
 
 def typical_ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
-    """Of the times of base and of head, in order, in each round. Of fewer than five rounds, which the command does not
-    make, the interval is all that there is, and misses the truth more often than TAIL says."""
+    """Of the times of base and of head, in order, in each round. With fewer than five rounds, which the command does
+    not make, the interval is the whole range, and misses the truth more often than TAIL says."""
     logs = np.array([np.median(np.log(np.divide(head, base))) for base, head in rounds])
     first, second = np.triu_indices(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)
@@ -53,8 +53,8 @@ def typical_ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> 
 
 
 def _outside(rounds: int) -> int:
-    """How many of the means of two rounds, from the smallest, are passed for the end of an interval of TAIL."""
-    # ways[s]: in how many of the 2**rounds choices of ranks they sum to s
+    """Which of the sorted means of two rounds, counted from either end, bounds an interval of TAIL."""
+    # ways[s]: how many of the 2**rounds choices of ranks sum to s
     ways = np.zeros(rounds * (rounds + 1) // 2 + 1)
     ways[0] = 1
     for rank in range(1, rounds + 1):
@@ -64,7 +64,7 @@ def _outside(rounds: int) -> int:
 
 @dataclass
 class Verdict:
-    """One case: its figures, what is wrong with head, what could not be told, and what is merely worth knowing."""
+    """One case: its figures, what is wrong with head, what could not be decided, and notes."""
 
     case: GateCase
     wall: Ratio
@@ -81,15 +81,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Margins:
-    """Shares by which head's times and its memory may be beyond base's."""
+    """The shares by which head's times and memory may exceed base's."""
 
     time: float = 0.025
     memory: float = 0.03
 
 
 def judge(found: Measurement, margins: Margins, accept_nfe: Collection[str] = ()) -> tuple[list[Verdict], str | None]:
-    """-> a verdict on every case, and what is wrong with the memory that head holds, None where nothing is. accept_nfe
-    are the ids of cases that may take more forwards than with base."""
+    """-> a verdict on every case, and what is wrong with the memory that head holds, None if nothing is. accept_nfe:
+    ids of cases that may take more forwards than with base."""
     verdicts = [
         judge_case(case, rounds, found.peaks[case], margins, case.id in accept_nfe)
         for case, rounds in found.rounds.items()
@@ -123,7 +123,7 @@ def judge_case(case: GateCase, rounds: Sequence[Round], peaks: Bytes, margins: M
 
 
 def _judge_times(verdict: Verdict, margin: float) -> None:
-    """Either clock is enough to fail head. One that is too unsteady is passed over while the other can tell."""
+    """Either clock is enough to fail head. One that is too unsteady is ignored if the other can tell."""
     clocks = {"wall time": verdict.wall, "CPU time": verdict.cpu}
     for name, ratio in clocks.items():
         if ratio.is_slower(margin):
@@ -142,7 +142,7 @@ def _times(ratio: Ratio) -> str:
 
 
 def memory_fault(what: str, before: int, after: int, margin: float) -> str | None:
-    """What is wrong with `after` bytes where there were `before`; None where nothing is."""
+    """What is wrong with `after` bytes compared with `before`; None if nothing is."""
     if after <= before * (1 + margin):
         return None
     return f"{what} {megabytes(after)} MB, {after / before:.3f} times base's {megabytes(before)}, beyond {1 + margin:g}"
@@ -171,7 +171,7 @@ def _judge_nfe(verdict: Verdict, accepted: bool) -> None:
 
 
 def exit_code(verdicts: Sequence[Verdict], held: str | None = None) -> int:
-    """held is what is wrong with the memory that head holds."""
+    """held: what is wrong with the memory that head holds."""
     if not verdicts:
         return FAILED
     if held or any(verdict.regressions for verdict in verdicts):

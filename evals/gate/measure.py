@@ -1,4 +1,4 @@
-"""Base and head side by side: in every round a process for each, and units of work in turn."""
+"""Base and head side by side: one process each in every round, running units of work in turn."""
 
 import contextlib
 import filecmp
@@ -26,11 +26,12 @@ Bytes = tuple[int, int]
 
 @dataclass
 class Measurement:
-    """A run: the pairs of every case that both sides take, round by round, why base does not take the others, and in
-    what the small models differ. base and head are commits, head's with "+" where the checkout differs from it.
+    """A run: the pairs of every case that both sides take, round by round, why base does not take the others, and how
+    the small models differ. base and head are commits, head's with "+" if the checkout differs from it.
 
-    peaks are the bytes of tensors that base and head have at once in one unit of a case, besides those that were there
-    before; held are those that they hold at the end of a round."""
+    peaks: the most bytes of tensors that base and head allocate in one unit of a case, beyond those from before it.
+    held: the bytes that they hold at the end of a round.
+    """
 
     base: str
     head: str
@@ -43,8 +44,8 @@ class Measurement:
 
 
 def measure(root: Path, ref: str, cases: Sequence[GateCase], pairs: int, worse: Worse) -> Measurement:
-    """Runs base, the commit `ref`, and head, the checkout `root`, in turn: `pairs` units of each of the cases on each
-    side, in rounds of about PAIRS_A_ROUND. Raises RunFailed."""
+    """Runs base, the commit `ref`, and head, the checkout `root`, in turn: `pairs` units of each case on each side, in
+    rounds of about PAIRS_A_ROUND. Raises RunFailed."""
     start = time.monotonic()
     try:
         conversations = [messages(row) for row in load_rows(root / "sample_200.jsonl")]
@@ -76,7 +77,7 @@ Sides = tuple[Worker, Worker]
 def _sides(
     checkout: Path, root: Path, conversations: list[list[dict[str, str]]], batch_size: int, number: int
 ) -> Iterator[Sides]:
-    """Processes of base and head that are ready. Which is started first takes turns."""
+    """Processes of base and head, ready for requests. They take turns at being started first."""
     with contextlib.ExitStack() as stack:
         folders = [("base", checkout), ("head", root)]
         started = {
@@ -91,7 +92,7 @@ def _sides(
 
 
 def _warm_up(sides: Sides, cases: Sequence[GateCase], found: Measurement) -> None:
-    """Begins a round: one unit of every case on both sides at once. Sorts out the cases that base does not take."""
+    """Begins a round: one unit of every case on both sides at once. Drops the cases that base does not take."""
     for case in cases:
         for worker in sides:
             worker.ask(call="unit", params=case.params, rows=list(range(case.rows)))
@@ -105,8 +106,8 @@ def _warm_up(sides: Sides, cases: Sequence[GateCase], found: Measurement) -> Non
 
 
 def _pair(sides: Sides, case: GateCase, rows: list[int], worse: Worse, head_first: bool) -> Pair:
-    """The sides take turns throughout a round, so that every unit comes after one of the other side: caches are never
-    warm from the unit before. Which is first takes turns from round to round, so that drift favours neither."""
+    """The sides take turns throughout a round, so that every unit follows one of the other side and never finds its
+    caches warm. They also take turns at being first in a round, so that drift favours neither."""
     base, head = sides
     if head_first:
         second = head.unit(case, rows, worse.work(case))
@@ -115,7 +116,7 @@ def _pair(sides: Sides, case: GateCase, rows: list[int], worse: Worse, head_firs
 
 
 def _weigh(sides: Sides, found: Measurement, worse: Worse) -> None:
-    """Ends the last round: what tensors take, which hardly varies, so that once is enough."""
+    """Ends the last round: measures the tensors' memory, which hardly varies, so once is enough."""
     base, head = sides
     found.held = base.memory(call="held"), head.memory(call="held", more_memory=worse.memory)
     for case in found.rounds:
@@ -124,7 +125,7 @@ def _weigh(sides: Sides, found: Measurement, worse: Worse) -> None:
 
 
 def _differences(base: Path, head: Path) -> list[str]:
-    """Files of the small model's checkpoint that one side has not, or has otherwise."""
+    """Files of the small model's checkpoint that one side lacks, or that differ."""
     folders = [base / MODEL, head / MODEL]
     names = {path.name for folder in folders for path in folder.glob("*") if path.suffix in CHECKPOINT}
     _, differing, missing = filecmp.cmpfiles(*folders, sorted(names), shallow=False)

@@ -1,4 +1,4 @@
-"""What an experiment keeps of each run of the gate, and the table of many runs."""
+"""What an experiment stores of each run of the gate, and the table of many runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from evals.gate.side import Bytes
 # What decides whether two runs belong in one table.
 SAME = ("commit", "profile", "pairs", "margin", "memory_margin")
 
-Number = Annotated[float, Field(gt=0, le=1e9)]  # NaN is neither
+Number = Annotated[float, Field(gt=0, le=1e9)]  # NaN fails both comparisons
 Pair = tuple[Bytes, Bytes]
 
 
@@ -72,7 +72,7 @@ class Run(Kept):
 
     @property
     def slowed(self) -> list[Case]:
-        """The cases that were slowed down; all where none was."""
+        """The cases that were slowed down; all if none was."""
         cases = list(self.cases.values())
         return [case for case in cases if case.slowed] or cases
 
@@ -82,7 +82,7 @@ class Run(Kept):
 
     @property
     def memory(self) -> list[float]:
-        """head / base of all that was weighed."""
+        """head / base of all memory measured."""
         return [after / before for before, after in (self.held, *(case.peaks for case in self.cases.values()))]
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Run(Kept):
 
 
 def read_runs(path: Path, about: dict[str, object]) -> list[Run]:
-    """The runs that the file holds. Raises RunFailed where they are of something else than `about`."""
+    """The runs in the file. Raises RunFailed if they are of anything other than `about`."""
     runs = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -109,8 +109,8 @@ def read_runs(path: Path, about: dict[str, object]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """Markdown: a row for each slowdown. Ratios are the medians over runs and cases, with their extremes; those of a
-    slowdown in one place are of the cases that have it, and so are the alarms by a clock."""
+    """Markdown: a row for each slowdown. Ratios are medians over runs and cases, with their extremes. For a slowdown in
+    one place, they and the alarms by a clock count only the cases that have it."""
     lines = [
         "| slowdown | runs | failed | by wall time | by CPU time | by memory | other cases | cannot tell | wall ratio "
         "| CPU ratio | memory | s a run |",

@@ -23,21 +23,21 @@ from evals.runs.git import git_environment
 WORKER = Path(__file__).with_name("worker.py")
 # With two threads on two cores the pairs' CPU ratios spread two to four times as far, the wall ratios about twice.
 THREADS = 1
-# Seconds that loading or one unit may take: far more than either does.
+# Seconds allowed for loading or for one unit, far more than either takes.
 PATIENCE = 300
-# Bytes of a reply, far more than one has.
+# Bytes allowed for a reply, far more than one has.
 LONGEST = 2**20
-# Characters of what a process that failed said last.
+# Characters kept of a failed process's last output.
 LAST = 300
 
-Seconds = Annotated[float, Field(gt=0, le=2 * PATIENCE)]  # NaN is neither
+Seconds = Annotated[float, Field(gt=0, le=2 * PATIENCE)]  # NaN fails both comparisons
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Bytes = Annotated[int, Field(ge=1, le=2**50)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Unit:
-    """What one side made of one unit: seconds, tokens, forwards summed over the requests, a hash of each answer."""
+    """One side's result for one unit: seconds, tokens, forwards summed over the requests, a hash of each answer."""
 
     wall: Seconds
     cpu: Seconds
@@ -52,7 +52,8 @@ class Memory:
 
 
 class Worker:
-    """One side's process. Every method raises RunFailed, with the last line that the process wrote, when it fails."""
+    """One side's process. Every method raises RunFailed, with the last line that the process wrote, if the process
+    fails."""
 
     def __init__(self, side: str, root: Path) -> None:
         self.side = side
@@ -61,9 +62,9 @@ class Worker:
             "MKL_NUM_THREADS": str(THREADS),
             "OMP_WAIT_POLICY": "PASSIVE",
             "PYTHONHASHSEED": "0",
-            # torch's profiler would tell of each start, in the place of what is said last
+            # torch's profiler would log each start, and hide the process's last line
             "KINETO_LOG_LEVEL": "99",
-            # glibc keeps what is freed. Otherwise some processes give it back and fault it in again in every unit, and
+            # glibc keeps freed memory. Otherwise some processes give it back and fault it in again in every unit, and
             # others never do: two processes of the same code were measured up to 15 % apart in CPU time.
             "MALLOC_MMAP_THRESHOLD_": str(2**32),
             "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -71,7 +72,7 @@ class Worker:
         }
         self.log = tempfile.TemporaryFile()
         self.pending = b""
-        # a session of its own: Ctrl-C reaches the parent alone, which ends both
+        # a session of its own: Ctrl-C reaches only the parent, which ends both
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
             cwd=root,
@@ -86,7 +87,7 @@ class Worker:
 
     def ask(self, **request: Any) -> None:
         line, deadline = json.dumps(request).encode() + b"\n", time.monotonic() + PATIENCE
-        # what a process that has ended said last is told where its reply is missed
+        # the last line of an ended process is reported where its reply is missed
         with contextlib.suppress(BrokenPipeError):
             while line:
                 if not select.select([], [self.process.stdin], [], max(0, deadline - time.monotonic()))[1]:
@@ -131,7 +132,7 @@ class Worker:
         return f"was ended by {signal.Signals(-code).name}{half}"
 
     def failure(self, what: str) -> RunFailed:
-        """what, and the last line that the process wrote to its standard error."""
+        """`what`, and the last line that the process wrote to its standard error."""
         self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 4 * LAST))
         lines = self.log.read().decode(errors="replace").splitlines()
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -159,7 +160,7 @@ class Worker:
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            # what it has started as well
+            # the processes it has started as well
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.log):

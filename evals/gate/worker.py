@@ -19,7 +19,7 @@ from typing import Any
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    # what a library prints is no reply
+    # a library's output is not a reply
     os.dup2(2, 1)
     try:
         side = Side(Path.cwd(), **json.loads(sys.stdin.readline()))
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 class Side:
-    """The engine of the checkout `root`, and the `conversations` that its units are about."""
+    """The engine of the checkout `root`, and the `conversations` that its units answer."""
 
     def __init__(self, root: Path, conversations: list[list[dict[str, str]]], batch_size: int) -> None:
         model = root / "evals" / "llada_tiny"
@@ -54,16 +54,17 @@ class Side:
             tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             for conversation in conversations
         ]
-        # every side reads the same questions through its own checkpoint's tokenizer
+        # every side encodes the same questions with its own checkpoint's tokenizer
         self.prompts = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
-        # a collection before every unit would otherwise go through all that torch and transformers hold, for 0.1 s
+        # otherwise a collection before every unit would scan all that torch and transformers hold, in 0.1 s
         gc.freeze()
 
     def unit(self, params: dict[str, Any], rows: list[int], more_work: float = 0.0) -> dict[str, Any]:
-        """The rows of these numbers, all at once. -> seconds on the clock and of CPU, tokens, forwards summed over the
+        """Answers the rows of these numbers, all at once. -> wall and CPU seconds, tokens, forwards summed over the
         requests, and a hash of each answer's token ids; or why this checkout does not take the params.
 
-        more_work is the share of its CPU time by which the unit does more, inside the timed part: to try the gate."""
+        more_work: the share of its CPU time by which the unit does more, inside the timed part, to test the gate.
+        """
         try:
             params = self.make_params(**params)
         except (TypeError, ValueError) as error:
@@ -85,9 +86,10 @@ class Side:
         }
 
     def peak(self, params: dict[str, Any], rows: list[int], more_memory: float = 0.0) -> dict[str, int]:
-        """The bytes of tensors that a unit has at once, besides those that were there before it. Not timed.
+        """The most bytes of tensors that a unit allocates, beyond those from before it. Not timed.
 
-        more_memory is the share by which it takes more: to try the gate."""
+        more_memory: the share by which it takes more, to test the gate.
+        """
         peak = self._peak(params, rows, 0)
         return {"bytes": self._peak(params, rows, int(more_memory * peak)) if more_memory else peak}
 
@@ -97,7 +99,7 @@ class Side:
 
         # torch.profiler would load torch's compiler, which makes a folder beside those of temporary files
         with profile(profile_memory=True) as profiler:
-            # lives until the unit ends
+            # kept until the unit ends
             extra = torch.empty(beside, dtype=torch.uint8)
             self.unit(params, rows)
             del extra
@@ -124,7 +126,7 @@ class Side:
 
         gc.unfreeze()
         gc.collect()
-        # of the type itself: isinstance would ask lazy modules for their classes
+        # type(), as isinstance would ask lazy modules for their classes
         tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
         storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
         gc.freeze()
@@ -140,7 +142,7 @@ def refuse_foreign_modules(root: Path) -> None:
 
 
 def repeat_work(cpu_seconds: float) -> None:
-    """Multiplies matrices of the small model's size until this process has used so many more seconds of CPU."""
+    """Multiplies matrices of the small model's size until this process has used this many more CPU seconds."""
     import torch
 
     end = time.process_time() + cpu_seconds

@@ -1,7 +1,7 @@
 """Training batches: problems as canvases in LLaDA's and the decoder's own forms, packed into rows of 512 tokens.
 
-Everything random is drawn here, from the batch's number and the seed alone, so that a run can be repeated whatever the
-number of worker processes.
+All randomness is drawn here, from the batch's number and the seed alone, so that a run can be repeated with any number
+of worker processes.
 """
 
 import random
@@ -21,11 +21,11 @@ DRILL_SHARES = (0.4, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.2, 0.1, 0.15, 0.4, 0.15)
 LOWEST_T = 0.02
-# Of the documents, beside t uniform in (0, 1): with everything masked, where every block begins, and where a confidence
-# rule reveals most. A uniform t hardly ever comes near.
+# The share of documents, besides t uniform in (0, 1), with everything masked, where every block begins, and where a
+# confidence rule reveals most. A uniform t hardly ever comes near.
 WHOLLY_MASKED = 0.15
-# Of the documents: only digits are masked, the words between them given, as a confidence rule leaves a worked answer.
-# With t uniform over all places that hardly ever comes, and results are then stated before their operands are there.
+# The share of documents with only digits masked and the words between them given, as a confidence rule leaves a worked
+# answer. Uniform t hardly ever gives this, and results are then stated before their operands.
 DIGITS_MASKED = 0.15
 PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
 RECIPE = {

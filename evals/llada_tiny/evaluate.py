@@ -34,9 +34,9 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding of MAX_TOKENS. Returns tokens [B, MAX_TOKENS] and forwards [B].
 
-    vanilla: the whole canvas is seen. block_uncached: the masked suffix is absent. block: so too, and the prompt and
-    every finished block see nothing behind themselves, which is what a K/V cache that is never refreshed computes.
-    Per step the most confident places of the block are revealed: block_length / steps of them, or all >= threshold.
+    vanilla: the whole canvas is seen. block_uncached: the masked suffix is absent. block: the same, and the prompt and
+    every finished block see nothing after themselves, as with a K/V cache that is never refreshed. Each step reveals
+    the most confident places of the block: block_length / steps of them, or all >= threshold.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -83,7 +83,7 @@ def decode(
 
 
 def final_answer(source: str, text: str) -> str | None:
-    """What a solution text gives as its answer."""
+    """The answer that a solution text gives."""
     pattern = r"\\boxed\{([^{}]*)\}" if source == "math500" else r"The answer is (.+?)\.(?:\s|$)"
     found = re.findall(pattern, text)
     return found[-1] if found else None
@@ -119,7 +119,7 @@ def evaluate(
 
 @torch.no_grad()
 def _most_likely(model: TinyLLaDA, encoder: Encoder, pairs: list[tuple[list[int], list[int]]]) -> list[list[int]]:
-    """The most likely tokens of the canvases, each after its prompt, by one forward. Canvases are of one length."""
+    """The most likely tokens of the canvases, each after its prompt, by one forward. Canvases have one length."""
     size = len(pairs[0][1])
     width = max(len(prompt) for prompt, _ in pairs)
     device = next(model.parameters()).device
@@ -137,7 +137,7 @@ def _most_likely(model: TinyLLaDA, encoder: Encoder, pairs: list[tuple[list[int]
 
 
 def lookups(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> tuple[float, float]:
-    """Shares of two-hop rows whose first fact, and whose second after the first, is most likely at every token.
+    """Shares of two-hop rows whose first fact, and whose second given the first, is most likely at every token.
 
     All of a block of 32 is masked, then the first fact is given. A fact ends with its full stop.
     """
@@ -156,7 +156,7 @@ def lookups(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> tuple[float
 
 
 def letters(model: TinyLLaDA, encoder: Encoder, rows: list[dict]) -> float:
-    """Share of four-choice rows whose letter is most likely where all the rest of the answer is given."""
+    """Share of four-choice rows whose letter is most likely when the rest of the answer is given."""
     pairs, hidden = [], []
     for row, (prompt, answer) in zip(rows, encoder(rows), strict=True):
         before = row["solution"].partition("The answer is ")

@@ -1,10 +1,10 @@
-"""First weights that already look things up: local heads write neighbours down, matching heads find equal ones.
+"""First weights that can already look things up: local heads record neighbours, matching heads find equal ones.
 
 From small random weights, a look-up in the prompt needs several things at once (a token knows its neighbours, a masked
-place finds the same neighbours elsewhere, what stands there is copied), none of which lowers the loss alone. Here heads
-begin as parts of induction heads (C. Olsson et al., arXiv:2209.11895), in the manner of "mimetic initialization"
-(A. Trockman and J. Z. Kolter, arXiv:2305.09828): products of query and key, and of value and output, are close to
-the identity.
+place finds the same neighbours elsewhere, the token there is copied), none of which lowers the loss alone. Here heads
+begin as parts of induction heads (C. Olsson et al., arXiv:2209.11895), in the manner of "mimetic initialization" (A.
+Trockman and J. Z. Kolter, arXiv:2305.09828): products of query and key, and of value and output, are close to the
+identity.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from evals.llada_tiny.model import Block, TinyLLaDA
 
-# Of the local heads' favourite keys. In every other pair of layers the last one is a place farther, since a number is
-# told by what follows its space.
+# Offsets of the local heads' favourite keys. In every other pair of layers the last one is a place farther, since a
+# number is identified by what follows its space.
 OFFSETS = ((-1, -4, 2), (-1, -4, 3))
 LOCAL_SCORE = 24.0  # attention score of a local head at its favourite key
 MATCH_SCORE = 24.0  # of a matching head between equal contents
@@ -23,16 +23,16 @@ FREE = 3  # of four heads, the one that keeps small random weights
 
 @torch.no_grad()
 def initialise(model: TinyLLaDA, generator: torch.Generator) -> None:
-    """The residual stream gets three parts beside a direction common to all tokens: content, previous, earlier.
+    """The residual stream gets three parts besides a direction common to all tokens: content, previous, earlier.
 
-    Embeddings have content only. In even layers head 0 writes the previous token's content down, head 1 that of the
-    token four places back, head 2 that of the token two or three places on into the content; in odd layers heads 0, 1
+    Embeddings have content only. In even layers head 0 records the previous token's content, head 1 that of the token
+    four places back, head 2 puts that of the token two or three places on into the content; in odd layers heads 0, 1
     and 2 attend to tokens equal in content, in the previous one and in the earlier one, and copy their content. MLPs
     stay as they are.
     """
     d = model.shape.d_model
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].T
-    common, blank = basis[:2]  # the mask token has a blank in place of content, so that it matches nothing
+    common, blank = basis[:2]  # the mask token's content is blank, so that it matches nothing
     content, previous, earlier = basis[2 : d // 2], basis[d // 2 : 3 * d // 4], basis[3 * d // 4 :]
     wte = model.transformer["wte"].weight
     codes = torch.randn(len(wte), len(content), generator=generator) / len(content) ** 0.5
@@ -76,7 +76,8 @@ def _match(block: Block, rows: slice, part: Tensor, generator: torch.Generator) 
     D, d = rows.stop - rows.start, part.shape[1]
     projection = _projection(D, len(part), generator) @ part
     slow = 1 - _fast(torch.arange(D // 2))
-    # what of a normed token's squared norm d is in this part, about d / 3, is kept to the share of its dimensions
+    # about d / 3 of a normed token's squared norm d is in this part, of which the projection keeps its dimensions'
+    # share
     size = (MATCH_SCORE * D**0.5 / (d / 3 * min(1.0, slow.sum() / len(part)))) ** 0.5
     block.q_proj.weight[rows] += size * slow[:, None] * projection
     block.k_proj.weight[rows] += size * slow[:, None] * projection

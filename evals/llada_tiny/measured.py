@@ -19,7 +19,7 @@ ONE_BLOCK = "one block"
 
 @dataclass(frozen=True)
 class Result:
-    """One configuration over all rows: of each source's rows, in their order, whether the answer was right.
+    """One configuration over all rows: for each source's rows, in their order, whether the answer was right.
 
     tokens_per_forward: of all rows. long_tokens_per_forward: of gsm8k and math500, whose answers are long. forwards:
     summed over the rows. window: which blocks are open, and what is seen and computed beside them.
@@ -46,13 +46,14 @@ class Result:
         return self.mode, self.block_length, self.rule, self.window
 
     def against(self, other: "Result") -> Paired:
-        """On the same rows."""
+        """The paired loss on the same rows."""
         pairs = list(zip(chain(*self.right.values()), chain(*other.right.values()), strict=True))
         return Paired(len(pairs), lost=pairs.count((False, True)), won=pairs.count((True, False)))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that measure modes: the checkpoint, which problems, which modes, and how many at a time."""
+    """Options of the commands that measure modes: the checkpoint, the problems, the modes, and how many requests at a
+    time."""
     parser.add_argument("folder", type=path_argument, help="the checkpoint")
     parser.add_argument("--rows", type=number_argument(1), default=250, help="problems a source (250)")
     parser.add_argument("--seed", type=int, default=7, help="of the problems (7)")
@@ -61,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Those of --mode; one that there is not ends the command."""
+    """The modes of --mode; an unknown one ends the command."""
     modes = args.mode.split(",")
     if unknown := set(modes) - set(MODES):
         parser.error(f"--mode: {', '.join(sorted(unknown))} is none of {', '.join(MODES)}")
@@ -69,7 +70,7 @@ def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> l
 
 
 def loaded(parser: argparse.ArgumentParser, folder: Path, **options: int | str | None) -> LLM:
-    """The checkpoint, in float32; what is wrong with it or the options ends the command."""
+    """The checkpoint, in float32; errors in it or in the options end the command."""
     try:
         return LLM(str(folder), dtype="float32", **options)
     except ValueError as error:
@@ -83,7 +84,7 @@ def label(rule: dict) -> str:
 
 
 def window_label(window: dict) -> str:
-    """Without decoded_token_threshold, which is the share of block_add_threshold where it is given."""
+    """Without decoded_token_threshold, which equals block_add_threshold if that is given."""
     names = {"block_add_threshold": "add", "suffix_window": "suffix", "commit_delay": "delay"}
     return ", ".join(f"{names[name]} {value:g}" for name, value in window.items() if name in names) or ONE_BLOCK
 

@@ -1,4 +1,4 @@
-"""What a training keeps while it runs: its log, and all that it takes to go on after it was cut off."""
+"""What a training stores while it runs: its log, and the state from which it continues after an interruption."""
 
 import json
 import signal
@@ -17,7 +17,7 @@ from evals.llada_tiny.evaluate import heldout_rows, letters, lookups
 from evals.llada_tiny.model import TinyLLaDA
 from evals.llada_tiny.problems import SOURCES
 
-# Of the options, what may be another where a training goes on: it changes no step.
+# Options that may change when a training continues: they change no step.
 _FREE = {"workers"}
 
 
@@ -35,12 +35,12 @@ class Log:
         write_output(self.path, json.dumps(options) + "\n")
 
     def go_on(self, sums: list[Tensor], lines: list[str]) -> None:
-        """From where a training stood, with the lines that its log had then."""
+        """Continues from where a training stood, with the lines that its log had then."""
         write_output(self.path, "".join(lines))
         self.hits, self.loss = sums
 
     def add(self, loss: Tensor, right: Tensor, source: Tensor) -> None:
-        """One step's loss, and of each place whether it was right and whose it is (-1: nobody's)."""
+        """Adds one step's loss, and for each place whether it was right and its source (-1: none)."""
         place = source % (len(SOURCES) + 1)
         self.hits.index_add_(1, place, torch.stack([right.float(), torch.ones_like(place).float()]))
         self.loss += loss
@@ -67,15 +67,15 @@ class Log:
 
 
 class State:
-    """The file beside the weights from which a training goes on. It is to be written every so many seconds, and once
-    more where `ends` has become true."""
+    """The file beside the weights from which a training continues. It is due every fixed number of seconds, and once
+    more when `ends` has become true."""
 
     def __init__(self, out: Path, options: dict, every: float) -> None:
         self.path, self.every, self.ends = out / "state.pt", every, False
         self.options = {name: value for name, value in options.items() if name not in _FREE}
 
     def read(self, device: str) -> dict | None:
-        """What `write` kept; None where there is nothing. Raises ValueError where it is of other options."""
+        """What `write` stored; None if there is nothing. Raises ValueError if its options differ."""
         if not self.path.exists():
             return None
         state = torch.load(self.path, map_location=device, weights_only=True)
@@ -96,7 +96,7 @@ class State:
         steppers: list[torch.optim.Optimizer],
         log: Log,
     ) -> None:
-        """done steps took so many seconds, start included."""
+        """`done` steps took this many seconds, start included."""
         state = {
             "options": self.options,
             "done": done,
@@ -107,7 +107,7 @@ class State:
             "sums": [log.hits, log.loss],
             "lines": log.path.read_text().splitlines(keepends=True),
         }
-        # a kill while it is written leaves the one before
+        # a kill during the write leaves the previous file
         with replacing(self.path) as part:
             torch.save(state, part)
 

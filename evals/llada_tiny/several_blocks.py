@@ -1,4 +1,4 @@
-"""What opening blocks early costs: each rule with one block at a time and with several open, on the same problems."""
+"""The cost of opening blocks early: each rule with one block at a time and with several open, on the same problems."""
 
 from blockinfer.decoding.unmasking import RULES
 from evals.llada_tiny.measured import ONE_BLOCK, Result, table_row
@@ -9,10 +9,10 @@ _SUFFIXES = (8, 32)  # masks
 
 
 def plan(mode: str, block_length: int) -> list[tuple[dict, dict]]:
-    """(options of the rule, options of the window) of each configuration; of each rule one block at a time first.
+    """(options of the rule, options of the window) of each configuration; for each rule one block at a time first.
 
-    The schedule of low_confidence makes two tokens a step and block. What the suffix and a delayed commit do is asked
-    in `block` alone.
+    The schedule of low_confidence reveals two tokens a step and block. The effects of suffix and delayed commit are
+    measured in `block` alone.
     """
     rules: list[dict] = [
         {"unmasking": "threshold", "threshold": 0.9},
@@ -52,7 +52,7 @@ def document(results: list[Result], rows: int) -> str:
 
 
 def _scores(results: list[Result]) -> str:
-    """A row for each mode and block length, a column for each window; nothing where one rule alone was measured."""
+    """A row for each mode and block length, a column for each window; empty if only one rule was measured."""
     found = scores(((r.mode, r.block_length, r.window), (r.tokens_per_forward, 100 * r.accuracy)) for r in results)
     windows = list(dict.fromkeys(r.window for r in results))
     lines = [table_row(["mode", "block length", *windows]), table_row(["---"] * (2 + len(windows)))]

@@ -48,7 +48,7 @@ RULES: tuple[dict, ...] = (
     {"unmasking": "entropy", "entropy_bound": 0.15},
 )
 Part = tuple[str, int]
-_EXAMPLES = [(mode, BLOCK_LENGTH) for mode in MODES]  # by which two plans are told apart
+_EXAMPLES = [(mode, BLOCK_LENGTH) for mode in MODES]  # what distinguishes two plans
 Plan = Callable[[str, int], list[tuple[dict, dict]]]
 COLOURS = ("#1b6ca8", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
 
@@ -64,12 +64,12 @@ def configurations(plan: Plan, parts: list[Part]) -> list[tuple[str, int, dict, 
 
 
 def parts_of(results: list[Result]) -> list[Part]:
-    """Modes and block lengths, in the order in which they come first."""
+    """Modes and block lengths, in order of first appearance."""
     return list(dict.fromkeys((r.mode, r.block_length) for r in results))
 
 
 def modes_of(results: list[Result]) -> list[str]:
-    """In the order in which they come first."""
+    """In order of first appearance."""
     return list(dict.fromkeys(r.mode for r in results))
 
 
@@ -119,8 +119,7 @@ def _loss(paired: Paired) -> str:
 def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
     """Accuracy over tokens per forward, the latter logarithmic; one colour a mode.
 
-    The rule stands beside the first mode's mark, higher where another one is there, and the steps alone for
-    low_confidence.
+    The rule stands beside the first mode's mark, higher if another one is there; for low_confidence only the steps.
     """
     speeds = [r.tokens_per_forward for r in results]
     shares = [r.accuracy for r in results]
@@ -166,9 +165,10 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def read(path: Path, about: dict, plan: Plan) -> list[Result]:
-    """What another study left.
+    """Reads another study.
 
-    Raises ValueError where it is none or not whole, or of another model, machine or engine, of other rules or problems.
+    Raises ValueError if it is not one or not whole, or of another model, machine or engine, or of other rules or
+    problems.
     """
     try:
         kept = from_json(read_bytes(path))
@@ -254,7 +254,7 @@ def _lengths(parser: argparse.ArgumentParser, given: str, several: bool) -> list
 
 
 def _write(contents: dict[Path, str]) -> list[str]:
-    """Each on its own -> what could not be written."""
+    """Writes each file separately -> what could not be written."""
     failures = []
     for path, content in contents.items():
         try:

@@ -49,25 +49,25 @@ SMOKE = {
 }
 LEARNING_RATES = (3e-3, 1e-3)  # of Muon and of Adam
 CURRICULUM = (0.05, 0.35)  # shares of the training at which problems begin to widen and are at their full width
-# what else decides on the weights: written to the log, and the same where a training goes on
+# the other options that determine the weights: written to the log, and fixed when a training continues
 RECIPE = data.RECIPE | {"learning_rates": LEARNING_RATES, "curriculum": CURRICULUM}
 
 
 def level_at(share: float) -> float:
-    """The problems' width at this share of the training, 0 to 1."""
+    """The problems' difficulty at this share of the training, 0 to 1."""
     first, last = CURRICULUM
     return min(1.0, max(0.0, (share - first) / (last - first)))
 
 
 def rate_at(step: int, share: float, warm_up: int) -> float:
-    """Warm up, hold to 35 % of the training, when problems are at their full width, then fall linearly to zero."""
+    """Warm up, hold to 35 % of the training, when problems reach full difficulty, then fall linearly to zero."""
     return min(1.0, (step + 1) / warm_up) * min(1.0, (1 - share) / (1 - CURRICULUM[1]))
 
 
 def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queue, options: dict) -> None:
-    # sent to the whole group it would leave half a batch in the pipe, on which the main process would wait for good
+    # sent to the whole group, the signal would leave half a batch in the pipe, and the main process waiting for ever
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism comes from the workers
     torch.set_num_threads(1)
     encoder = Encoder(tokenizer)
     for number in range(first, options["steps"], stride):
@@ -78,7 +78,7 @@ def _worker(first: int, stride: int, tokenizer: str, queue: multiprocessing.Queu
 def batches(tokenizer: str, options: dict, workers: int, first: int = 0) -> Iterator[Batch]:
     """The run's batches in order from number `first` on; worker w makes every `workers`-th one. To be closed.
 
-    Raises RuntimeError where a worker has died.
+    Raises RuntimeError if a worker has died.
     """
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=4) for _ in range(workers)]
@@ -138,10 +138,10 @@ def optimizers(model: TinyLLaDA) -> list[torch.optim.Optimizer]:
 
 
 class Step:
-    """One step of the training, as a CUDA graph from the fourth on where there is a GPU.
+    """One step of the training, as a CUDA graph from the fourth on if there is a GPU.
 
-    The host takes longer to launch a step's kernels one by one than an H100 to run them. All on the current stream,
-    which is not to be the default one.
+    The host takes longer to launch a step's kernels one by one than an H100 to run them. All run on the current stream,
+    which must not be the default one.
     """
 
     def __init__(
@@ -198,7 +198,8 @@ class Step:
 def train(
     model: TinyLLaDA, encoder: Encoder, path: str, options: dict, kept: State, state: dict | None, started: float
 ) -> None:
-    """Run all steps, or as many as fit into options["minutes"], from where a training before was cut off in `state`.
+    """Run all steps, or as many as fit into options["minutes"], from where an earlier training was interrupted, in
+    `state`.
 
     The model ends with the average of its weights.
     """
@@ -310,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f}M parameters on {device}; {options['rows'] * ROW} tokens a step; {options}", flush=True)
     if device == "cuda":
-        torch.set_num_threads(1)  # more would wait for each other beside as many workers as there are cores
+        torch.set_num_threads(1)  # more threads would wait for each other beside as many workers as there are cores
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default one
     with kept.sigterm():

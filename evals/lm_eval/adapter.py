@@ -1,7 +1,7 @@
 """The model `blockinfer` of lm-eval 0.4.13: generate_until, loglikelihood and loglikelihood_rolling on the engine.
 
-A task's requests all go to the engine at once, which keeps `--batch_size` of them running; what is finished is kept at
-once where `--use_cache` names a file.
+A task's requests all go to the engine at once, which keeps `--batch_size` of them running; finished ones are stored at
+once if `--use_cache` names a file.
 """
 
 import logging
@@ -22,22 +22,22 @@ from blockinfer.chat import ChatTemplate
 from blockinfer.engine.block_causal import most_tokens
 from evals.lm_eval.options import BadArguments, answer_params, read_model_arguments
 
-# below lm-eval's own, which it shows
+# a child of lm-eval's own logger, which it shows
 logger = logging.getLogger("lm_eval.blockinfer")
 
-# Continuations that are scored at a time: their values are kept in between.
+# The number of continuations scored at a time: their values are cached after each.
 _SCORED_AT_ONCE = 512
 
 
 @register_model("blockinfer")
 class BlockInferLM(TemplateLM):
-    """`--model_args`: pretrained, a folder or a name on the Hub; the options of LLM; those of SamplingParams, for all
-    answers of tasks that say nothing else (`threshold`, `factor` and `entropy_bound` each mean their rule); of
-    ScoringParams mc_num, scoring_mode and is_greedy (False, and then the second value of a likelihood is always False);
-    seed (0), of all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
+    """`--model_args`: pretrained, a folder or a name on the Hub; the options of LLM; those of SamplingParams, for
+    answers of tasks that set no others (`threshold`, `factor` and `entropy_bound` each select their rule); of
+    ScoringParams mc_num, scoring_mode and is_greedy (if False, the second value of a likelihood is always False); seed
+    (0), for all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
 
-    LLaDA's likelihood is an estimate: `mc_num` forwards of a continuation, one where it is of one token. A continuation
-    that does not fit loses the beginning of its context, and so does a prompt.
+    LLaDA's likelihood is an estimate: `mc_num` forwards of a continuation, one if it is one token. A continuation that
+    does not fit loses the beginning of its context, and so does a prompt.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BlockInferLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "BlockInferLM":
-        """What --model_args names goes before lm-eval's own options, whose device is cuda:0 where nobody names one."""
+        """--model_args take precedence over lm-eval's own options, whose device defaults to cuda:0."""
         more = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if str(more.get("device")).startswith("cuda") and not torch.cuda.is_available():
             del more["device"]
@@ -89,7 +89,7 @@ class BlockInferLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text that has no context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
@@ -97,7 +97,7 @@ class BlockInferLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Unless told otherwise with the special tokens that begin a prompt, where the string has none."""
+        """By default with the special tokens that begin a prompt, if the string has none."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
@@ -146,7 +146,7 @@ class BlockInferLM(TemplateLM):
 
     def _params(self, kwargs: dict[str, Any]) -> SamplingParams:
         normal = normalize_gen_kwargs(kwargs, default_max_gen_toks=self._arguments.max_gen_toks)
-        # what lm-eval makes of a temperature that no task names is not the user's
+        # lm-eval's default for a temperature that no task names is not the user's choice
         if "temperature" not in kwargs and kwargs.get("do_sample") is None:
             normal["temperature"] = self._arguments.sampling.get("temperature", 0.0)
         return answer_params(self._arguments, normal, self._special_tokens)
@@ -163,7 +163,7 @@ class BlockInferLM(TemplateLM):
     # --- likelihoods ---
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each text its windows' likelihoods, each window behind the last token of the one before, summed."""
+        """For each text the sum of its windows' likelihoods, each window after the last token of the one before."""
         windows, owners = [], []
         for i, (text,) in enumerate(request.args for request in requests):
             token_ids = self.tok_encode(text, add_special_tokens=False)
@@ -205,7 +205,7 @@ class BlockInferLM(TemplateLM):
         return results
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Continuations of one token behind the same context are read off one forward."""
+        """One forward scores all continuations of one token after the same context."""
         params = self._arguments.scoring
         single: dict[tuple[int, ...], dict[int, float]] = {}
         for context, continuation in pairs:

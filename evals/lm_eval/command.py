@@ -1,4 +1,4 @@
-"""lm-eval's command line. It finds models by name among those that were imported, so this imports ours first."""
+"""lm-eval's command line. It finds models by name among those imported, so this imports ours first."""
 
 import sys
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"blockinfer: {error}", file=sys.stderr)
         return 2
     except ValueError as error:
-        # lm-eval's own, of names of --tasks; another one is a fault, whose traceback tells where
+        # lm-eval's own error for names of --tasks; any other is a bug, and its traceback is shown
         if not str(error).startswith("Tasks not found"):
             raise
         hint = "`python -m evals lm-eval ls tasks` lists those there are; --include_path adds a folder's"

@@ -1,4 +1,4 @@
-"""What `--model_args` and a task's generation_kwargs mean for the engine. No lm-eval here."""
+"""What `--model_args` and a task's generation_kwargs mean for the engine. Does not import lm-eval."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from blockinfer.config import EngineConfig
 from blockinfer.decoding.unmasking import RULES
 from blockinfer.hints import LLM_HINTS, SAMPLING_HINTS
 
-# How many answers run at once where --batch_size says "auto" or nothing.
+# How many answers run at once if --batch_size is "auto" or not given.
 _AUTO_BATCH = 32
-# What lm-eval calls otherwise, or adds by itself.
+# Options that lm-eval names differently, or adds by itself.
 _RENAMED = {"pretrained": "model", "max_length": "max_model_len"}
 _OF_SCORING = {"mc_num": "mc_num", "scoring_mode": "mode", "is_greedy": "is_greedy", "cfg_scale": "cfg_scale"}
 _OF_SAMPLING = set(SamplingParams.__dataclass_fields__) - {
@@ -21,18 +21,18 @@ _OF_SAMPLING = set(SamplingParams.__dataclass_fields__) - {
     "include_stop_str_in_output",
     "logprobs",
 }
-# They shape sampling, and there is none at temperature 0.
+# They shape sampling, which temperature 0 does not do.
 _FILTERS = ("top_p", "top_k", "min_p", "typical_p")
 
 
 class BadArguments(ValueError):
-    """Arguments that the user has to mend; its text says how."""
+    """Arguments that the user must correct; its text says how."""
 
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """llm: keywords of LLM. sampling: those of every answer's SamplingParams, but for what a task says. scoring: of
-    likelihoods. max_gen_toks: new tokens where a task names no number."""
+    """llm: keywords of LLM. sampling: SamplingParams of every answer, unless a task sets others. scoring: of
+    likelihoods. max_gen_toks: new tokens if a task gives no number."""
 
     llm: dict[str, Any]
     sampling: dict[str, Any]
@@ -54,7 +54,7 @@ def read_model_arguments(given: dict[str, Any], batch_size: int | str | None, de
     known = [*EngineConfig.__dataclass_fields__, *_OF_SAMPLING, *_OF_SCORING, "max_gen_toks"]
     try:
         refuse_unknown("--model_args", [n for n in given if n not in _OF_SAMPLING], known, LLM_HINTS | SAMPLING_HINTS)
-        # whoever names a rule's option means the rule
+        # naming a rule's option selects the rule
         for rule, spec in RULES.items():
             if spec.option in given:
                 given.setdefault("unmasking", rule)
@@ -79,8 +79,8 @@ def _at_once(batch_size: int | str | None) -> int:
 
 
 def answer_params(arguments: ModelArguments, kwargs: dict[str, Any], special_tokens: dict[str, int]) -> SamplingParams:
-    """kwargs: a task's, as lm-eval's normalize_gen_kwargs leaves them. A special token among what ends an answer is
-    looked for by its id: a text has none. Raises BadArguments for what cannot be honoured."""
+    """kwargs: a task's, from lm-eval's normalize_gen_kwargs. A special token among the stop strings is matched by its
+    id, since text does not contain it. Raises BadArguments for what cannot be honoured."""
     kwargs = dict(kwargs)
     stops = [stop for stop in kwargs.pop("until") if stop]
     options = arguments.sampling | {

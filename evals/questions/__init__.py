@@ -1,1 +1,1 @@
-"""What is asked, and how an answer is judged: rows, prompts, graders."""
+"""The questions, and how answers are judged: rows, prompts, graders."""

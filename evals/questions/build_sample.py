@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 # LongBench's own prompt for hotpotqa (its dataset2prompt.json). Xnhyacinth's copy holds each record wrapped in it; with
-# the suite's prompt around it again, a model would get two orders that contradict each other.
+# the suite's prompt around it again, a model would get two contradicting instructions.
 _ORDER = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _PROMPT = re.compile(
     rf"{re.escape(_ORDER)}\s+The following are given passages\.\n(.*)\n\n{re.escape(_ORDER)}\s*", re.DOTALL
@@ -49,8 +49,8 @@ _PROMPT = re.compile(
 class PublicSet:
     """One published test set: where it is, which of its columns are read, and how a record becomes a row.
 
-    repositories are the names that a local folder may have; the first is the one on the Hub. config is None where the
-    set has only one. id_column holds the record's own id; None is a set without, where the place in the split serves.
+    repositories are the names that a local folder may have; the first is the one on the Hub. config is None if the set
+    has only one. id_column holds the record's own id; None is for a set without ids, whose index in the split serves.
     convert raises ValueError for a malformed record.
     """
 
@@ -118,7 +118,7 @@ SETS = (
 def build(per_source: int, seed: int, folder: Path | None = None) -> list[Row]:
     """`per_source` rows of every set, one of each in turn; from the Hub, or from `folder`, laid out as above.
 
-    A smaller per_source gives the beginning of a larger one's rows. Raises ImportError without the library `datasets`,
+    A smaller per_source gives the first of a larger one's rows. Raises ImportError without the library `datasets`,
     ValueError for a set that cannot be read, has too few rows, lacks a column, or holds a malformed record among those
     drawn.
     """
@@ -137,7 +137,7 @@ def _draw(public: PublicSet, number: int, seed: int, folder: Path | None) -> lis
     missing = [column for column in public.columns if column not in records[0]]
     if missing:
         raise ValueError(f"{name}: there is no column {missing[0]!r} among {', '.join(records[0])}")
-    # of random's methods, random() alone is promised to give the same numbers in every version of Python
+    # of random's methods, only random() is promised to give the same numbers in every version of Python
     rng = random.Random(f"{seed}/{public.source}")
     order = sorted(range(len(records)), key=lambda _: rng.random())
     rows = []
@@ -162,7 +162,7 @@ def _read(public: PublicSet, folder: Path | None) -> tuple[str, list[Record], st
         if name is None:
             names = " or ".join(str(folder / name) for name in public.repositories)
             raise ValueError(f"{public.source}: there is no folder {names}")
-    # what is read from a local folder is read anew each time, and nothing of it is kept
+    # local folders are read anew each time, and nothing is cached
     with tempfile.TemporaryDirectory() as cache:
         try:
             builder = (
@@ -170,7 +170,7 @@ def _read(public: PublicSet, folder: Path | None) -> tuple[str, list[Record], st
             )
             builder.download_and_prepare()
             records = builder.as_dataset(split="test").to_list()
-        # the library's errors, and those of the libraries that it stands on, have no common base
+        # errors of the library, and of the libraries below it, have no common base
         except Exception as error:
             raise ValueError(_not_loaded(name, public.config, folder, error)) from error
     if folder:
@@ -185,10 +185,10 @@ def _read(public: PublicSet, folder: Path | None) -> tuple[str, list[Record], st
 
 
 def _hub_builder(name: str, config: str | None) -> "datasets.DatasetBuilder":
-    """Its `hash` is the commit, also where an earlier download is read because the Hub cannot be reached."""
+    """Its `hash` is the commit, also if an earlier download is read because the Hub cannot be reached."""
     import datasets
 
-    # with the bare name a folder of that name in the working directory would come first
+    # with the bare name, a folder of that name in the working directory would take precedence
     return datasets.load_dataset_builder(f"hf://datasets/{name}", config)
 
 
@@ -199,14 +199,14 @@ def _local_builder(folder: Path, config: str | None, cache: str) -> "datasets.Da
         if file.is_file():
             return datasets.load_dataset_builder("json", data_files={"test": str(file)}, cache_dir=cache)
     inner = folder / config if config and (folder / config).is_dir() else folder
-    # without `configs:` in a README.md the library knows one config, "default", made of all files
+    # without `configs:` in a README.md the library knows one config, "default", of all files
     if datasets.get_dataset_config_names(str(folder)) == ["default"]:
         return datasets.load_dataset_builder(str(inner), cache_dir=cache)
     return datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
 
 
 def _not_loaded(name: str, config: str | None, folder: Path | None, error: Exception) -> str:
-    # where generating fails, the reason is the cause of the error
+    # if generating fails, the reason is the cause of the error
     reasons = [f"{type(e).__name__}: {' '.join(str(e).split())}" for e in (error, error.__cause__) if e]
     reason = "; ".join(dict.fromkeys(reasons))
     wanted = "the split test" + (f" of config {config}" if config else "")

@@ -13,7 +13,7 @@ INSTRUCTIONS = {
     "mmlu": "State the fact that decides the question. End with the letter: The answer is X.",
     "longbench_hotpotqa": "Answer from the passages. Name the facts used, then end with: The answer is X.",
 }
-# Of a source of one's own: by its grader what those above say, and nothing for a function.
+# For a user's own source: by its grader, the instructions above, and none for a function.
 _OWN = {grader: INSTRUCTIONS[source] for source, grader in SOURCES.items()}
 _PASSAGES = "Answer from the passages. "
 

@@ -25,7 +25,7 @@ Ask = Callable[[Row], list[dict[str, str]]]  # a row's conversation
 def load_rows(
     path: str | Path, sources: list[str] | None = None, skip: int = 0, number: int | None = None
 ) -> list[Row]:
-    """The rows of `path` from the given sources (None is all), without the first `skip`, at most `number`.
+    """The rows of `path` from the given sources (None means all), without the first `skip`, at most `number`.
 
     A line is an object with id, source, question, answer; mmlu rows also have choices (a list, the answer a letter),
     longbench_hotpotqa rows context and answers. A row drawn by evals.questions.build_sample has its set's revision as
@@ -33,7 +33,7 @@ def load_rows(
     and answers. Rows of any other source name their grader: `number`, `math`, `choice` (which needs choices), `squad`,
     or a function's path, which is not imported here.
 
-    Raises ValueError for a file that cannot be read, a malformed row (file, line, field) and when no row is left.
+    Raises ValueError for a file that cannot be read, a malformed row (file, line, field) and if no row is left.
     """
     try:
         # editors on Windows begin a file with a byte order mark
@@ -61,7 +61,7 @@ def load_rows(
 
 
 def rows_hash(rows: list[Row]) -> str:
-    """Two lists of rows with the same one hold the same rows, word for word."""
+    """Lists of rows with the same hash hold the same rows, word for word."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,7 +112,7 @@ def _row(line: str, where: str, number: int) -> Row:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Raises ValueError also for what is nested too deeply, and where a string holds half a character."""
+    """Raises ValueError also for JSON nested too deeply, and if a string holds half a character."""
     try:
         return from_json(text)
     except ValueError as error:
@@ -163,7 +163,7 @@ def _is_strings(value: object) -> bool:
 def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", limit: int, ask: Ask = messages) -> tuple[list[int], bool]:
     """The row's prompt as at most `limit` token ids, and whether its context was cut in the middle to fit.
 
-    Raises ValueError where the prompt is too long even without its context.
+    Raises ValueError if the prompt is too long even without its context.
     """
     token_ids = _apply_template(ask(row), tokenizer)
     context = tokenizer.encode(row.get("context") or "", add_special_tokens=False)
@@ -173,7 +173,7 @@ def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", limit: int, ask: Ask 
         keep -= len(token_ids) - limit
         if keep <= 0:
             raise ValueError(f"row {row['id']}: its prompt has {len(token_ids)} tokens, more than the {limit} that fit")
-        # as LongBench does: the middle goes, the beginning and the end stay
+        # as LongBench does: the middle is cut, the beginning and the end stay
         head, tail = context[: keep // 2], context[len(context) - (keep - keep // 2) :]
         shorter = row | {"context": tokenizer.decode(head) + tokenizer.decode(tail)}
         token_ids = _apply_template(ask(shorter), tokenizer)
@@ -183,7 +183,8 @@ def encode(row: Row, tokenizer: "PreTrainedTokenizerBase", limit: int, ask: Ask 
 def _apply_template(
     conversation: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", begun: str = ""
 ) -> list[int]:
-    """Through the chat template; a checkpoint without one, as a base model, gets the bare text. begun: an answer."""
+    """Through the chat template; a checkpoint without one, such as a base model, gets the bare text. begun: an
+    answer."""
     if not tokenizer.chat_template:
         return tokenizer.encode(
             "\n\n".join([*(message["content"] for message in conversation), *[begun] * bool(begun)])
@@ -192,13 +193,13 @@ def _apply_template(
 
 
 def encode_for_letter(row: Row, tokenizer: "PreTrainedTokenizerBase", ask: Ask = messages) -> list[int]:
-    """A row's prompt and the answer's beginning, behind which the letter of a choice stands: " A" to " D" of four."""
+    """A row's prompt and the answer's beginning, after which the letter of a choice stands: " A" to " D" of four."""
     return _apply_template(ask(row), tokenizer, "The answer is")
 
 
 @lru_cache(maxsize=1)
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> "ChatTemplate":
-    """One for all rows: it is a program of the checkpoint's, and starts a process to run in."""
-    from blockinfer.chat import ChatTemplate  # who only reads rows needs no transformers
+    """One for all rows: it is the checkpoint's program, and starts a process to run in."""
+    from blockinfer.chat import ChatTemplate  # reading rows alone needs no transformers
 
     return ChatTemplate(tokenizer)

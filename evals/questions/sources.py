@@ -1,4 +1,4 @@
-"""The sources that the suite knows, and who judges the answers to a row."""
+"""The sources that the suite knows, and the grader of a row's answers."""
 
 import re
 import string
@@ -8,9 +8,9 @@ from typing import Any
 # Each with its grader, which its rows need not name.
 SOURCES = {"gsm8k": "number", "math500": "math", "mmlu": "choice", "longbench_hotpotqa": "squad"}
 GRADERS = ("number", "math", "choice", "squad")
-# A function of the user's own: package.module:function, or package.module.function.
+# A user's own function: package.module:function, or package.module.function.
 FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*[.:][^\W\d]\w*")
-# It stands in the ids of tests, and --source takes a comma list of them.
+# It is part of tests' ids, and --source takes a comma-separated list.
 SOURCE = re.compile(r"[\w.+/-]{1,60}")
 LETTERS = string.ascii_uppercase
 

@@ -1,4 +1,4 @@
-"""A prompt of one's own: a Jinja template over the row."""
+"""A user's own prompt: a Jinja template over the row."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from blockinfer.templates import TemplateProcess
 from evals.files import read_bytes
 from evals.questions.sources import LETTERS
 
-# They would give it away.
+# Fields that would give the answer away.
 _GOLD = ("answer", "answers")
 
 
 class PromptTemplate(TemplateProcess):
-    """The template in a file. It sees the row's fields but for answer and answers; choices and context also where the
-    row has none, as an empty list and an empty text; and letters, as many as there are choices.
+    """The template in a file. It sees the row's fields except answer and answers; choices and context even if the row
+    has none, as an empty list and an empty string; and letters, one for each choice.
 
     Raises ValueError for a file that cannot be read.
     """
@@ -30,13 +30,13 @@ class PromptTemplate(TemplateProcess):
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise ValueError(f"--prompt {self.path!r} cannot be read: {why}") from error
-        # what stands in results in the place of PROMPTS_VERSION
+        # stored in results instead of PROMPTS_VERSION
         self.version = f"sha256:{hashlib.sha256(self._text.encode()).hexdigest()[:16]}"
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         """The conversation that asks for `row`.
 
-        Raises ValueError, with file and line, where the template fails, is ended, or makes nothing of it.
+        Raises ValueError, with file and line, if the template fails, is ended, or renders nothing.
         """
         choices = row.get("choices") or []
         fields = {name: value for name, value in row.items() if name not in _GOLD}

@@ -1,4 +1,4 @@
-"""Configurations beside each other: baselines, frontier, earlier runs, and the names that tell them apart."""
+"""Configurations compared: baselines, frontier, earlier runs, and names that distinguish them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +12,8 @@ Baselines = Callable[[Configuration], tuple[Configuration | None, Configuration 
 
 
 def baselines(run: list[Configuration]) -> Baselines:
-    """What each of the run is compared with, as evals.results.comparison.baselines: vanilla_llada in as many steps in
-    all, and `vanilla`; of several the first."""
+    """The baselines of each configuration of the run, as in evals.results.comparison.baselines: vanilla_llada with as
+    many steps in all, and `vanilla`; the first if there are several."""
     standard: dict[tuple, Configuration] = {}
     semi: dict[tuple, Configuration] = {}
     for c in run:
@@ -30,7 +30,7 @@ def baselines(run: list[Configuration]) -> Baselines:
 
 
 def _semi(c: Configuration) -> tuple:
-    """What `vanilla` has in common with what is compared with it: a suffix and a commit are no matter of its."""
+    """What `vanilla` shares with a configuration compared with it: suffix and commit do not apply to it."""
     return c.unmasking, c.asked_block_length, c.block_add_threshold, c.decoded_token_threshold
 
 
@@ -46,13 +46,13 @@ def speed_up(c: Configuration, baseline: Configuration | None) -> float | None:
 
 
 def on_frontier(run: list[Configuration]) -> list[bool]:
-    """For each configuration whether none other is as fast and as accurate, and better in one of the two.
+    """For each configuration, whether no other is as fast and as accurate, and better in one of the two.
 
-    A configuration whose speed or accuracy is not known is not on the frontier and keeps none off it.
+    A configuration whose speed or accuracy is not known is not on the frontier and keeps no other off it.
     """
     best = -1.0
     frontier = set()
-    # from the fastest on, and of those the most accurate first
+    # from the fastest on, among equals the most accurate first
     for point in sorted({(c.tokens_per_second, c.accuracy) for c in run if _is_drawn(c)}, reverse=True):
         if point[1] > best:
             frontier.add(point)
@@ -64,7 +64,7 @@ def _is_drawn(c: Configuration) -> bool:
     return None not in (c.tokens_per_second, c.accuracy)
 
 
-# What makes two figures the same configuration's, and what has to agree for their speeds to be compared.
+# What makes two figures the same configuration's, and what must agree for their speeds to be compared.
 IDENTITY = ("mode", "block_length", "unmasking", "denoising_steps", "rule_value", *PLAIN)
 CONDITIONS = (
     *("model", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "n"),
@@ -83,7 +83,7 @@ CONDITIONS = (
 
 
 def differing(a: Configuration, b: Configuration, fields: tuple[str, ...]) -> list[str]:
-    """Those of the fields that both files have and that differ."""
+    """The fields that both files have and that differ."""
     there = a.model_fields_set & b.model_fields_set
     return [field for field in fields if field in there and _value(a, field) != _value(b, field)]
 
@@ -100,7 +100,7 @@ def _reason(field: str, theirs: Configuration, mine: Configuration) -> str:
 
 
 def timeline(run: StoredRun, history: list[StoredRun]) -> tuple[list[StoredRun], list[tuple[StoredRun, str]]]:
-    """The runs that can be compared with `run`, itself among them, oldest first; and the others, each with the reason.
+    """The runs that can be compared with `run`, including it, oldest first; and the others, each with the reason.
 
     A second copy of a run, such as `--benchmark-autosave` keeps, is dropped.
     """
@@ -120,17 +120,17 @@ def timeline(run: StoredRun, history: list[StoredRun]) -> tuple[list[StoredRun],
 
 
 def series(run: list[Configuration], runs: list[StoredRun]) -> list[list[float | None]]:
-    """Of each configuration the tokens/s of the same one in each of the runs; None where a run has it not."""
+    """For each configuration its tokens/s in each of the runs; None where a run lacks it."""
     by_run = [_same(run, other.configurations) for other in runs]
     return [[None if c is None else c.tokens_per_second for c in found] for found in zip(*by_run, strict=True)]
 
 
 def _same(run: list[Configuration], others: list[Configuration]) -> list[Configuration | None]:
-    """Of each configuration the first of the others with the same identity, as far as both know theirs."""
+    """For each configuration the first of the others with the same identity, as far as both know theirs."""
     first: dict[tuple, int] = {}
     for number, other in enumerate(others):
         first.setdefault(_identity(other), number)
-    # of those that know less there are few, in files of older versions
+    # few have unknown fields, in files of older versions
     partial = [number for number, other in enumerate(others) if not _knows_itself(other)]
     found = []
     for c in run:
@@ -150,7 +150,7 @@ def _identity(c: Configuration) -> tuple:
 
 
 def names(run: list[Configuration]) -> list[str]:
-    """A short name for each configuration: its mode, and what it takes to tell it from the others."""
+    """A short name for each configuration: its mode, and what distinguishes it from the others."""
     lengths = {c.block_length for c in run if c.mode != STANDARD}
     rules = {(c.unmasking, c.rule_value) for c in run}
     windows = {tuple(extras(c)) for c in run if c.mode != STANDARD}

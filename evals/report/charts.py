@@ -21,7 +21,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point where it is drawn, and its own place where that is another; on the frontier, band is its interval, (top,
+    """A point where it is drawn, and its true place if that differs; on the frontier, band is its interval, (top,
     height)."""
 
     point: Point
@@ -47,7 +47,7 @@ class Scatter:
 
 
 def scatter(points: list[Point], width: int, height: int) -> Scatter:
-    """Accuracy over tokens/s. The speeds' axis is logarithmic where the fastest is over 5 times the slowest."""
+    """Accuracy over tokens/s. The speed axis is logarithmic if the fastest is over 5 times the slowest."""
     area = Box(40, 26, width - 8, height - 44)
     speeds = [p.speed for p in points]
     shares = [a for p in points for a in (p.accuracy, *(p.interval or ()))]
@@ -88,7 +88,7 @@ def _band(bottom: float, top: float) -> tuple[float, float]:
 
 
 def _ticks(x: Scale, area: Box) -> list[tuple[float, str]]:
-    """As many as stand apart and inside."""
+    """The ticks inside the scale, as many as do not touch."""
     for most in range(8, 0, -1):
         ticks = [(x(v), f"{v:,.10g}") for v in x.ticks(most)]
         boxes = [(at - width_of(text) / 2, at + width_of(text) / 2) for at, text in ticks]
@@ -119,7 +119,7 @@ class Step:
 
 @dataclass(frozen=True)
 class History:
-    """One configuration's tokens/s, run after run; the newest's text says how it changed on the one before.
+    """One configuration's tokens/s, run after run; the newest's text gives its change from the one before.
 
     base is the axis's y, lines join neighbouring runs. values are texts at (x in percent, y, anchor), commits at (x,
     anchor) under the axis.
@@ -134,7 +134,7 @@ class History:
     commits: list[tuple[float, str, str]]
 
 
-NARROWEST = 260  # pixels that a panel of style.css has at the least
+NARROWEST = 260  # the minimum width in pixels of a panel in style.css
 
 
 def history(values: list[float | None], commits: list[str], height: int = 116) -> History:
@@ -162,7 +162,7 @@ def history(values: list[float | None], commits: list[str], height: int = 116) -
 
 
 def _beside(end: Step, neighbour: Step, base: float) -> float:
-    """Where the text of an end of the line stands: above it, or below where the line comes down to it."""
+    """Where the text of an end of the line goes: above it, or below if the line comes down to it."""
     return end.y + 17 if neighbour.y < end.y - 3 and end.y + 21 < base else end.y - 9
 
 
@@ -171,7 +171,7 @@ def _change(before: float | None, now: float | None) -> str:
 
 
 def _apart(at: list[float], texts: list[str]) -> list[tuple[float, str, str]]:
-    """The newest text, the oldest, and of the others those that fit between."""
+    """The newest text, the oldest, and those of the others that fit between."""
     chosen: list[int] = []
     for i in [len(at) - 1, 0, *range(len(at) - 2, 0, -1)]:
         if all(not _overlap(at[i], texts[i], at[j], texts[j]) for j in chosen):

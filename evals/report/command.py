@@ -12,7 +12,7 @@ from evals.results.samples import beside, of_run, read_samples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; 0, or 2 with one line on stderr where a file cannot be read, understood or written."""
+    """Writes the page. -> 0, or 2 with one line on stderr if a file cannot be read, understood or written."""
     parser = argparse.ArgumentParser(
         prog="python -m evals report", description="One self-contained HTML page from a run of the suite."
     )
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _found(paths: list[Path], run: StoredRun, is_named: bool) -> Found:
-    """The run's answers. Raises ValueError where files that were named are not theirs; of others that is only told."""
+    """The run's answers. Raises ValueError if files that were named are of another run; for others this is only
+    reported."""
     file = ", ".join(path.name for path in paths)
     is_random = any(c.weights == "random" for c in run.configurations)
     if not paths or (is_random and not is_named):

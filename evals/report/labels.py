@@ -1,4 +1,4 @@
-"""Labels beside the marks of a scatter: each as near as it fits without covering a mark or another label."""
+"""Labels beside the marks of a scatter: each as near as possible without covering a mark or another label."""
 
 import unicodedata
 from collections import defaultdict
@@ -9,7 +9,7 @@ from typing import NamedTuple
 SIZE = 12  # of a label's font, in pixels
 HEIGHT = SIZE + 3
 ROUNDS = 3
-MARK = 7  # half a mark's width, with some room
+MARK = 7  # half a mark's width, with some margin
 
 
 # Two marks nearer than this in both directions hide each other.
@@ -48,7 +48,7 @@ class Boxes:
                 self._near[square].append(box)
 
     def meets(self, box: Box, but: Box | None = None) -> bool:
-        """Whether one of them meets `box`, `but` left out."""
+        """Whether any box except `but` meets `box`."""
         near = (self._near[square] for square in self._squares(box) if square in self._near)
         return any(other is not but and box.meets(other) for others in near for other in others)
 
@@ -68,7 +68,8 @@ class Label(NamedTuple):
 
 
 def width_of(text: str) -> float:
-    """In pixels, at most: no system's sans-serif face in wide use is wider than DejaVu Sans, from which these are."""
+    """An upper bound in pixels: no widely used sans-serif system font is wider than DejaVu Sans, the source of these
+    widths."""
     return SIZE * sum(map(_em, text))
 
 
@@ -81,7 +82,7 @@ def _em(c: str) -> float:
 
 
 def shortened(text: str, pixels: float) -> str:
-    """The text, cut where it would be wider."""
+    """The text, cut if it would be wider."""
     if width_of(text) <= pixels:
         return text
     end = next(i for i in range(1, len(text) + 1) if width_of(text[:i] + "…") > pixels)
@@ -89,8 +90,8 @@ def shortened(text: str, pixels: float) -> str:
 
 
 def apart(marks: list[tuple[float, float]], first: list[bool], area: Box) -> list[tuple[float, float]]:
-    """Where the marks are drawn: in their places, but beside those that they would cover; the marks of `first` choose
-    first. One that finds no free place near its own stays there."""
+    """Where the marks are drawn: in their places, except beside marks that they would cover; the marks of `first`
+    choose first. One that finds no free place near its own stays there."""
     drawn: dict[int, tuple[float, float]] = {}
     steps = sorted(product(range(-3, 4), repeat=2), key=lambda step: (step[0] ** 2 + step[1] ** 2, abs(step[1])))
     for i in sorted(range(len(marks)), key=lambda i: not first[i]):
@@ -111,7 +112,7 @@ def _mark(x: float, y: float) -> Box:
 def place(
     marks: list[tuple[float, float]], choices: list[list[list[str]]], first: list[bool], area: Box, lines: list[Box]
 ) -> list[Label | None]:
-    """A label for each mark, None where there is no room. Texts stay off the lines; leaders may cross them.
+    """A label for each mark, None if there is no room. Texts stay off the lines; leaders may cross them.
 
     Each of the choices gives every mark its texts, of which the first that fits is taken; the marks of `first` choose
     first. The first choice that labels every mark wins, else the one that labels most.
@@ -142,7 +143,7 @@ def _place(
     outwards: int,
 ) -> list[Label | None]:
     taken = Boxes(_mark(x, y) for x, y in marks)
-    # a name without a leader, above or under another mark, would seem to be that mark's
+    # without a leader, a name above or under another mark would seem to be that mark's
     around = [Box(x - MARK, y - MARK - HEIGHT, x + MARK, y + MARK + HEIGHT) for x, y in marks]
     foreign = Boxes(around)
     placed: list[Label | None] = [None] * len(marks)
@@ -164,8 +165,8 @@ def _candidates(
 ) -> Iterator[tuple[str, tuple[float, float], list[Box]]]:
     """Beside the mark, above and under it, then away from it on a leader: text, left and middle, its box, the leader's.
 
-    Where marks are taken from right to left, outwards is 1: texts that begin at their leaders leave leaders further
-    left their way. -1 is the mirror image.
+    If marks are taken from right to left, outwards is 1: texts begin at their leaders, which leaves room for leaders
+    further left. -1 is the mirror image.
     """
     for text in texts:
         width = width_of(text)

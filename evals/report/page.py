@@ -1,4 +1,4 @@
-"""The page: what it says, as plain values, and the template filled with them."""
+"""The page's content as plain values, and the template filled with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration `c` where it stands on the page: its number and name, and whether it is on the frontier."""
+    """A configuration `c` as shown on the page: its number and name, and whether it is on the frontier."""
 
     number: int
     name: str
@@ -52,12 +52,12 @@ class Row:
 
     @property
     def kind(self) -> int:
-        """Which mark and colour."""
+        """Its mark and colour."""
         return MODES.index(self.c.mode) if self.c.mode in MODES else len(MODES)
 
 
 class Source(NamedTuple):
-    """A source, its number of rows where that is known, and each row's accuracy there with its interval."""
+    """A source, its number of rows if known, and each row's accuracy there with its interval."""
 
     name: str
     n: int | None
@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the table: its name, its unit, and what stands in a configuration's cell (None: not known)."""
+    """A column of the table: its name, its unit, and the text of a configuration's cell (None: not known)."""
 
     name: str
     unit: str
@@ -74,8 +74,8 @@ class Column(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The graded answers of each configuration, by row id, where there are any; the file's name, and what is to be said
-    where there are none."""
+    """The graded answers of each configuration, by row id, if there are any; the file's name, and the message if there
+    are none."""
 
     answers: list[Answers] | None = None
     file: str = ""
@@ -122,7 +122,7 @@ def render(run: StoredRun, history_runs: list[StoredRun], samples: Found | None 
 
 
 def _answers(rows: list[Row], answers: list[Answers] | None) -> list[tuple[Row, list[Group], bool]]:
-    """Of each configuration that there are answers of, and whether there are vanilla's beside them."""
+    """For each configuration with answers, and whether there are vanilla's beside them."""
     if answers is None:
         return []
     of, by_row = baselines([row.c for row in rows]), {id(row.c): one for row, one in zip(rows, answers, strict=True)}
@@ -143,7 +143,7 @@ def columns(run: list[Configuration]) -> list[Column]:
         return lambda c: _ratios(c, of)[index]
 
     of = baselines(run)
-    # what a telephone has room for comes first
+    # what fits on a phone comes first
     return [
         Column("speed", "tokens/s", field("tokens_per_second", ",.1f")),
         Column("accuracy", "%", lambda c: percent(c.accuracy)),
@@ -270,8 +270,8 @@ def _scatters(rows: list[Row]) -> list[Scatter]:
 
 
 def _scores(rows: list[Row]) -> list[tuple[Row, int | None, str, float, int]]:
-    """AUP of each mode, block length and window that several rules were measured with, and of how many; with the first
-    of their rows."""
+    """AUP of each mode, block length and window measured with several rules, and the number of rules; with the first of
+    their rows."""
     first: dict[tuple, Row] = {}
     points = []
     for row in rows:
@@ -300,7 +300,8 @@ def _histories(rows: list[Row], runs: list[StoredRun]) -> list[tuple[Row, Histor
 
 
 def _commit(run: StoredRun) -> str:
-    """Short enough for an axis, without what `git describe` says before the hash; "+": files differed from it."""
+    """Short enough for an axis, without the part that `git describe` puts before the hash; "+": files differed from
+    it."""
     if run.commit is None:
         return f"{run.when:%m-%d}"
     return run.commit.removesuffix("+").rsplit("-g", 1)[-1][:7] + "+" * run.commit.endswith("+")

@@ -1,25 +1,25 @@
-"""Single answers on the page: those lost and won against `vanilla`, and those that held nothing to judge."""
+"""Single answers on the page: those lost and won against `vanilla`, and those in which nothing was found to judge."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from evals.results.samples import Sample
 
-SHOWN = 20  # answers of a group; all are in the file
-LENGTH = 2000  # characters of a text
+SHOWN = 20  # answers shown of a group; the file has all
+LENGTH = 2000  # characters shown of a text
 
 Answers = dict[str, Sample]
 
 
 class Pair(NamedTuple):
-    """An answer, and vanilla's to the same row where there is one."""
+    """An answer, and vanilla's to the same row if there is one."""
 
     answer: Sample
     vanilla: Sample | None
 
 
 class Group(NamedTuple):
-    """What its answers have in common, how many there are, and the first of them."""
+    """What its answers have in common, their number, and the first of them."""
 
     title: str
     number: int
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 def groups(answers: Answers, vanilla: Answers | None) -> list[Group]:
-    """Those of a configuration; vanilla's own have only answers without anything to judge (None)."""
+    """The groups of a configuration; vanilla's own has only the answers in which nothing was found to judge (None)."""
     both = [Pair(one, (vanilla or {}).get(row_id)) for row_id, one in answers.items()]
     compared = [pair for pair in both if pair.vanilla is not None]
     found = [
@@ -48,7 +48,7 @@ def gold(sample: Sample) -> str:
 
 
 def cut(text: str) -> str:
-    """The text, without its middle where it is long."""
+    """The text, without its middle if it is long."""
     if len(text) <= LENGTH:
         return text
     half = LENGTH // 2

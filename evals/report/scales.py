@@ -1,4 +1,4 @@
-"""Axes: where a value lies, and the round values that are marked."""
+"""Axes: the place of a value, and the round values that are marked."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ def _logarithmic(low: float, high: float) -> Iterator[list[float]]:
 
 
 def around(values: Sequence[float], logarithmic: bool, room: float, most: float = math.inf) -> tuple[float, float]:
-    """Limits beyond the values by a little, by `room` at least, never below 0 or above `most`; never equal."""
+    """Limits a little beyond the values, by `room` at least, never below 0 or above `most`; never equal."""
     low, high = min(values), max(values)
     if logarithmic:
         factor = max((high / low) ** 0.06, 1.15)

@@ -1,1 +1,1 @@
-"""What a run stores, and what is made of stored runs: compared, merged, paired."""
+"""What a run stores, and how stored runs are compared, merged and paired."""

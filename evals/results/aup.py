@@ -1,7 +1,7 @@
-"""AUP, accuracy under parallelism: one number for what a decoder's settings trade of accuracy for tokens a forward.
+"""AUP, accuracy under parallelism: one number for how a decoder's settings trade accuracy for tokens a forward.
 
 By d3LLM's definition (hao-ai-lab/d3LLM, AUP_leaderboard/aup_utils.py, `get_aup`, with its alpha of 3 and offset of 5).
-There a fastest setting that is over 5 points worse than the slowest one is an error; here it is dropped as others are.
+There a fastest setting over 5 points worse than the slowest one is an error; here it is dropped like others.
 """
 
 import math
@@ -16,12 +16,12 @@ Key = TypeVar("Key")
 
 
 def aup(points: Iterable[Point], best: float) -> float:
-    """points: (tokens a forward, accuracy in per cent) of each setting. best: the best accuracy of all decoders that
-    are compared, in per cent.
+    """points: (tokens a forward, accuracy in per cent) of each setting. best: the best accuracy of all decoders
+    compared, in per cent.
 
-    The first point, that of the fewest tokens, counts in full; from there it is the area under accuracy times weight,
+    The first point, with the fewest tokens, counts in full; from there on it is the area under accuracy times weight,
     min(exp(-3 (1 - accuracy / best)), 1). Points more than 5 below the first are dropped. Of two with as many tokens
-    the better one comes first. Raises ValueError where there is no point.
+    the better one comes first. Raises ValueError if there is no point.
     """
     ordered = sorted(points, key=lambda point: (point[0], -point[1]))
     if not ordered:
@@ -37,7 +37,7 @@ def _weighted(accuracy: float, best: float) -> float:
 
 
 def scores(points: Iterable[tuple[Key, Point]]) -> dict[Key, tuple[float, int]]:
-    """Of each decoder that has several points its score, beside the best of all of them, and how many points."""
+    """Of each decoder with several points its score, relative to the best of all of them, and its number of points."""
     of: dict[Key, list[Point]] = defaultdict(list)
     for key, point in points:
         of[key].append(point)

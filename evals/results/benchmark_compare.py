@@ -1,4 +1,4 @@
-"""--benchmark-compare and --benchmark-compare-fail: what pytest-benchmark would pass over in silence, or trip over."""
+"""--benchmark-compare and --benchmark-compare-fail: cases that pytest-benchmark ignores silently or fails on."""
 
 import os
 from typing import Any
@@ -10,13 +10,13 @@ from evals.files.outputs import add_failure
 from evals.results.reader import BadFile, check_content, read_file
 from evals.runs.configurations import is_configuration
 
-# Of the other run's statistics what pytest-benchmark's tables need.
+# Those of the other run's statistics that pytest-benchmark's tables need.
 _STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
 
 
 def check_option(compared: Any) -> None:
-    """Raises pytest.UsageError for a file that is not there or is none of --benchmark-json, of which pytest-benchmark
-    only warns. A number, or the beginning of one, is a run's of the history."""
+    """Raises pytest.UsageError for a file that does not exist or is not of --benchmark-json; pytest-benchmark only
+    warns of these. A number, or the beginning of one, names a run of the history."""
     if not isinstance(compared, str):
         return
     if os.path.isfile(compared):
@@ -25,13 +25,13 @@ def check_option(compared: Any) -> None:
         except BadFile as error:
             raise pytest.UsageError(f"--benchmark-compare: {error}") from error
         return
-    # of deeper paths pytest-benchmark's history knows nothing, and ends in a traceback
+    # pytest-benchmark's history finds no deeper paths, and ends in a traceback
     if compared.endswith(".json") or compared.count("/") > 1:
         raise pytest.UsageError(f"--benchmark-compare: there is no file {compared!r}")
 
 
 def check_compared(config: pytest.Config, content: dict[str, Any]) -> None:
-    """Of a file to compare with. Raises pytest.UsageError that names the field which is not what it should be."""
+    """Checks a file to compare with. Raises pytest.UsageError that names the field which is wrong."""
     about = f"--benchmark-compare: {config.getoption('benchmark_compare')}"
     try:
         file = check_content(content, about)
@@ -45,7 +45,7 @@ def check_compared(config: pytest.Config, content: dict[str, Any]) -> None:
 
 
 def check_collected(session: pytest.Session, benchmarks: BenchmarkSession) -> None:
-    """Ends a session of --benchmark-compare-fail, before it runs, that the other run has no test of."""
+    """Ends a session of --benchmark-compare-fail before it runs, if the other run has none of its tests."""
     known = _known(benchmarks)
     if benchmarks.compare_fail and not any(item.nodeid in known for item in session.items):
         names = ", ".join(sorted(known)[:3]) or "no test that can be compared here"
@@ -54,7 +54,7 @@ def check_collected(session: pytest.Session, benchmarks: BenchmarkSession) -> No
 
 
 def tell_compared(config: pytest.Config, reporter: pytest.TerminalReporter, benchmarks: BenchmarkSession) -> None:
-    """After the run: what --benchmark-compare-fail has not judged. Where that is all of it, the session fails."""
+    """After the run: lists what --benchmark-compare-fail has not judged. If that is everything, the session fails."""
     if not benchmarks.compare_fail:
         return
     known = _known(benchmarks)

@@ -22,22 +22,22 @@ from evals.runs.configurations import ALONE, PLAIN, RESUMED, is_configuration
 
 NOT_WORSE, WORSE, NOT_COMPARABLE = range(3)
 
-# Where one of these differs, two runs answer different questions.
+# If one of these differs, two runs answer different questions.
 QUESTION = (
     *("mode", "unmasking", "block_length", "denoising_steps", "rule_value", "max_tokens", "temperature", "ignore_eos"),
     *("batch_size", "dataset", "n", "rows_sha256", "prompts_version", "prompts_truncated", "grader_versions"),
     *("model", "weights", "dtype", "quantization"),
     *PLAIN,
 )
-# The same of the steps, beside those that they have in common with configurations.
+# The same for steps, besides the fields that they share with configurations.
 STEP_QUESTION = ("requests", "prompt_tokens", "new_tokens", "max_num_seqs")
-# Where one of these differs, speed and memory say nothing of the code. Those of SOFTWARE are merely told.
+# If one of these differs, speed and memory say nothing about the code. Those of SOFTWARE are only reported.
 MACHINE = ("device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "shards")
 SOFTWARE = ("torch", "cuda", "transformers", "python")
-# What is judged, and what it takes to judge it.
+# What is judged, and the fields that judging needs.
 FIGURES = ("unmasking", "n", "nfe", "tokens_per_second", "peak_memory_gib", "accuracy")
-# What a GPU's time of one round is taken to be known to, as a share. Of a CPU's nothing is known: on two cores that
-# others used too, tokens/s of the same code were up to 1.7 times as many in one of two such runs.
+# The assumed error of a GPU's time from one round, as a share. None is assumed for a CPU: on two shared cores, tokens/s
+# of the same code differed by up to a factor of 1.7 between two runs.
 ERROR_OF_ONE_ROUND = 0.1
 
 Info = dict[str, Any]
@@ -50,7 +50,7 @@ class NotComparable(Exception):
 
 @dataclass
 class Comparison:
-    """lines are a table; worse and notes are sentences. The new result is worse where `worse` is not empty."""
+    """lines are a table; worse and notes are sentences. The new result is worse if `worse` is not empty."""
 
     margin: float
     max_accuracy_loss: float
@@ -60,7 +60,7 @@ class Comparison:
 
 
 def read(path: str) -> dict[str, Info]:
-    """The extra_info of each benchmark of a result file but for kernels and steps, by name. Raises NotComparable."""
+    """The extra_info of each benchmark of a result file except kernels and steps, by name. Raises NotComparable."""
     try:
         file = read_file(path)
         check_whole(file, path, FIGURES)
@@ -83,10 +83,10 @@ def compare(
     max_accuracy_loss: float = 0.03,
     allow_missing: bool = False,
 ) -> Comparison:
-    """margin: the share by which tokens/s may fall, beyond what their rounds leave open, and peak memory rise.
+    """margin: the share by which tokens/s may fall, beyond the uncertainty of their rounds, and peak memory rise.
     max_accuracy_loss: a share of the rows.
 
-    Raises NotComparable where the two are of different rows or settings.
+    Raises NotComparable if the two have different rows or settings.
     """
     result = Comparison(margin, max_accuracy_loss)
     matches = _match(old, new, result, allow_missing)
@@ -130,8 +130,8 @@ def _match(old: dict[str, Info], new: dict[str, Info], result: Comparison, allow
 
 
 def differences(before: Info, after: Info) -> list[str]:
-    """Settings that differ. One that either side lacks, as a file of an older commit may, is passed over; a file that
-    does not say which blocks were open is of one at a time."""
+    """Settings that differ. A setting that either side lacks, as a file of an older commit may, is ignored; a file that
+    does not say which blocks were open had one open at a time."""
     before, after = PLAIN | before, PLAIN | after
     both = [key for key in QUESTION + STEP_QUESTION if key in before and key in after]
     found = [f"{key} was {before[key]}, is {after[key]}" for key in both if before[key] != after[key]]
@@ -192,7 +192,7 @@ def _judge_speed(name: str, before: Info, after: Info, result: Comparison) -> No
 
 
 def _is_unknown_time(info: Info) -> bool:
-    """Whether it has a speed of which nothing says how well it is known."""
+    """Whether it has a speed whose uncertainty is not known."""
     on_cpu, speed = info.get("device") == "cpu", info.get("tokens_per_second")
     return on_cpu and speed is not None and info.get("relative_error") is None
 
@@ -221,8 +221,8 @@ def _judge_accuracy(name: str, before: Info, after: Info, result: Comparison) ->
 
 
 def unpaired_loss(before: Info, after: Info) -> float:
-    """The share that was lost at least, with 97.5 % confidence (R. G. Newcombe, method 10, Statistics in Medicine 17,
-    1998, p. 873)."""
+    """The share lost at least, with 97.5 % confidence (R. G. Newcombe, method 10, Statistics in Medicine 17, 1998, p.
+    873)."""
     low, _ = wilson_interval(_right(before), before["n"])
     _, high = wilson_interval(_right(after), after["n"])
     before, after = before["accuracy"], after["accuracy"]

@@ -1,4 +1,4 @@
-"""Runs of a session held against each other: their ratios, and the file of `--output`."""
+"""Runs of a session compared with each other: their ratios, and the file of `--output`."""
 
 import json
 import statistics
@@ -39,7 +39,7 @@ def write_comparison(path: str, runs: list[Run], settings: Settings, about: dict
 
 
 def baselines(case: Case, runs: list[Run]) -> tuple[Run | None, Run | None]:
-    """The runs that `case` is compared with: the standard decoding in as many steps in all, and `vanilla`."""
+    """The runs that `case` is compared with: standard decoding with as many steps in all, and `vanilla`."""
     same = [run for run in runs if run.case.unmasking == case.unmasking]
     steps = total_steps(case.params)
     standard = [run for run in same if run.case.mode == STANDARD and total_steps(run.case.params) == steps]
@@ -71,7 +71,7 @@ def _ratios(run: Run | None, baseline: Run | None) -> dict[str, Any] | None:
 
 
 class SpeedUp(NamedTuple):
-    """A ratio of tokens/s and its 95 % interval, which is not known where either was timed once."""
+    """A ratio of tokens/s and its 95 % interval, which is not known if either was timed only once."""
 
     value: float
     interval: tuple[float, float] | None
@@ -86,7 +86,7 @@ def _short(ratio: float) -> str:
 
 
 def speed_up(run: Run | None, baseline: Run | None) -> SpeedUp | None:
-    """None where either is missing, was resumed, or has no tokens."""
+    """None if either is missing, was resumed, or has no tokens."""
     if run is None or baseline is None or not baseline.tokens or not run.seconds or not baseline.seconds:
         return None
     value, factor = run.tokens_per_second / baseline.tokens_per_second, ratio_factor(run.rounds, baseline.rounds)
@@ -94,7 +94,7 @@ def speed_up(run: Run | None, baseline: Run | None) -> SpeedUp | None:
 
 
 def intervals(run: Run, runs: list[Run]) -> dict[str, tuple[float, float] | None]:
-    """Of the speed-ups, as stored beside the figures; the run's own ratio to itself has none."""
+    """The speed-ups' intervals, as stored beside the figures; a run's ratio to itself has none."""
     ratios = [None if baseline is run else speed_up(run, baseline) for baseline in baselines(run.case, runs)]
     standard, semi = [ratio and ratio.interval for ratio in ratios]
     return {"interval_over_standard": standard, "interval_over_vanilla": semi}

@@ -13,9 +13,9 @@ from evals.runs.run import Run
 
 
 def letters(llm: LLM, rows: list[Row], ask: Ask = messages) -> list[ChoiceOutput]:
-    """Of each row the probabilities of its choices' letters, " A" and so on, behind its prompt and "The answer is".
+    """Of each row the probabilities of its choices' letters, " A" and so on, after its prompt and "The answer is".
 
-    Raises ValueError where a prompt and a letter are longer than the model takes.
+    Raises ValueError if a prompt and a letter are longer than the model takes.
     """
     encode = llm.tokenizer.encode
     encoded = [encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
@@ -40,7 +40,7 @@ def figures(
 
 
 def _of_run(run: Run, rows: list[Row], ids: set[str]) -> dict[str, Any]:
-    """The seconds are known where it answered no other rows."""
+    """The seconds are known only if it answered no other rows."""
     grades = [grade.correct for row, grade in zip(rows, run.grades, strict=True) if row["id"] in ids]
     seconds = run.median_seconds if len(grades) == len(rows) else None
     case = run.case
@@ -53,7 +53,7 @@ def _of_run(run: Run, rows: list[Row], ids: set[str]) -> dict[str, Any]:
 
 
 def table(infos: list[dict[str, Any]]) -> list[str]:
-    """A line by likelihood, and one of each configuration by generation."""
+    """A line for the likelihood, and one for each configuration by generation."""
     lines = []
     for info in infos:
         lines.append(_line("by the letter's likelihood", info, info["n"]))
@@ -70,5 +70,5 @@ def _line(name: str, info: dict[str, Any], number: int) -> str:
 
 
 def about(rows: list[Row], environment: dict[str, Any]) -> dict[str, Any]:
-    """What the figures are figures of."""
+    """What the figures depend on."""
     return environment | {LIKELIHOOD: rows[0]["source"], "n": len(rows)}

@@ -1,7 +1,8 @@
-"""`python -m evals merge OUT SHARD...`: the pytest-benchmark files of a run's shards (--shard) as the file of one run.
+"""`python -m evals merge OUT SHARD...`: merges the pytest-benchmark files of a run's shards (--shard) into one run's
+file.
 
 Rows, tokens, forwards and grades are those of all rows, in their order. The time is the slowest shard's, as if all had
-run at once, each on a device of its own; tokens/s follow from it, and latencies over all rows are not known (null).
+run at once, each on its own device; tokens/s follow from it, and latencies over all rows are not known (null).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from evals.runs.configurations import RESUMED
 
 Json = dict[str, Any]
 
-# What is added up, besides the settings, which must agree.
+# What is added up; the settings must agree.
 FIGURES = (
     *("n", "tokens", "steps", "nfe", "prompts_truncated", "stopped", "resumed", "shard", "rows", "accuracy", "seconds"),
     *("forwards", "rounds", "mean_prompt_tokens", "peak_memory_gib", "dataset_revisions"),
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(options.out, options.shards)
         result = merge([(str(path), read(path)) for path in options.shards])
         text = json.dumps(result, indent=4, allow_nan=False) + "\n"
-        # what each file may say, their sum may not
+        # each file may be valid and their sum not
         check_content(json.loads(text), "the sum of the shards")
         write_output(options.out, text)
     except ValueError as error:
@@ -76,7 +77,7 @@ def read(path: Path) -> Json:
 def merge(files: list[tuple[str, Json]]) -> Json:
     """(name, content) of every shard's file, in any order -> the content of one.
 
-    Raises ValueError, naming them, for shards that are missing, there twice or of different rows or settings.
+    Raises ValueError, naming the shards, if some are missing, duplicated, or of different rows or settings.
     """
     _check_shards([(path, _shard(content)) for path, content in files])
     by_name: dict[str, dict[str, Json]] = defaultdict(dict)
@@ -107,7 +108,7 @@ def _check_shards(shards: list[tuple[str, Json]]) -> None:
     faults = [f"shard {i} is there {len(same)} times: {', '.join(same)}" for i, same in paths.items() if same[1:]]
     number = base["of"] - len(paths)
     if number:
-        # the number of shards may be any, in a file that is damaged
+        # in a damaged file, the number of shards may be anything
         missing = islice((str(index) for index in count(1) if index not in paths), min(number, 9))
         more = ", ..." if number > 9 else ""
         faults.append(f"missing of {base['of']} shards: {', '.join(missing)}{more}")
@@ -131,7 +132,7 @@ def _check_settings(name: str, benchmarks: dict[str, Json], paths: list[str]) ->
 
 
 def _merge_benchmark(benchmarks: list[Json]) -> Json:
-    """pytest-benchmark's own record is that of the slowest shard."""
+    """pytest-benchmark's own record is the slowest shard's."""
     slowest = max(benchmarks, key=lambda benchmark: benchmark["stats"]["median"])
     resumed = next((benchmark for benchmark in benchmarks if benchmark["extra_info"]["resumed"]), slowest)
     titles = {key: resumed[key] for key in ("group", "name", "fullname")}
@@ -140,7 +141,8 @@ def _merge_benchmark(benchmarks: list[Json]) -> Json:
 
 
 def _combine(infos: list[Json]) -> Json:
-    """What of the shards' extra_info has another value for all rows; the rest are settings, which must agree."""
+    """The fields of the shards' extra_info whose value differs for all rows; the rest are settings, which must
+    agree."""
     sums = {
         k: sum(i[k] for i in infos) for k in ("n", "tokens", "steps", "nfe", "prompts_truncated", "stopped", "resumed")
     }
@@ -181,7 +183,7 @@ def _combine(infos: list[Json]) -> Json:
 
 
 def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
-    """The shards' means, weighted by their rows; a key that is not there is of a run before it was stored."""
+    """The shards' means, weighted by their rows; a missing key means a run from before it was stored."""
     weighted = [(i[key][source] * i["n_by_source"][source], source) for i in infos for source in i.get(key, {})]
     measured = {source for _, source in weighted}
     return {
@@ -190,18 +192,19 @@ def _mean_by_source(key: str, infos: list[Json], sources: Counter[str]) -> Json:
 
 
 def _unextracted(infos: list[Json]) -> Json:
-    """Not known where a shard is of a run before it was stored."""
+    """Not known if a shard is from before it was stored."""
     if any("unextracted_by_source" not in i for i in infos):
         return {}
     found: Counter[str] = Counter()
     for info in infos:
-        # not by adding counters, which drops what is 0
+        # not by adding counters, which drops zeros
         found.update(info["unextracted_by_source"])
     return dict(found)
 
 
 def _loading(infos: list[Json]) -> Json:
-    """The most of any shard, which one of an older commit does not know; ratios of merged times have no interval."""
+    """The maximum over the shards, not known if one of an older commit lacks it; ratios of merged times have no
+    interval."""
     known = ("first_seconds", "load_seconds", "capture_seconds", "graphs", "graph_bytes")
     most = {key: max((i[key] for i in infos if i.get(key) is not None), default=None) for key in known}
     unsteady = "; ".join(dict.fromkeys(i["unsteady"] for i in infos if i.get("unsteady"))) or None

@@ -1,4 +1,4 @@
-"""What a decoding mode loses in accuracy against `vanilla`, from the answers to the same rows.
+"""The accuracy that a decoding mode loses against `vanilla`, from the answers to the same rows.
 
 Two modes answer most rows alike, so the rows on which they differ say far more than two separate accuracies would.
 """
@@ -19,7 +19,7 @@ _Z = NormalDist().inv_cdf(CONFIDENCE)
 
 
 class Paired(NamedTuple):
-    """n rows answered twice; `lost` of them rightly by vanilla alone, `won` rightly by the other mode alone."""
+    """n rows answered twice; `lost` of them correctly by vanilla alone, `won` correctly by the other mode alone."""
 
     n: int
     lost: int
@@ -27,7 +27,7 @@ class Paired(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """The share of right answers lost; negative where more are won."""
+        """The share of correct answers lost; negative if more are won."""
         return (self.lost - self.won) / self.n
 
     def lower(self) -> float:
@@ -45,16 +45,18 @@ class Paired(NamedTuple):
         return min(1.0, 2 * tail / 2**changed)
 
     def rows_needed(self, margin: float) -> int:
-        """Rows on which `upper` would fall below `margin` with 80 % power, were nothing lost and as many rows changed.
+        """Rows on which `upper` would fall below `margin` with 80 % power, if nothing were lost and as many rows
+        changed.
 
-        A normal approximation; half a changed row is added, so that none is not taken for never.
+        A normal approximation; half a changed row is added, so that zero changed rows are not taken for "never".
         """
         z = _Z + NormalDist().inv_cdf(_POWER)
         changed = (self.lost + self.won + 0.5) / (self.n + 1)
         return math.ceil(z * z * changed / margin**2)
 
     def _bound(self, sign: int) -> float:
-        """Where Tango's score statistic, falling in the loss, is sign * z (Statistics in Medicine 17, 1998, p. 891)."""
+        """Where Tango's score statistic, which falls with the loss, is sign * z (Statistics in Medicine 17, 1998, p.
+        891)."""
         low, high = -1.0, 1.0
         while high - low > 1e-9:
             middle = (low + high) / 2
@@ -74,7 +76,7 @@ class Paired(NamedTuple):
 
 
 def paired(run: "Run", runs: list["Run"]) -> Paired | None:
-    """The run's answers beside those of `vanilla` to the same rows; None where there is no such run, or no grades."""
+    """The run's answers beside those of `vanilla` to the same rows; None if there is no such run, or no grades."""
     vanilla = next((other for other in runs if is_baseline(other.case, run.case)), None)
     if vanilla is None or vanilla is run or not run.grades or not vanilla.grades:
         return None
@@ -88,7 +90,7 @@ def pair(before: list[Grade], after: list[Grade]) -> Paired:
 
 
 def against_vanilla(run: "Run", runs: list["Run"]) -> dict[str, Any] | None:
-    """What a benchmark's record says of it; None where there is no such pair."""
+    """The pair as a benchmark's record stores it; None if there is no such pair."""
     both = paired(run, runs)
     return stored(both) if both is not None else None
 
@@ -100,12 +102,13 @@ def stored(both: Paired) -> dict[str, Any]:
 
 
 def rule_width(runs: list["Run"]) -> int:
-    """Of a table's column of rules."""
+    """The width of a table's column of rules."""
     return max([14, *(len(rule_name(run.case.params)) + 1 for run in runs)])
 
 
 def losses(runs: list["Run"], margin: float) -> list[str]:
-    """A line per configuration: rows lost and won against `vanilla`, and what these rows are too few to see."""
+    """A line per configuration: rows lost and won against `vanilla`, and the loss that these rows are too few to
+    detect."""
     lines, width = [], rule_width(runs)
     for run in runs:
         both = paired(run, runs)

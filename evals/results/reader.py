@@ -14,7 +14,7 @@ from evals.runs.configurations import ALONE, PLAIN
 
 
 class BadFile(ValueError):
-    """A file that is not what it should be; the message is one line that begins with the file's name."""
+    """A file that is not as expected; the message is one line that begins with the file's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class StoredRun:
-    """One file: its name without the folder, when it was written, its configurations (at least one), and how many
-    benchmarks of other tests it holds besides."""
+    """One file: its name without the folder, when it was written, its configurations (at least one), and its number of
+    benchmarks of other tests."""
 
     file: str
     when: datetime
@@ -41,8 +41,8 @@ class StoredRun:
 
 
 def read_file(path: StrPath) -> File:
-    """Raises BadFile where the file cannot be read, is none of pytest-benchmark's, or where a field is not what the
-    suite writes; one that is missing may be that of an older file."""
+    """Raises BadFile if the file cannot be read, is not pytest-benchmark's, or has a field that differs from what the
+    suite writes; a missing field may mean an older file."""
     try:
         content = from_json(read_bytes(path).removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
@@ -53,7 +53,7 @@ def read_file(path: StrPath) -> File:
 
 
 def check_content(content: Any, path: StrPath) -> File:
-    """The same of a file's content, read already."""
+    """`read_file` for content that has been read already."""
     try:
         checked = Content.model_validate(content)
     except ValidationError as error:
@@ -65,7 +65,7 @@ def check_content(content: Any, path: StrPath) -> File:
                 configurations[number] = Configuration.model_validate(_values(benchmark))
             except ValidationError as error:
                 raise BadFile(f"{path}: {benchmark.name!r:.80}: extra_info: {_what(error)}") from error
-    # what no field above is for
+    # for numbers in no field above
     bad = _bad_number(content)
     if bad:
         raise BadFile(f"{path}: {bad[0]}: must be a number below 1e300, got {bad[1]!r:.60}")
@@ -75,7 +75,7 @@ def check_content(content: Any, path: StrPath) -> File:
 
 
 def read_run(path: StrPath) -> StoredRun:
-    """For the report. Raises BadFile, also where a file holds no configuration."""
+    """For the report. Raises BadFile, also if a file holds no configuration."""
     file = read_file(path)
     configurations = list(file.configurations.values())
     if not configurations:
@@ -87,8 +87,8 @@ def read_run(path: StrPath) -> StoredRun:
 
 
 def check_whole(file: File, path: StrPath, fields: tuple[str, ...]) -> None:
-    """For who judges or adds: each configuration has these fields, null only where nothing was there to be known, and
-    what the fields say of the rows' number fits together. Raises BadFile."""
+    """For code that judges or adds: each configuration has these fields, null only if there was nothing to know, and
+    the fields agree on the number of rows. Raises BadFile."""
     for number, c in file.configurations.items():
         where = f"{path}: {file.benchmarks[number].name!r:.80}: extra_info"
         for field in fields:
@@ -112,7 +112,7 @@ def _may_be_null(c: Configuration, field: str) -> bool:
 
 
 def _misfit(c: Configuration) -> str | None:
-    """The first field that does not fit n, or those that it goes with."""
+    """The first field that does not agree with n, or with the fields that it goes with."""
     n = c.n
     if c.rows is not None and len(c.rows) != n:
         return f"rows: there are {len(c.rows)}, and n is {n}"
@@ -140,7 +140,7 @@ def _misfit(c: Configuration) -> str | None:
 
 
 def _bad_number(content: Any) -> tuple[str, float] | None:
-    """The first that no computing can use, and where it is."""
+    """The first number that cannot be computed with, and where it is."""
     left = [((), content)]
     while left:
         where, value = left.pop()
@@ -157,7 +157,8 @@ def _bad_number(content: Any) -> tuple[str, float] | None:
 
 
 def _values(benchmark: Benchmark) -> dict[str, Any]:
-    """extra_info with the block length that the test's parameters name; null for a dict is a dict not known."""
+    """extra_info with the block length from the test's parameters; null in place of a dict means that it is not
+    known."""
     info = benchmark.extra_info
     asked = (benchmark.params or {}).get("block_length", info.get("block_length"))
     known = {key: value for key, value in info.items() if value is not None or not key.endswith("_by_source")}

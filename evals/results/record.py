@@ -1,4 +1,4 @@
-"""What is stored of a run: its figures, and what they are figures of."""
+"""What is stored of a run: its figures, and what they depend on."""
 
 import dataclasses
 import platform
@@ -21,7 +21,7 @@ from evals.runs.settings import Case, Settings
 
 
 def question(case: Case, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration's figures are figures of, as known before the run: rows, settings and environment."""
+    """What a configuration's figures depend on, as known before the run: rows, settings and environment."""
     params = case.params
     return environment | {
         "n": len(settings.rows),
@@ -42,8 +42,8 @@ def question(case: Case, settings: Settings, truncated: int, environment: dict[s
 
 
 def loading(llm: LLM) -> dict[str, float | int]:
-    """What was done before the first request: seconds until the model was ready, in them those in which CUDA graphs
-    were captured, how many, and their memory."""
+    """The time before the first request: seconds until the model was ready, including those spent capturing CUDA
+    graphs, the number of graphs, and their memory."""
     stats = llm.stats
     return {
         "load_seconds": llm.load_seconds,
@@ -54,7 +54,7 @@ def loading(llm: LLM) -> dict[str, float | int]:
 
 
 def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[str, Any]) -> dict[str, Any]:
-    """One configuration's figures, as stored beside its timing. All numbers are finite; what is not known is None."""
+    """One configuration's figures, as stored beside its timing. All numbers are finite; unknown ones are None."""
     outputs = run.outputs
     latencies = sorted(output.metrics.total_seconds for output in outputs)
     sources = by_source(run, settings)
@@ -85,7 +85,7 @@ def extra_info(run: Run, settings: Settings, truncated: int, environment: dict[s
         "accuracy_by_source": {s: statistics.fmean(g.correct for g in grades) for s, grades in sources.items()},
         "score_by_source": {s: statistics.fmean(g.score for g in grades) for s, grades in sources.items()},
         "unextracted_by_source": unextracted(run, settings),
-        # what LongBench reports for its own sets, of the whole output
+        # LongBench reports this of the whole output for its own sets
         "longbench_f1_by_source": {
             s: statistics.fmean(g.longbench_f1 for g in grades)
             for s, grades in sources.items()

@@ -1,7 +1,7 @@
-"""The file of `--samples`: a line for each answer, with what was asked, what the grader read in it, and its grade.
+"""The file of `--samples`: a line for each answer, with the prompt, what the grader extracted, and its grade.
 
-A line is written as its answer comes, and again with the grade when its configuration is through: judging would take
-time from what is timed. lm-eval's `--log_samples` is the model.
+A line is written as its answer comes, and again with the grade when its configuration is finished: judging at once
+would add to the time that is measured. lm-eval's `--log_samples` is the model.
 """
 
 import json
@@ -19,21 +19,21 @@ from evals.results.reader import BadFile, StoredRun
 from evals.results.schema import Configuration, Count, Flag, Number, Text
 from evals.runs.configurations import variant
 
-if TYPE_CHECKING:  # who only reads needs no torch
+if TYPE_CHECKING:  # code that only reads needs no torch
     from blockinfer import RequestOutput
     from evals.questions.graders import Grade
     from evals.runs.run import Run
     from evals.runs.settings import Case
 
-# by which a line is known, also one of another version
+# what identifies a line, also one of another version
 _KNOWN = {"id", "text", "gold", "forwards"}
 
 
 class Sample(BaseModel):
-    """A line. The configuration is mode, block_length (the asked one), unmasking and variant, which is what the test's
-    id says of options that are not at their defaults, and which an older file lacks; prompt is what the model got;
-    tokens the positions before the first stop token, forwards those that the request took part in. Without a grade,
-    extracted, correct and score are None; with one, extracted is None where the grader found no answer."""
+    """A line. The configuration is mode, block_length (the requested one), unmasking and variant: the part of the
+    test's id for options that are not at their defaults, missing in older files. prompt is what the model got; tokens
+    the positions before the first stop token, forwards those that the request took part in. Without a grade, extracted,
+    correct and score are None; with one, extracted is None if the grader found no answer."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,17 +59,17 @@ class Sample(BaseModel):
 
 
 class Samples:
-    """The file while it is written, for this run alone. It is begun anew with the first answer: until then an earlier
-    one's stays."""
+    """The file while it is written, locked for this run. It is begun anew with the first answer: until then an earlier
+    run's file stays."""
 
     def __init__(self, path: StrPath) -> None:
-        """Raises ValueError for a file that cannot be written, that another run is writing, or that is of something
+        """Raises ValueError for a file that cannot be written, that another run is writing, or that holds something
         else."""
         self.path = os.fspath(path)
-        # lines with a grade could not be written, and why the last of them could not
+        # the number of graded lines that could not be written, and why the last of them could not
         self.lost, self.reason = 0, ""
         self._begun = False
-        # how far the file is written for good, and behind it the lines that are to be written again
+        # up to where the file is final, and the lines after it that are to be written again
         self._end = 0
         self._open: dict[Case, list[bytes]] = defaultdict(list)
         try:
@@ -91,7 +91,7 @@ class Samples:
         self._file.close()
 
     def add(self, case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput") -> None:
-        """An answer without its grade. That it cannot be written is told by `settle`, which writes it again."""
+        """Writes an answer without its grade. A failure is reported by `settle`, which writes it again."""
         line = _line(case, row, prompt, output, None)
         self._open[case].append(line)
         try:
@@ -103,7 +103,7 @@ class Samples:
             pass
 
     def settle(self, run: "Run", rows: list[dict[str, Any]], prompts: list[str]) -> None:
-        """The run's answers with their grades, in the rows' order, in place of those that were added."""
+        """Replaces the answers that were added by the run's answers with their grades, in the rows' order."""
         self._open.pop(run.case, None)
         grades = run.grades or [None] * len(rows)
         lines = [_line(run.case, *of) for of in zip(rows, prompts, run.outputs, grades, strict=True)]
@@ -155,7 +155,7 @@ def _line(case: "Case", row: dict[str, Any], prompt: str, output: "RequestOutput
 
 
 def read_samples(path: StrPath) -> list[Sample]:
-    """A last line that a kill has cut short is left out. Raises BadFile, naming the line."""
+    """Ignores a last line that a kill has cut short. Raises BadFile, naming the line."""
     try:
         *lines, _ = read_bytes(path).split(b"\n")
     except OSError as error:
@@ -174,7 +174,7 @@ def read_samples(path: StrPath) -> list[Sample]:
 
 
 def beside(results: StrPath, run: StoredRun) -> list[Path]:
-    """The files that the suite writes beside its results where no other is named, as far as they are there."""
+    """The files that the suite writes beside its results by default, as far as they exist."""
     first = run.configurations[0]
     names = [samples_name(None)]
     if first.shard is not None:
@@ -188,7 +188,7 @@ def beside(results: StrPath, run: StoredRun) -> list[Path]:
 def of_run(samples: Iterable[Sample], run: list[Configuration]) -> list[dict[str, Sample]]:
     """For each of the run's configurations its graded answers, by row id; none for one that the samples lack.
 
-    Raises ValueError where there are none, and where they are of another run: other rows, tokens, forwards or grades.
+    Raises ValueError if there are none, or if they are of another run: other rows, tokens, forwards or grades.
     """
     by_configuration: dict[tuple, dict[str, Sample]] = defaultdict(dict)
     for sample in samples:

@@ -1,4 +1,4 @@
-"""What stands in pytest-benchmark's files as the suite writes them: the one schema of all that read them."""
+"""The fields of pytest-benchmark's files as the suite writes them: the one schema for all code that reads them."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -8,20 +8,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from evals.results.wilson import wilson_interval
 from evals.runs.configurations import is_configuration
 
-# Neither a text nor a truth value is a number, whatever it says.
+# Neither a string nor a boolean is a number, whatever it says.
 _MOST = 10**15
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
-Number = Annotated[float, Field(strict=True, ge=0, le=_MOST)]  # not infinite either, nor NaN
+Number = Annotated[float, Field(strict=True, ge=0, le=_MOST)]  # also not infinite or NaN
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Change = Annotated[float, Field(strict=True, ge=-1, le=1)]
 Interval = tuple[Share, Share]
 
 
 def _not_tiny(value: float) -> float:
-    # the inverse of one so small, or its logarithm beside another's, is no figure any more
+    # for one this small, the inverse, or the logarithm beside another's, is no longer usable
     if 0 < value < 1 / _MOST:
         raise ValueError(f"must be 0 or at least {1 / _MOST:g}")
     return value
@@ -64,10 +64,10 @@ class Shard(BaseModel):
 
 
 class Configuration(BaseModel):
-    """What one configuration was and did: its `extra_info` (see evals/results/record.py). What a file lacks or left
-    unknown is None; `model_fields_set` tells the two apart.
+    """What one configuration was and did: its `extra_info` (see evals/results/record.py). A value that a file lacks or
+    left unknown is None; `model_fields_set` tells the two apart.
 
-    asked_block_length is the test id's; block_length, in vanilla_llada, is all of max_tokens.
+    asked_block_length is that of the test's id; block_length, in vanilla_llada, is all of max_tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -158,25 +158,26 @@ class Configuration(BaseModel):
         return None if accuracy is None or n is None else wilson_interval(round(accuracy * n), n)
 
     def often_unextracted(self) -> list[tuple[str, int, int]]:
-        """The sources in more than a tenth of whose answers nothing was found to judge: name, such answers, answers."""
+        """The sources with more than a tenth of answers in which nothing was found to judge: name, such answers,
+        answers."""
         found = [(s, k, self.n_by_source.get(s, 0)) for s, k in self.unextracted_by_source.items()]
         return [one for one in found if is_often(*one[1:])]
 
     @property
     def block_steps(self) -> int | None:
-        """The steps a full block may take; None is no limit, or not known."""
+        """The steps a full block may take; None means no limit, or not known."""
         if self.denoising_steps is None or self.block_length is None:
             return None
         return min(self.denoising_steps, self.block_length)
 
 
 def is_often(unextracted: int, n: int) -> bool:
-    """Whether so many answers without anything to judge, of n, are worth a word."""
+    """Whether this many of n answers without anything to judge should be reported."""
     return 10 * unextracted > n
 
 
 class Stats(BaseModel):
-    """Seconds of the rounds, as pytest-benchmark sums them up."""
+    """Seconds of the rounds, as pytest-benchmark summarizes them."""
 
     min: Number | None = None
     max: Number | None = None

@@ -1,4 +1,4 @@
-"""The lines that a person reads when a run is through."""
+"""The lines printed at the end of a run."""
 
 from typing import Any
 
@@ -31,18 +31,19 @@ def table(runs: list[Run]) -> list[str]:
 
 
 def number_format(info: dict[str, Any]) -> str:
-    """What the model computes in, as bfloat16, or "bfloat16 and fp8" where its layers are quantised."""
+    """The number format of the model's computation: such as bfloat16, or "bfloat16 and fp8" if its layers are
+    quantised."""
     return " and ".join(filter(None, (info["dtype"], info.get("quantization"))))
 
 
 def first_pass_line(runs: list[Run]) -> str | None:
-    """None where nothing was warmed up."""
+    """None if nothing was warmed up."""
     known = [f"{run.case.mode} {run.first_seconds:.2f}" for run in runs if run.first_seconds is not None]
     return f"first batch, untimed, a step a block, s: {', '.join(known)}" if known else None
 
 
 def aup_lines(runs: list[Run]) -> list[str]:
-    """A line where several rules of a mode at a block length were measured."""
+    """A line for each mode and block length that several rules were measured with."""
     points = [
         ((r.case.mode, r.case.block_length, *extras(r.case.params)), (r.tokens / r.nfe, 100 * r.accuracy))
         for r in runs
@@ -53,7 +54,7 @@ def aup_lines(runs: list[Run]) -> list[str]:
 
 
 def unextracted_lines(runs: list[Run], settings: Settings) -> list[str]:
-    """A line where more than a tenth of a configuration's answers to a source held nothing to judge."""
+    """A line if more than a tenth of a configuration's answers to a source held nothing to judge."""
     lines = []
     for run in runs:
         case, all_of = run.case, by_source(run, settings)

@@ -1,4 +1,4 @@
-"""The interval that goes with an accuracy. Apart from the record: the report needs it, and needs no torch."""
+"""The interval of an accuracy. Not in the record's module: the report needs it, and needs no torch."""
 
 
 def wilson_interval(correct: int, number: int) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""What is run: the settings, the configurations, a configuration's run, and what of it is kept."""
+"""What is run: the settings, the configurations, a configuration's run, and what is stored of it."""

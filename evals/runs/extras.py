@@ -1,4 +1,4 @@
-"""The options of the suite that say which blocks are open and edited, and which of its modes and rules read them."""
+"""The suite's options for open blocks and editing, and which of its modes and rules read them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Option = Callable[[str], Any]
 
 
 def check_extras(option: Option, modes: list[str], rules: list[str]) -> None:
-    """Raises pytest.UsageError for an option that no chosen mode and rule reads; some may leave it to the others."""
+    """Raises pytest.UsageError for an option that no chosen mode and rule reads; it is enough if one reads it."""
     for name in PLAIN:
         if _given(option, name) is None or any(_reads(option, name, mode, rule) for mode in modes for rule in rules):
             continue
@@ -32,7 +32,7 @@ _READERS = {
     "editing_threshold": "modes but vanilla_llada",
     "max_post_steps": "modes but vanilla_llada",
 }
-# These are read beside another option alone.
+# These are read only together with another option.
 _WITH = {
     "decoded_token_threshold": ("block_add_threshold", "below --block-add-threshold 1"),
     "max_post_steps": ("editing_threshold", "with --editing-threshold"),
@@ -40,7 +40,7 @@ _WITH = {
 
 
 def extra_options(option: Option, mode: str, rule: str) -> dict[str, Any]:
-    """Of SamplingParams, those that were given and that the mode with the rule reads."""
+    """The options of SamplingParams that were given and that the mode with the rule reads."""
     read = {name: _given(option, name) for name in PLAIN if _reads(option, name, mode, rule)}
     return {name: value for name, value in read.items() if value is not None}
 
@@ -58,14 +58,14 @@ def _differs(option: Option, field: str) -> bool:
 
 
 def _reads(option: Option, field: str, mode: str, rule: str) -> bool:
-    """The standard decoding is of one block, and its tokens stay."""
+    """Standard decoding has one block, and its tokens stay."""
     if field in ("suffix_window", "commit_delay"):
         return mode in (DROP_SUFFIX if field == "suffix_window" else MAY_DELAY)
     if mode == STANDARD or field in ("block_add_threshold", "editing_threshold"):
         return mode != STANDARD
     if field == "max_post_steps":
         return _differs(option, "editing_threshold")
-    # one block at a time, the next one is active when it opens
+    # with one block at a time, the next one is active when it opens
     return _differs(option, "block_add_threshold") and (
         RULES[rule].has_schedule or option("--denoising-steps") is not None
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def git_environment() -> dict[str, str]:
-    """os.environ without what makes git read or write another repository, or another index, than the folder's own.
+    """os.environ without the variables that make git use another repository, or another index, than the folder's own.
 
-    A hook of git, and so all that it starts, has such variables: GIT_INDEX_FILE, GIT_DIR. git itself lists them.
-    Raises OSError where there is no git, and CalledProcessError for one older than 1.7.
+    A git hook, and so all that it starts, has such variables: GIT_INDEX_FILE, GIT_DIR. git itself lists them. Raises
+    OSError if there is no git, and CalledProcessError for one older than 1.7.
     """
     if not any(name.startswith("GIT_") for name in os.environ):
         return dict(os.environ)
@@ -19,7 +19,7 @@ def git_environment() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None where this is no git checkout."""
+    """The checkout's commit, with "+" if files differ from it; None outside a git checkout."""
     try:
         command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
         folder = Path(__file__).parent

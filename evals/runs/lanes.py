@@ -1,7 +1,7 @@
 """Configurations side by side: each runs a part at a time, so that whatever slows the machine slows all of them.
 
-A run of minutes on a shared machine meets other neighbours than the next one: ratios of such times were seen to move by
-more than half from hour to hour. In turns of seconds all meet the same.
+On a shared machine, the load changes between runs of minutes: ratios of such times were seen to move by more than half
+from hour to hour. In turns of seconds all runs share the same load.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from blockinfer import LLM, RequestOutput, SamplingParams
 from blockinfer.engine.engine import Engine
 from evals.runs.rounds import Round
 
-# Of a round: with the default rows a few steps each. Fewer were seen to leave the ratios twice as uncertain.
+# Parts of a round: with the default rows a few steps each. Fewer were seen to leave the ratios twice as uncertain.
 PARTS = 128
 
 
 class Lane:
-    """One configuration's round over its prompts, which can be left between two steps: on an engine of its own around
-    the weights of `llm`, so that nothing but the time at which a step runs differs from `llm.generate`.
+    """One configuration's round over its prompts, which can pause between two steps: on an engine of its own with the
+    weights of `llm`, so that only the time at which a step runs differs from `llm.generate`.
 
-    outputs: in the order of the prompts, once all is done. The seconds in their metrics, like the round's, are those in
-    which this lane ran.
+    outputs: in the order of the prompts, once all is done. The seconds in their metrics, like the round's, count only
+    the time in which this lane ran.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Lane:
         return Round(sum(parts), self._engine.runner.stats.forwards, parts=parts)
 
     def go_on(self, share: float) -> None:
-        """Runs until this share of the positions to fill is filled; 1 is all of them."""
+        """Runs until this share of the positions to fill is filled; 1 means all of them."""
         begin = time.perf_counter()
         self._turns.append((begin, math.inf))
-        # what has no mask left may still be edited
+        # an answer without masks may still be edited
         while self._engine.has_unfinished() and (share == 1 or self._share_filled() < share):
             for output in self._engine.step():
                 output = self._in_own_time(output)
@@ -64,7 +64,7 @@ class Lane:
         self._turns[-1] = begin, time.perf_counter()
 
     def _share_filled(self) -> float:
-        """An answer that a stop token ended has filled all of its positions."""
+        """An answer that a stop token ended counts as filled."""
         running = sum(s.block_end - s.prompt_len - s.num_masked for s in self._engine.scheduler.running)
         return (self._positions_finished + running) / self._positions
 
@@ -80,7 +80,7 @@ class Lane:
 
 
 def side_by_side(lanes: Sequence[Lane]) -> dict[Lane, Exception]:
-    """Runs all to their ends, a part of each at a time; a lane that raises is left, and what it raised returned."""
+    """Runs all to their ends, a part of each at a time; a lane that raises is dropped, and its exception returned."""
     failed: dict[Lane, Exception] = {}
     for part in range(1, PARTS + 1):
         # there and back again: a machine that slows down steadily favours none

@@ -8,12 +8,12 @@ import torch
 
 
 def gpu_name(device: str) -> str | None:
-    """None where a run is on the CPU."""
+    """None if the run is on the CPU."""
     return torch.cuda.get_device_name() if device == "cuda" else None
 
 
 def cpu_name(device: str) -> str | None:
-    """The CPU's model where the system tells it, else its architecture; None where a run is on the GPU."""
+    """The CPU's model if the system tells it, else its architecture; None if the run is on the GPU."""
     if device == "cuda":
         return None
     try:
@@ -25,7 +25,7 @@ def cpu_name(device: str) -> str | None:
 
 
 def device_name(device: str, ranks: int = 1) -> str:
-    """Runs on devices of one name can be compared: so many GPUs, or a CPU with so many threads and processes."""
+    """Runs on devices of one name can be compared: GPUs with their number, or a CPU with its threads and processes."""
     gpu, threads = gpu_name(device), torch.get_num_threads()
     if gpu is not None:
         return f"{ranks} x {gpu}" if ranks > 1 else gpu
@@ -33,5 +33,5 @@ def device_name(device: str, ranks: int = 1) -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as that of a file: intel-xeon-processor-2-threads."""
+    """A device's name for use in a file's name: intel-xeon-processor-2-threads."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

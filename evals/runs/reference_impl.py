@@ -1,8 +1,8 @@
 """The checkpoint's own modelling code as a baseline, run through transformers under this engine's loop.
 
 The engine schedules, predicts, unmasks and counts as it does for `vanilla`; only the forward is the checkpoint's: the
-whole canvas of one request, without a cache. So the ratio to `vanilla` at batch size 1 is what the engine's own model
-and kernels bring, and their tokens should agree.
+whole canvas of one request, without a cache. So the ratio to `vanilla` at batch size 1 is the gain of the engine's own
+model and kernels, and their tokens should agree.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from blockinfer.kernels.ranks import ALONE
 
 
 class RemoteCodeModel(nn.Module):
-    """A transformers model in the place of the engine's, for one canvas at a time."""
+    """A transformers model in place of the engine's, for one canvas at a time."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class RemoteCodeModel(nn.Module):
 class ReferenceLLM(LLM):
     """`LLM` with the modelling code that `llm`'s checkpoint brings, one request at a time, for mode `vanilla` alone.
 
-    Runs that code. Raises ValueError where the checkpoint brings none, and where it does not load, saying which
-    transformers it was saved with.
+    Runs that code. Raises ValueError if the checkpoint brings none, or if it does not load, saying which transformers
+    it was saved with.
     """
 
     def __init__(self, llm: LLM) -> None:
         self.model_config, self.tokenizer = llm.model_config, llm.tokenizer
-        # the scheduler wants pages for one canvas, which nothing is written to
+        # the scheduler wants pages for one canvas, to which nothing is written
         self.config = dataclasses.replace(llm.config, max_num_seqs=1, enforce_eager=True, cudagraph_capture_sizes=None)
         model = _load(str(llm.config.model), llm.config.dtype).to(llm.config.device).eval()
         self._engine = Engine(RemoteCodeModel(model, llm.model_config), self.config, llm.tokenizer)

@@ -1,4 +1,4 @@
-"""Generations kept in a file as they come, so that the same command goes on where a killed run stopped."""
+"""Generations kept in a file as they come, so that the same command continues where a killed run stopped."""
 
 import dataclasses
 import hashlib
@@ -19,24 +19,24 @@ from blockinfer.outputs import CompletionOutput, RequestMetrics
 from evals.files import BadOutput, check_target, locked, write_output
 
 _START = b'{"key": "'
-# and the row's id, which older lines lack: it is for people, the key decides
+# and the row's id, which older lines lack: for readers only, lookups use the key
 _FIELDS = {"key", "completion", "metrics", "sha256"}
-# A line that a power cut has left without its end is filled up with them, by some file systems.
+# Some file systems fill up with these a line whose end a power cut has lost.
 _FILL = b"\0 \t\r"
 
 
 class Generations:
-    """The file of `--resume`: a line per finished request, of any settings, with the key of what decided it, and with a
-    hash of the line's other fields, which a damaged value does not have."""
+    """The file of `--resume`: a line per finished request, of any settings, with a key of everything that determined
+    it, and a hash of the line's other fields, which exposes damaged values."""
 
     def __init__(self, path: str | Path) -> None:
-        """Reads `path`, made where it is missing. Damaged lines are moved to a file beside it, all but a last one that
-        a kill has cut short; what they held is generated again.
+        """Reads `path`, made if it is missing. Damaged lines are moved to a file beside it, except a last one that a
+        kill has cut short; their requests are generated again.
 
-        Raises ValueError for a file that cannot be written, that another run is writing, or that is of something else.
+        Raises ValueError for a file that cannot be written, that another run is writing, or that holds something else.
         """
         self.path = os.fspath(path)
-        # lines that could not be written, and why the last of them could not
+        # the number of lines that could not be written, and why the last of them could not
         self.lost, self.reason = 0, ""
         self.damaged: list[int] = []
         try:
@@ -58,7 +58,7 @@ class Generations:
         whole = {number: fields for number, line in lines.items() if (fields := _parsed(line)) is not None}
         end = len(content) - len(last)
         if len(raw) in whole:
-            # but for its end
+            # except for its end
             end += len(last.rstrip(_FILL))
         elif len(raw) in lines and _START.startswith(lines[len(raw)][: len(_START)]):
             # it was being written
@@ -82,7 +82,7 @@ class Generations:
             file.flush()
             os.fsync(file.fileno())
         write_output(self.path, b"".join(lines[number] + b"\n" for number in whole))
-        # the file of that name is another one now
+        # that name is now another file
         self._file.close()
         self._file = locked(check_target(self.path))
 
@@ -93,7 +93,7 @@ class Generations:
         self._file.close()
 
     def take(self, settings: bytes, prompt_token_ids: list[int]) -> RequestOutput | None:
-        """A generation with these settings from this prompt, each once; None where there is none (any more)."""
+        """A generation with these settings from this prompt, each once; None if there is none (left)."""
         same = self._found[_key(settings, prompt_token_ids)]
         if not same:
             return None
@@ -103,12 +103,12 @@ class Generations:
 
     @property
     def num_left(self) -> int:
-        """Generations that were not taken: of other settings or other rows."""
+        """The number of generations that were not taken: of other settings or other rows."""
         return sum(len(same) for same in self._found.values())
 
     def append(self, settings: bytes, output: RequestOutput, row_id: str) -> None:
-        """The line survives the end of the process, not that of the machine. One that cannot be written is counted as
-        lost, and taken out: the run does not need it."""
+        """The line survives the end of the process, but not of the machine. One that cannot be written is counted as
+        lost, and removed: the run does not need it."""
         key = _key(settings, output.prompt_token_ids)
         line = {"key": key, "id": row_id, "completion": vars(output.outputs[0]), "metrics": vars(output.metrics)}
         end = os.fstat(self._file.fileno()).st_size
@@ -128,13 +128,13 @@ class Generations:
         return f"{lines} damaged: moved to {self.path}.damaged, to be generated again"
 
     def told_lost(self) -> str:
-        """What to do where lines could not be written."""
+        """What to do about lines that could not be written."""
         number = f"{self.lost} generation{'s' * (self.lost > 1)}"
         return f"--resume {self.path}: {number} could not be kept: {self.reason}. The same command would make them anew"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """What `append` wrote; None where it did not."""
+    """What `append` wrote; None for anything else."""
     try:
         fields = from_json(line)
     except ValueError:
@@ -158,8 +158,9 @@ def settings_hash(model: str, params: SamplingParams) -> bytes:
 
 
 def fingerprint(llm: LLM) -> str:
-    """A hash of all that decides a generation besides params and prompt: weights, shape, special tokens, number format,
-    device and the engine's code. Batch size and threads are left out: they change how sums round, and no more."""
+    """A hash of everything besides params and prompt that determines a generation: weights, shape, special tokens,
+    number format, device and the engine's code. Batch size and threads are left out: they only change how sums
+    round."""
     gpu = torch.cuda.get_device_name(llm.config.device) if llm.config.device.type == "cuda" else None
     about = [llm.model_config, llm.config.mask_token_id, sorted(llm.engine.stop_token_ids), llm.config.dtype, gpu]
     digest = hashlib.sha256(repr([about, torch.__version__, torch.version.cuda]).encode())

@@ -1,4 +1,4 @@
-"""Timed rounds: whether they are steady, whether they are enough, and how well they tell a ratio of two times."""
+"""Timed rounds: whether they are steady, whether they are enough, and how precisely they give a ratio of two times."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 class Round(NamedTuple):
     """One timed run over all rows: its seconds, the model's forwards, the CUDA graphs captured and kernels compiled in
-    it. parts: its seconds, part by part, where other configurations ran between the parts."""
+    it. parts: its seconds, part by part, if other configurations ran between the parts."""
 
     seconds: float
     forwards: int
@@ -26,9 +26,9 @@ class Round(NamedTuple):
 
 
 class Steadiness(NamedTuple):
-    """Of some rounds: the steady ones among them, and in words what was wrong with those before; None is nothing.
+    """The steady rounds, and in words what was wrong with those before them (None if nothing).
 
-    steady is None where a single round shows nothing wrong: there is nothing to hold it against.
+    steady is None if a single round shows nothing wrong: there is nothing to compare it with.
     """
 
     steady: bool | None
@@ -37,8 +37,8 @@ class Steadiness(NamedTuple):
 
 
 def steadiness(rounds: Sequence[Round]) -> Steadiness:
-    """Drops the rounds up to the last one that captured or compiled anything, else a first one that took another time
-    than the others. Where none would be left, all are."""
+    """Drops the rounds up to the last one that captured or compiled anything, else a first one whose time differs from
+    the others'. If none would be left, all are kept."""
     busy = [number for number, r in enumerate(rounds, 1) if r.graphs or r.compiled]
     if busy:
         graphs, compiled = sum(r.graphs for r in rounds), sum(r.compiled for r in rounds)
@@ -56,8 +56,8 @@ def steadiness(rounds: Sequence[Round]) -> Steadiness:
 
 
 def is_enough(rounds: Sequence[Round], max_seconds: float, relative_error: float, least: int = 3) -> bool:
-    """Whether these are enough: another would pass max_seconds, or the mean of the steady ones, of which there are at
-    least so many, is known well enough."""
+    """Whether these are enough: another would exceed max_seconds, or there are at least the required number of steady
+    ones, whose mean is known well enough."""
     seconds = [r.seconds for r in rounds]
     if sum(seconds) + statistics.fmean(seconds) > max_seconds:
         return True
@@ -66,20 +66,21 @@ def is_enough(rounds: Sequence[Round], max_seconds: float, relative_error: float
 
 
 def standard_error(seconds: Sequence[float]) -> float | None:
-    """The mean's standard error as a share of the mean; None for one round, which says nothing of it."""
+    """The mean's standard error as a share of the mean; None for one round, from which it cannot be known."""
     if len(seconds) < 2:
         return None
     return statistics.stdev(seconds) / len(seconds) ** 0.5 / statistics.fmean(seconds)
 
 
 def ratio_factor(a: Sequence[Round], b: Sequence[Round]) -> float | None:
-    """By what factor, to either side, the ratio of the two times is known with 95 % confidence; None: it is not.
+    """The factor, to either side, within which the ratio of the two times is known with 95 % confidence; None if
+    unknown.
 
     Rounds in parts were timed side by side, so what slowed the machine is in both and drops out of the ratio of the
     sums, whose error is that of a ratio estimator (W. G. Cochran, Sampling Techniques, 1977, chapter 6): parts of
     unequal work widen it, so it is rather too wide. Other rounds have errors of their own; a single one has none.
     """
-    # from the end, for the first rounds of either may have been dropped
+    # from the end, since the first rounds of either may have been dropped
     pairs = list(zip(_parts(a)[::-1], _parts(b)[::-1], strict=False))
     if len(pairs) > 1:
         x, y = zip(*pairs, strict=True)
@@ -98,7 +99,7 @@ def _parts(rounds: Sequence[Round]) -> list[float]:
 
 
 def record(benchmark: "BenchmarkFixture", measure: Callable[[], Sequence[float]]) -> None:
-    """Runs `measure`; the seconds that it returns are the rounds of pytest-benchmark's record, whose own clock would
+    """Runs `measure`; the seconds that it returns become the rounds of pytest-benchmark's record, whose own clock would
     count what runs between them."""
     seconds: list[float] = []
     benchmark.pedantic(lambda: seconds.extend(measure()), rounds=1)

@@ -1,4 +1,4 @@
-"""What running a configuration gives."""
+"""The result of running a configuration."""
 
 import dataclasses
 import statistics
@@ -15,8 +15,8 @@ class Run:
     """One configuration's timed rounds: each round's seconds; of the last its outputs, their grades, its forwards.
 
     forwards are the model's, each shared by several requests. grades is None with random weights. peak_memory_gib is
-    the GPU's, None on a CPU. resumed is the number of outputs that an earlier run generated: where there are any,
-    seconds is empty, and forwards and peak_memory_gib are None. rounds, steady and unsteady are the Steadiness
+    the GPU's, None on a CPU. resumed is the number of outputs that an earlier run generated: if there are any, seconds
+    is empty, and forwards and peak_memory_gib are None. rounds, steady and unsteady are the Steadiness
     (evals.runs.rounds) of the rounds, first_seconds the time of the untimed run before them.
     """
 
@@ -68,5 +68,5 @@ def by_source(run: Run, settings: Settings) -> dict[str, list[Grade]]:
 
 
 def unextracted(run: Run, settings: Settings) -> dict[str, int]:
-    """In how many answers to each source the grader found nothing to judge; empty with random weights."""
+    """The number of answers to each source in which the grader found nothing to judge; empty with random weights."""
     return {s: sum(g.extracted is None for g in grades) for s, grades in by_source(run, settings).items()}

@@ -31,7 +31,7 @@ PUBLISHED_MODEL = "GSAI-ML/LLaDA-8B-Instruct"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One configuration: its test id's parts, and what every request of it is sent with."""
+    """One configuration: its parts of the test's id, and the options of all its requests."""
 
     mode: str
     block_length: int
@@ -40,13 +40,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The id, with the rule always."""
+        """The id, always with the rule."""
         return "-".join(filter(None, [self.mode, str(self.block_length), self.unmasking, variant(self.params)]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Which part of the chosen rows a session evaluates: shard `index` of `of`, from 1, with the rows at `positions`.
+    """The part of the chosen rows that a session evaluates: shard `index` of `of`, from 1, with the rows at
+    `positions`.
 
     rows is a hash of all chosen rows: shards of one run have the same.
     """
@@ -62,8 +63,8 @@ class Settings:
     """The options of one session, with every default filled in.
 
     device is "cpu" or "cuda"; tensor_parallel_size: ranks that share the model; batch_size in requests; max_seconds of
-    repeated timing of a case; relative_error of the mean at which it may end before; max_accuracy_loss a share, not
-    points. prompt is the template of --prompt; grader_versions are of what judges the rows, all shards' rows.
+    repeated timing of a case; relative_error of the mean at which timing may end earlier; max_accuracy_loss a share,
+    not points. prompt is the template of --prompt; grader_versions are of the graders of all shards' rows.
     """
 
     model: str
@@ -90,7 +91,7 @@ class Settings:
 
     @property
     def ask(self) -> Ask:
-        """What makes a row's conversation."""
+        """The function that makes a row's conversation."""
         return self.prompt.messages if self.prompt else messages
 
     @property
@@ -99,7 +100,7 @@ class Settings:
 
     @property
     def engine_options(self) -> dict[str, str | int | None]:
-        """Those of LLM that say how the model is loaded."""
+        """The options of LLM that say how the model is loaded."""
         names = ("dtype", "quantization", "device", "load_format", "tensor_parallel_size")
         return {name: getattr(self, name) for name in names}
 
@@ -113,7 +114,7 @@ class Settings:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether the small model is measured; with random weights it has only its shape."""
+        """Whether the small model is measured; with random weights only its shape is."""
         return Path(self.model).resolve() == TINY_MODEL.resolve()
 
     @property
@@ -225,14 +226,14 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
                     params = _params(config, mode, block_length, rule, ignore_eos)
                 except ValueError as error:
                     raise pytest.UsageError(str(error)) from error
-                # the standard decoding may be the same at several block lengths: it is measured once
+                # standard decoding may be the same at several block lengths: it is measured once
                 if mode != STANDARD or all(c.mode != STANDARD or c.params != params for c in cases):
                     cases.append(Case(mode, block_length, rule, params))
     return cases
 
 
 def _params(config: pytest.Config, mode: str, block_length: int, rule: str, ignore_eos: bool) -> SamplingParams:
-    """A rule is given only what it reads; the step limit of a rule without a schedule only where it was asked for."""
+    """A rule gets only the options that it reads; a rule without a schedule gets the step limit only if asked for."""
     steps, option = config.getoption("--denoising-steps"), RULES[rule].option
     if steps is None and RULES[rule].has_schedule:
         steps = 32

@@ -1,7 +1,7 @@
 """Submits run_benchmark.slurm to a SLURM of its own on this machine: controller, two nodes of one CPU, loopback only.
 
-`nox -s slurm` runs it. Needs Debian's slurm-wlm and munge, and no configuration of theirs; everything is in a temporary
-folder, and the daemons end with this process's work, also where it fails.
+`nox -s slurm` runs it. Needs Debian's slurm-wlm and munge, but no configuration of theirs; everything is in a temporary
+folder, and the daemons end with this process, also if it fails.
 """
 
 import getpass
@@ -49,7 +49,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 def wait_for(what: str, condition: Callable[[], object], seconds: float) -> None:
-    """Raises TimeoutError, naming `what`, once the seconds are over."""
+    """Raises TimeoutError, naming `what`, when the seconds are over."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -92,7 +92,7 @@ def cluster(folder: Path) -> Iterator[None]:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
-    # logs of earlier checks keep their names to themselves
+    # logs of earlier checks keep their names
     values = dict(folder=folder, host=host, user=getpass.getuser(), ports=free_ports(3))
     config.write_text(CONFIG.format(**values, first_job=int(time.time()) % 60_000_000))
     os.environ |= {"SLURM_CONF": str(config), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
@@ -138,7 +138,7 @@ def finish(job: str) -> tuple[str, str]:
 
 
 def kill_shard(results: Path, shard: str) -> None:
-    """Kills the shard's pytest as soon as it has kept a generation."""
+    """Kills the shard's pytest as soon as it has stored a generation."""
     kept = results / f"shard_{shard[0]}.jsonl"
     wait_for(f"a generation in {kept}", lambda: kept.exists() and b"\n" in kept.read_bytes(), 120)
     marks = {f"--shard={shard}".encode(), f"--resume={kept}".encode()}

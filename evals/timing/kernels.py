@@ -1,7 +1,7 @@
 """How a kernel is timed, and what its figures are fractions of.
 
-On a GPU a call's time is that of the GPU: calls over many sets of buffers are one CUDA graph, which is replayed for
-some milliseconds and then waited for. The time between two kernels of a graph is part of it, as it is in the engine.
+On a GPU a call's time is GPU time: calls over many sets of buffers form one CUDA graph, which is replayed for some
+milliseconds and then waited for. The gap between two kernels of a graph is included, as it is in the engine.
 """
 
 import math
@@ -18,17 +18,17 @@ from evals.runs.configurations import KERNEL
 
 Call = Callable[[], Any]
 
-# A round on a GPU: next to it launching the graphs and waiting for them, some 20 us, is little.
+# A GPU round is this long: launching the graphs and waiting for them, some 20 us, is little beside it.
 ROUND_SECONDS = 5e-3
 # A GPU that multiplies for longer reaches its power limit and lowers its clock: an H200 from 1.98 to 1.5 GHz.
 SUSTAINED_SECONDS = {"cuda": 1.0, "cpu": 0.0}
 
 
 class Work(NamedTuple):
-    """A kernel at one shape, and beside it what it is held against.
+    """A kernel at one shape, and the baseline it is compared with.
 
-    calls, beside: the same call on one set of buffers after the other. moved: the bytes that a call must read and write
-    at least; flops: those of its matrix products.
+    calls, beside: the kernel's and the baseline's calls, each on one set of buffers after the other. moved: the bytes
+    that a call must read and write at least; flops: those of its matrix products.
     """
 
     kernel: str
@@ -41,8 +41,8 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the device was measured to reach: bytes/s of a copy, read and written ones together, and of a sum; FLOP/s of
-    a matrix product, in short rounds and once it has been repeated for SUSTAINED_SECONDS."""
+    """What the device was measured to reach: bytes/s of a copy (reads plus writes) and of a sum; FLOP/s of a matrix
+    product, in short rounds and after SUSTAINED_SECONDS of repetition."""
 
     copy: float
     read: float
@@ -57,14 +57,14 @@ class Round(NamedTuple):
     calls: int
 
     def seconds(self) -> float:
-        """Runs; the time of a call."""
+        """The seconds of one call."""
         start = time.perf_counter()
         self.run()
         return (time.perf_counter() - start) / self.calls
 
 
 def num_sets(moved: int, device: str) -> int:
-    """So many sets of `moved` bytes that a GPU's L2 cache no longer holds one when its turn comes again."""
+    """How many sets of `moved` bytes it takes so that a GPU's L2 cache has lost a set before its next turn."""
     if device == "cpu":
         return 2
     return max(2, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / moved))
@@ -80,7 +80,7 @@ def copies(moved: int, device: str) -> list[Call]:
 
 def make_round(calls: list[Call], device: str) -> Round:
     """Every call at least once, in order."""
-    # whatever is compiled or loaded at a first call cannot be while a graph is captured
+    # what a first call compiles or loads cannot be compiled or loaded during a graph's capture
     _make(calls)
     if device == "cpu":
         return Round(partial(_make, calls), len(calls))
@@ -88,7 +88,7 @@ def make_round(calls: list[Call], device: str) -> Round:
     with torch.cuda.graph(graph):
         _make(calls)
     once = Round(partial(_replay, graph, 1), 1)
-    # the first replay brings the graph onto the device
+    # the first replay uploads the graph to the device
     once.run()
     times = max(1, math.ceil(ROUND_SECONDS / once.seconds()))
     return Round(partial(_replay, graph, times), times * len(calls))
@@ -106,12 +106,12 @@ def _replay(graph: torch.cuda.CUDAGraph, times: int) -> None:
 
 
 def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
-    """On a GPU from 2 GiB, which are read or copied, and from matrices of 8,192 x 8,192 in dtype; less on a CPU."""
+    """On a GPU from 2 GiB, read or copied, and from matrices of 8,192 x 8,192 in dtype; less on a CPU."""
     large, width = (2**29, 8192) if device == "cuda" else (2**22, 256)
     source, target = torch.randn(2, large, device=device)
     a, b = torch.randn(2, width, width, device=device).to(dtype)
     size, flops, multiply = source.nbytes, 2 * width**3, partial(torch.matmul, a, b)
-    # by a kernel: as a CUDA graph's node of its own a copy of 2 GiB was measured to take 1.5 times as long
+    # by a kernel: as a CUDA graph's copy node, 2 GiB were measured to take 1.5 times as long
     copying = partial(torch.neg, source, out=target)
     copy, read, product = (_median_seconds(call, device) for call in (copying, source.sum, multiply))
     sustained = _median_seconds(multiply, device, SUSTAINED_SECONDS[device])
@@ -119,7 +119,7 @@ def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:
 
 
 def _median_seconds(call: Call, device: str, after: float = 0.0) -> float:
-    """Of seven rounds, which begin when others have run for `after` seconds."""
+    """The median of seven rounds, which begin after `after` seconds of others."""
     round = make_round([call], device)
     start = time.perf_counter()
     while time.perf_counter() - start < after:
@@ -128,7 +128,7 @@ def _median_seconds(call: Call, device: str, after: float = 0.0) -> float:
 
 
 def figures(work: Work, seconds: float, beside_seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """What is stored of a kernel: seconds are a call's. bound: which ceiling the shape would reach first."""
+    """What is stored of a kernel; seconds: of a call. bound: which ceiling the shape would reach first."""
     memory, arithmetic = work.moved / ceilings.copy, work.flops / ceilings.matmul
     return {
         "microseconds": 1e6 * seconds,
@@ -150,7 +150,7 @@ def figures(work: Work, seconds: float, beside_seconds: float, ceilings: Ceiling
 
 
 def about(work: Work, implementation: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """What a kernel's figures are figures of."""
+    """What a kernel's figures depend on."""
     return {
         KERNEL: work.kernel,
         "shape": work.shape,
@@ -164,7 +164,7 @@ def about(work: Work, implementation: str, dtype: torch.dtype, device: str) -> d
 
 
 def table(infos: list[dict[str, Any]]) -> list[str]:
-    """A row for each kernel and shape, under what all of them have in common; as lines of text."""
+    """A row for each kernel and shape, below what all of them share; as lines of text."""
     first = infos[0]
     lines = [
         f"{first['implementation']} in {first['dtype']}, {first['device']}",

@@ -1,8 +1,8 @@
 """How far fp8 moves a shape's logits, by its number of layers: `python -m evals rounding --layers 1,2,4`.
 
-Random weights, the same with and without fp8, in bfloat16 otherwise. The error is the norm of the logits' difference
-over that of the logits without, of the masked rows of a canvas of random tokens. No layer makes good what one before
-has rounded, as trained ones may: it is the worst that there is to see.
+Random weights, the same with and without fp8, otherwise in bfloat16. The error is the norm of the logits' difference
+over that of the logits without fp8, on the masked rows of a canvas of random tokens. Random layers do not correct the
+rounding of earlier ones, as trained ones may, so this is the worst case.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from blockinfer.model_config import architecture
 from blockinfer.models.registry import MODELS, SHAPES
 from evals.files import number_argument
 
-# The tokens whose logits are compared, and those before them.
+# The tokens whose logits are compared, and the number of tokens before them.
 _MASKED, _PROMPT = 32, 96
 
 
@@ -57,7 +57,7 @@ def masked_logits(config: dict, dtype: str, quantization: str | None) -> torch.T
     with llm:
         model.logits = keep
         llm.generate([prompt], one_step, use_tqdm=False)
-        # or the model would hold itself, and its memory would not be there for the next
+        # otherwise the model would hold itself, and its memory would not be free for the next
         del model.logits
     return torch.cat(kept)[:_MASKED, :vocab].float()
 

@@ -1,4 +1,4 @@
-"""A live server under load: requests through httpx, what comes of them, and the same requests without HTTP."""
+"""A live server under load: requests through httpx, their results, and the same requests without HTTP."""
 
 import asyncio
 import contextlib
@@ -20,14 +20,14 @@ from evals.runs.configurations import SERVING
 if TYPE_CHECKING:
     import httpx
 
-# A request's options that the engine and the server are given alike.
+# Options of a request that the engine and the server take alike.
 Request = dict[str, Any]
-# Beyond it a server that does not answer is an error.
+# A server that takes longer to answer is an error.
 _STARTED_SECONDS = 1800.0
 
 
 class Answer(NamedTuple):
-    """Of one request, in seconds from when it was sent: when each of its chunks of text came, and its end."""
+    """One request, in seconds since it was sent: when each chunk of text came, and its end."""
 
     blocks: list[float]
     seconds: float
@@ -57,7 +57,7 @@ class Server(NamedTuple):
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time that it has used so far."""
+        """The CPU time that it has used so far."""
         with open(f"/proc/{self.pid}/stat") as stat:
             user, system = stat.read().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
@@ -65,8 +65,8 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def live_server(model: str, arguments: Sequence[str]) -> Iterator[Server]:
-    """`python -m blockinfer.serve` as a process of its own. Raises RuntimeError where it does not start, with what it
-    said."""
+    """`python -m blockinfer.serve` as a process of its own. Raises RuntimeError, with its output, if it does not
+    start."""
     command = [sys.executable, "-m", "blockinfer.serve", model, "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
@@ -100,7 +100,8 @@ def live_server(model: str, arguments: Sequence[str]) -> Iterator[Server]:
 
 
 def poisson(number: int, rate: float, seed: int = 0) -> list[float]:
-    """Arrivals of `number` requests, in seconds from the first, `rate` a second on average; the same in every run."""
+    """Arrival times of `number` requests, in seconds from the first, `rate` a second on average; the same in every
+    run."""
     draw, at, arrivals = random.Random(seed).random, 0.0, []
     for _ in range(number):
         arrivals.append(at)
@@ -109,12 +110,12 @@ def poisson(number: int, rate: float, seed: int = 0) -> list[float]:
 
 
 def send(url: str, model: str, requests: Sequence[Request], arrivals: Sequence[float]) -> Load:
-    """All requests, streamed, each when it is due."""
+    """Sends all requests, streamed, each when it is due."""
     return asyncio.run(_send(url, model, requests, arrivals))
 
 
 async def _send(url: str, model: str, requests: Sequence[Request], arrivals: Sequence[float]) -> Load:
-    # the suite does without, but for this
+    # the rest of the suite does without this package
     import httpx
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -148,7 +149,7 @@ async def _ask(client: "httpx.AsyncClient", body: dict[str, Any]) -> Answer:
 
 
 def without_http(llm: LLM, requests: Sequence[Request]) -> tuple[float, int]:
-    """The same requests, all at once, to the engine -> seconds, tokens."""
+    """Sends the same requests, all at once, to the engine -> seconds, tokens."""
     options = [{name: value for name, value in request.items() if name != "prompt"} for request in requests]
     start = time.perf_counter()
     prompts, params = [request["prompt"] for request in requests], [SamplingParams(**one) for one in options]
@@ -167,16 +168,16 @@ def figures(load: Load) -> dict[str, Any]:
 
 
 def _percentile(seconds: list[float], percent: int) -> float | None:
-    """By nearest rank, in milliseconds; None of nothing."""
+    """By nearest rank, in milliseconds; None if there are no values."""
     return 1000 * sorted(seconds)[math.ceil(percent / 100 * len(seconds)) - 1] if seconds else None
 
 
 def beside_engine(
     loads: Sequence[Load], alone: Sequence[tuple[float, int]], cpu: tuple[float, float] | None = None
 ) -> dict[str, Any]:
-    """The server's tokens/s beside those of the engine without HTTP, in rounds that took turns: of each the fastest,
-    for what others do on the machine only slows one down. cpu: the CPU seconds of the server and of the engine in all
-    rounds, whose share others hardly change."""
+    """The server's tokens/s and those of the engine without HTTP, in alternating rounds: the fastest of each, since
+    other load on the machine only slows them down. cpu: the CPU seconds of server and engine in all rounds, whose ratio
+    other load hardly changes."""
     engine = [tokens / seconds for seconds, tokens in alone]
     server = [load.tokens_per_second for load in loads]
     rounds = [one / other for one, other in zip(server, engine, strict=True)]

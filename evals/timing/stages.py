@@ -31,9 +31,9 @@ from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
 EXPERTS, ROUTER, RANKS = "products of experts", "router", "sums over ranks"
 QUANTIZING = "quantising rows"
-# The first that is found in a kernel's name. The last are cuBLAS's, those before NCCL's and torch's over symmetric
-# memory, the others those of blockinfer/kernels: there products may end with SiLU x up, norms begin with the sum of a
-# product's parts.
+# The first one found in a kernel's name decides. The last are cuBLAS's; those before them NCCL's and torch's symmetric
+# memory's; the others those of blockinfer/kernels, where products may end with SiLU x up, and norms begin with the sum
+# of a product's parts.
 _STAGES = [
     ("_skinny_|_fp8_", PRODUCTS),
     ("_(paged|whole)_attention_kernel", "attention"),
@@ -52,7 +52,7 @@ STAGES += [ROUTER, CONFIDENCE, RANKS, OTHERS]
 
 
 class Kernel(NamedTuple):
-    """What ran on the GPU, copies and fills among it. start, end: microseconds."""
+    """Work on the GPU, copies and fills included. start, end: microseconds."""
 
     name: str
     start: float
@@ -60,7 +60,8 @@ class Kernel(NamedTuple):
 
 
 def stage_of(name: str) -> str | None:
-    """None for the kernel that combines what the one before it left: attention and confidence have one of that name."""
+    """None for the kernel that combines the results of the one before it: attention and confidence have one of that
+    name."""
     if name.startswith("_combine_kernel"):
         return None
     found = (stage for pattern, stage in _STAGES if re.search(pattern, name, re.IGNORECASE))
@@ -68,7 +69,8 @@ def stage_of(name: str) -> str | None:
 
 
 def stages_of(kernels: Sequence[Kernel]) -> list[str]:
-    """Of each kernel, in the order in which they ran. The product right before the confidence is the LM head's."""
+    """The stage of each kernel, in the order in which they ran. The product right before the confidence is the LM
+    head's."""
     stages: list[str] = []
     for kernel in kernels:
         stage = stage_of(kernel.name)
@@ -84,7 +86,7 @@ def stages_of(kernels: Sequence[Kernel]) -> list[str]:
 def own_times(kernels: Iterable[Kernel]) -> list[float]:
     """Of each kernel, in the order of their starts, the microseconds in which none before it ran.
 
-    A kernel that is launched early (programmatic dependent launch) waits for the one before it, which is not its time.
+    A kernel launched early (programmatic dependent launch) waits for the one before it, and that wait is not its time.
     """
     times, until = [], float("-inf")
     for _, start, end in kernels:
@@ -94,7 +96,7 @@ def own_times(kernels: Iterable[Kernel]) -> list[float]:
 
 
 def figures(kernels: list[Kernel], run: Timed, profiled: Timed) -> dict[str, Any]:
-    """ms a step by stage, and so many kernels; run was timed without the profiler, profiled with it."""
+    """ms a step by stage, and the number of kernels; run was timed without the profiler, profiled with it."""
     kernels = sorted(kernels, key=lambda kernel: kernel.start)
     milliseconds, launches = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
     times = own_times(kernels)
@@ -128,7 +130,7 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
     prompts, params = random_prompts(llm, case.lengths), case.params
     warmed_up(llm, prompts, params)
     run, _ = timed_run(llm, prompts, params)
-    # the profiler itself starts slowly, and what runs meanwhile can be lost
+    # the profiler itself starts slowly, and events during its start can be lost
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True):
         timed_run(llm, prompts, params)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:

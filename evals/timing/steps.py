@@ -21,7 +21,7 @@ from evals.runs.rounds import Round, standard_error, steadiness
 from evals.runs.settings import Settings
 from evals.timing.kernels import Ceilings
 
-# Of evals.results.record.environment: the rest is of the rows, which no step has.
+# Fields of evals.results.record.environment; its others are of the rows, which steps do not have.
 _ENVIRONMENT = (
     *("model", "load_format", "weights", "dtype", "quantization", "device", "gpu", "cpu", "cpu_threads"),
     *("torch", "cuda", "python", "tensor_parallel_size", "commit"),
@@ -29,7 +29,7 @@ _ENVIRONMENT = (
 
 
 class Case(NamedTuple):
-    """Requests that arrive at once, and how they are decoded: one token a step where the rule has a schedule.
+    """Requests that arrive at once, and how they are decoded: one token a step if the rule has a schedule.
 
     lengths: of each request the prompt's tokens and the new ones. No stop token ends one. others: of SamplingParams.
     """
@@ -48,8 +48,8 @@ class Case(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A run: its wall time, what the engine's counts rose by, the new tokens, how often pages were taken, and what else
-    the engine did meanwhile."""
+    """A run: its wall time, the increase of the engine's counts, the new tokens, how often pages were taken, and what
+    else the engine did meanwhile."""
 
     seconds: float
     forwards: int
@@ -71,7 +71,7 @@ class Timed(NamedTuple):
 
 
 def refusal(llm: LLM, case: Case) -> str | None:
-    """Why a block-causal model does not decode so; None where the model does."""
+    """Why a block-causal model does not decode like this; None if the model does."""
     try:
         if llm.model_config.block_length is not None:
             check_block_causal(case.params[0])
@@ -81,7 +81,7 @@ def refusal(llm: LLM, case: Case) -> str | None:
 
 
 def ragged_lengths(number: int, prompts: tuple[int, int], new: tuple[int, int]) -> list[tuple[int, int]]:
-    """Lengths of `number` requests, each uniform from the first to the second of its range, the same in every run."""
+    """Lengths of `number` requests, each uniform within its range, the same in every run."""
     # random() is the one method whose numbers no version of Python changes
     draw = random.Random(0).random
 
@@ -115,7 +115,7 @@ def timed_run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) 
 
 
 def about(name: str, case: Case, llm: LLM, environment: dict[str, Any]) -> dict[str, Any]:
-    """What a case's figures are figures of, as known before the run."""
+    """What a case's figures depend on, as known before the run."""
     params = case.params[0]
     prompts, new = zip(*case.lengths, strict=True)
     return environment | {
@@ -149,11 +149,10 @@ def least_ms(
     quantization: str | None = None,
     ranks: int = 1,
 ) -> dict[str, float]:
-    """What a step of these counts takes each rank's device at least, by the ceilings that stand beside it: ms to read
-    the weights that a forward needs and the keys and values that it attends to, and ms to do its matrix products,
-    attention's own left out. Of a mixture's experts those of one row are read at least; the weights say how many more.
-    Quantised layers take a byte a value, and their products half the time.
-    """
+    """The least ms of a step with these counts on each rank's device, by the ceilings stored beside it: ms to read the
+    weights that a forward needs and the keys and values that it attends to, and ms for its matrix products, without
+    attention's own. Of a mixture's experts, those of one row are read at least; the weights say how many more.
+    Quantised layers take a byte a value, and half the time for their products."""
     kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
     qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements
     head = width * config.embedding_size
@@ -172,14 +171,14 @@ def least_ms(
 
 
 def warmed_up(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> float:
-    """Seconds of an untimed run, of as many requests as run at once, with a step a block."""
+    """Seconds of an untimed run of as many requests as run at once, with one step a block."""
     number = llm.config.max_num_seqs
     quick = [dataclasses.replace(one, denoising_steps=1) for one in params[:number]]
     return timed_run(llm, prompts[:number], quick)[0].seconds
 
 
 def figures(first_seconds: float, runs: list[Timed]) -> dict[str, Any]:
-    """What is stored of a case: of its steady rounds the medians. first_seconds are of the untimed run before them."""
+    """What is stored of a case: the medians of its steady rounds. first_seconds: of the untimed run before them."""
     steady, unsteady, left = steadiness([run.round for run in runs])
     rounds = runs[-len(left) :]
     last = rounds[-1]
@@ -202,7 +201,7 @@ def figures(first_seconds: float, runs: list[Timed]) -> dict[str, Any]:
 
 
 def memory(llm: LLM) -> dict[str, float | None]:
-    """GB of weights, of the KV cache, and of all else at the peak since it was reset, which is known of a GPU alone."""
+    """GB of weights, of the KV cache, and of all else at the peak since its reset, which is known only on a GPU."""
     runner = llm.engine.runner
     weights, pool = sum(weight.nbytes for weight in runner.model.parameters()), runner.kv_pages.nbytes
     other = torch.cuda.max_memory_allocated() - weights - pool if llm.config.device.type == "cuda" else None
@@ -211,7 +210,7 @@ def memory(llm: LLM) -> dict[str, float | None]:
 
 
 def beside_uniform(info: dict[str, Any], case: Case, run: Timed) -> dict[str, Any]:
-    """What ragged requests' figures are held against: a run of requests of one length."""
+    """What ragged requests' figures are compared with: a run of requests of one length."""
     (prompt, new), speed = case.lengths[0], run.tokens / run.seconds
     return {
         "uniform_requests": len(case.lengths),
@@ -224,8 +223,8 @@ def beside_uniform(info: dict[str, Any], case: Case, run: Timed) -> dict[str, An
 
 
 def agreement(alone: list[RequestOutput], together: list[RequestOutput]) -> dict[str, float]:
-    """Shares of the tokens and of the sequences that are equal, of the first requests, which were sent alone as well;
-    all are as long as their params say."""
+    """The shares of tokens and of sequences that are equal, over the first requests, which were also sent alone; all
+    have the length that their params say."""
     pairs = [(a.outputs[0].token_ids, b.outputs[0].token_ids) for a, b in zip(alone, together, strict=False)]
     equal = [one == other for a, b in pairs for one, other in zip(a, b, strict=True)]
     return {
@@ -236,7 +235,7 @@ def agreement(alone: list[RequestOutput], together: list[RequestOutput]) -> dict
 
 
 def table(infos: list[dict[str, Any]]) -> list[str]:
-    """A row for each case, under what all of them have in common; as lines of text."""
+    """A row for each case, below what all of them share; as lines of text."""
     first = infos[0]
     lines = [
         f"{first['model']} ({first['weights']} weights) in {number_format(first)}, {first['gpu'] or first['cpu']}",

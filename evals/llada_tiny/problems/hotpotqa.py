@@ -1,8 +1,8 @@
 """Two-hop questions over short passages, with distractor passages of the same form.
 
-Within one problem no two things share their first word, so that one word is enough to look a passage up; what the
-passage says of it begins three or four words on (init.py's local heads look as far). Every passage follows a space, so
-that a name is the same token in the passages, in the question and in the answer.
+Within one problem all things have different first words, so that one word is enough to look a passage up; what the
+passage says about it begins three or four words later (init.py's local heads look that far). Every passage follows a
+space, so that a name is the same token in the passages, in the question and in the answer.
 """
 
 import random

@@ -24,7 +24,7 @@ def math500(rng: random.Random, split: str, level: float = 1.0) -> dict:
 
 
 def _same_question(kind: str, drawn: tuple) -> list[tuple]:
-    """The other number tuples that are put as the same question, so that none of them may be trained on."""
+    """The other number tuples that make the same question, so that none of them may be trained on."""
     if kind == "expression" and drawn[4] == "-":
         a, b, c, d, _ = drawn
         return [(c, d, a, b, "-")]

@@ -1,4 +1,4 @@
-"""Who may use what: every structure, number tuple and pairing belongs to one split, by a hash of itself."""
+"""Which split owns what: every structure, number tuple and pairing belongs to one, by a hash of itself."""
 
 import random
 import zlib
@@ -15,7 +15,7 @@ def split_of(*key: Any) -> str:
 
 
 def draw(rng: random.Random, split: str, make: Callable[[random.Random], Any], *name: Any) -> Any:
-    """Call `make` until `(*name, result)` belongs to `split`. `make` returns None where a draw is not usable."""
+    """Call `make` until `(*name, result)` belongs to `split`. `make` returns None for a draw that is not usable."""
     for _ in range(20_000):
         value = make(rng)
         if value is not None and split_of(*name, value) == split:

@@ -1,4 +1,4 @@
-"""What the tasks of this folder make of a row of sample_200.jsonl."""
+"""How the tasks of this folder use a row of sample_200.jsonl."""
 
 from evals.questions.graders import grade
 from evals.questions.prompts import messages

@@ -1,9 +1,9 @@
 """The graders, each with a version that is stored with every result.
 
-`number` (gsm8k) judges by exact arithmetic, `math` (math500) by math-verify where texts and numbers do not settle it,
+`number` (gsm8k) judges by exact arithmetic, `math` (math500) by math-verify if texts and numbers do not settle it,
 `choice` (mmlu) by the letter settled on, `squad` (longbench_hotpotqa) by the words stated; LongBench's own F1 stands
-beside it. Rows of other sources name one of these, or a function of the user's own. math-verify is imported late, for
-with random weights nothing is graded.
+beside it. Rows of other sources name one of these, or a user's function. math-verify is imported late, as nothing is
+graded with random weights.
 """
 
 import importlib
@@ -21,16 +21,15 @@ from evals.questions.sources import GRADERS, grader_of
 GRADER_VERSIONS = {"gsm8k": 4, "math500": 4, "mmlu": 5, "longbench_hotpotqa": 4}
 
 
-SECONDS = 5  # that judging one answer may take; one that takes longer is wrong
+SECONDS = 5  # the limit for judging one answer; one that takes longer is wrong
 
 
 class Grade(NamedTuple):
     """correct decides the accuracy; score is the grader's finer measure, from 0 to 1: for `squad` the F1 of the stated
-    answer, for a function what it returned, of which 1 alone is correct. longbench_f1 is LongBench's own measure, None
-    for the other sources. extracted is what the grader took for the answer and judged, for a function the whole text;
-    None where the text is empty, says that it does not know, names several, or holds nothing that could be one, and
-    where judging took too long.
-    """
+    answer, for a function its result, correct only if 1. longbench_f1 is LongBench's own measure, None for the other
+    sources. extracted is the text that the grader took for the answer and judged, for a function the whole text; None
+    if the text is empty, says that it does not know, names several answers, or holds nothing that could be one, and if
+    judging took too long."""
 
     correct: bool
     score: float
@@ -39,7 +38,7 @@ class Grade(NamedTuple):
 
 
 def require(rows: Iterable[dict[str, Any]]) -> None:
-    """Imports what grading these rows takes. Raises ImportError, saying how to install what is missing."""
+    """Imports what grading these rows needs. Raises ImportError, saying how to install what is missing."""
     for source in dict.fromkeys(row["source"] for row in rows if grader_of(row) in ("number", "math")):
         try:
             importlib.import_module("math_verify")
@@ -50,16 +49,16 @@ def require(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def versions(rows: Iterable[dict[str, Any]]) -> dict[str, int | str]:
-    """What judges these rows: the versions of the graders, and of each function a hash of its file.
+    """The versions of these rows' graders, and for each function a hash of its file.
 
-    Raises ValueError for a function that is not there.
+    Raises ValueError for a function that does not exist.
     """
     named = dict.fromkeys(grader_of(row) for row in rows)
     return GRADER_VERSIONS | {name: own.version(name) for name in named if name not in GRADERS}
 
 
 def grade(row: dict[str, Any], text: str) -> Grade:
-    """Judges the answer `text` to `row`. Raises ValueError for a row without a grader, and where a function fails."""
+    """Judges the answer `text` to `row`. Raises ValueError for a row without a grader, and if a function fails."""
     name = grader_of(row)
     if name not in GRADERS:
         score = own.judge(row, text, name)

@@ -43,23 +43,23 @@ def same(gold: Fraction, value: Fraction) -> bool:
 
 
 def shown(value: Fraction) -> str:
-    """A number as a person writes it: with a point where that is exact, else as a fraction."""
+    """A number as people write it: as a decimal if that is exact, else as a fraction."""
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > 1000:
-        # more digits than Python writes down, or anyone reads
+        # more digits than Python prints, or anyone reads
         return "a number of hundreds of digits"
     decimal = f"{float(value):.12g}"
     return decimal if "e" not in decimal and Fraction(decimal) == value else str(value)
 
 
 def exact(text: str) -> Fraction | None:
-    """The value of a number, or of a sum or product of numbers; None for all else."""
+    """The value of a number, or of a sum or product of numbers; None for anything else."""
     plain = to_plain(text).strip().removesuffix(".").removesuffix("%").strip()
     match = SUM.fullmatch(plain)
     return evaluate(plain) if match else None
 
 
 def to_plain(text: str) -> str:
-    """TeX as plain arithmetic; no currency, no separators of thousands."""
+    """TeX as plain arithmetic; without currency and thousands separators."""
     if (
         "\\" in text
         or not text.isascii()
@@ -108,7 +108,7 @@ def _node(node: ast.AST) -> Fraction:
 
 
 def from_words(text: str) -> Fraction | None:
-    """ "twenty-one", "two hundred" at the beginning; None for all else."""
+    """ "twenty-one", "two hundred" at the beginning; None for anything else."""
     total, part, seen = 0, 0, False
     for word in re.findall(r"[a-z]+", text.lower()):
         if word in _WORD:

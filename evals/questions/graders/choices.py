@@ -1,11 +1,11 @@
-"""The words of the choices, looked for in a text."""
+"""Searches a text for the words of the choices."""
 
 import re
 
 from evals.questions.graders.patterns import GOOD, letters_of
 from evals.questions.sources import LETTERS
 
-# Quotes and TeX around a letter or its words; taken away before either is looked for.
+# Quotes and TeX around a letter or its words; removed before a search for either.
 DRESS = re.compile(
     r"[\"$]|\\[()\[\] ,;]|\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|boldsymbol|quad)\b\s*|[{}]"
     r"|</?[a-z]{1,6}>"
@@ -14,7 +14,7 @@ DRESS = re.compile(
 
 
 class Words:
-    """The choices' words, each as it is compared, and as many letters."""
+    """The choices' words, each in the form that is compared, and their letters."""
 
     def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = [
@@ -52,7 +52,7 @@ class Words:
         return named[0] if good else None
 
     def without_own(self, text: str, bad: str) -> str:
-        """The text without a choice's words behind its letter, where they might be read as a verdict: "A. weak"."""
+        """The text without a choice's words after its letter, if they might be read as a verdict: "A. weak"."""
         for words, letter in self.choices:
             if re.match(bad, words):
                 text = re.sub(
@@ -61,7 +61,7 @@ class Words:
         return text
 
     def at_end(self, text: str) -> str | None:
-        """The letter of the longest choice that the text ends with, behind "is" or its like."""
+        """The letter of the longest choice that the text ends with, after "is" or the like."""
         bare = _bare(text)
         found = [
             (len(words), letter)

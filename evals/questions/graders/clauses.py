@@ -1,7 +1,7 @@
-"""Whether a clause in which the answer stands names it as the answer, by what stands before and behind it.
+"""Whether the clause that contains the answer names it as the answer, judged by the words before and after it.
 
-In a clause the answer is one character, GOLD. All other words are of four kinds: those that answers are given with,
-those of the question, names and numbers, which may be another answer, and words in lower case that are none of these.
+In a clause the answer is one character, GOLD. All other words are of four kinds: those that introduce answers, those of
+the question, names and numbers, which may be another answer, and other words in lower case.
 """
 
 import re
@@ -128,7 +128,7 @@ class Clauses:
         self.is_name = any(re.search(r"[A-Z\d]", answer) for answer in answers)
 
     def follows(self, segment: str) -> bool | None:
-        """Whether what stands behind "the answer is" is the answer; None where it says nothing."""
+        """Whether what follows "the answer is" is the answer; None if it says nothing."""
         for sentence in sentences(segment):
             if self._is_silent(sentence):
                 if re.match(rf"\W*(?:{_NEGATION}|n't)", sentence, re.IGNORECASE):
@@ -142,11 +142,11 @@ class Clauses:
         return None
 
     def tells(self, sentence: str) -> bool:
-        """Whether a sentence that stands for itself names the answer."""
+        """Whether a sentence on its own names the answer."""
         return self._declares(sentence, False)
 
     def silent(self, sentence: str) -> bool:
-        """Whether a sentence holds neither the answer nor what might be another one."""
+        """Whether a sentence holds neither the answer nor a possible other one."""
         return GOLD not in sentence and (sentence.endswith("?") or self._is_silent(sentence))
 
     def _is_silent(self, sentence: str) -> bool:
@@ -164,7 +164,7 @@ class Clauses:
             and not sentence.endswith("?") and not re.search(_NEGATION, sentence, re.IGNORECASE)  # fmt: skip
 
     def goes_on(self, sentence: str) -> bool:
-        """Whether a sentence only says more of what was named before it."""
+        """Whether a sentence only adds to what was named before it."""
         return _GOES_ON.match(sentence) is not None or _DISMISSED.search(sentence) is not None
 
     def _declares(self, sentence: str, strict: bool) -> bool:
@@ -179,7 +179,7 @@ class Clauses:
         return False
 
     def _kinds(self, text: str) -> list[tuple[re.Match, str]]:
-        """Each word with its kind: said (what answers are given with), asked, name or word."""
+        """Each word with its kind: said (introduces answers), asked, name or word."""
         found, numbered = [], False
         for match in _WORD.finditer(text):
             word = match[0].lower()
@@ -202,7 +202,7 @@ class Clauses:
         return found
 
     def _opens(self, before: str, strict: bool) -> bool:
-        """Whether the answer behind these words is what they lead to."""
+        """Whether these words lead to the answer after them."""
         if _NOT_THOUGHT.search(before):
             return False
         if points := _POINTS.search(before):

@@ -25,11 +25,11 @@ _LAST_I = re.compile(r"(?<=[\n.:→])\s*I\W*\Z")
 
 
 class Undecided(Exception):
-    """The text names several letters, or says that it has none."""
+    """The text names several letters, or says that there is none."""
 
 
 def grade_letter(row: dict[str, Any], text: str) -> tuple[bool, str | None]:
-    """Whether the text settles on the row's letter, and on which it does."""
+    """Whether the text settles on the row's letter, and the letter it settles on."""
     try:
         letter = final_letter(text, row["choices"])
     except Undecided:
@@ -149,7 +149,7 @@ def _positive(sentence: str, words: Words) -> str | None:
 
 
 def _chosen(sentence: str, words: Words) -> str | None:
-    """The letter behind "I choose", "it must be", "which leaves"."""
+    """The letter after "I choose", "it must be", "which leaves"."""
     for match in reversed(list(words.letters.choose.finditer(sentence))):
         rest = sentence[match.end() :]
         rest = rest[SKIP.match(rest).end() :]
@@ -166,7 +166,7 @@ def _chosen(sentence: str, words: Words) -> str | None:
 
 
 def _label(sentence: str, words: Words) -> str | None:
-    """The letter that, alone or with its choice's words, is the whole sentence or what follows its colon."""
+    """The letter that, alone or with its choice's words, is the whole sentence or follows its colon."""
     for text in (sentence, sentence.rpartition(":")[2]):
         rest = text[(lead.end() if (lead := words.letters.lead_in.match(text)) else 0) :].strip()
         label = words.letters.label.match(rest)
@@ -179,7 +179,7 @@ def _label(sentence: str, words: Words) -> str | None:
 
 
 def _in_sentence(sentence: str, words: Words) -> str | None:
-    """A letter that ends the sentence, in brackets or not, or that stands behind "option"."""
+    """A letter that ends the sentence, in brackets or not, or that follows "option"."""
     last = re.search(rf"(?P<letter>{words.letters.one})[)\]>]?\W*\Z", sentence)
     found = set(words.letters.mention.findall(sentence))
     if last and len(found) == 1 and not OTHER_NAMES.search(sentence[: last.start()]):
@@ -201,7 +201,7 @@ def _alone(sentence: str, words: Words) -> str | None:
 
 
 def _named_last(text: str, words: Words) -> str | None:
-    """The letter that the text ends with. Raises Undecided where it ends with a list of them."""
+    """The letter that the text ends with. Raises Undecided if it ends with a list of letters."""
     if re.search(rf"{words.letters.list}\W*\Z", text):
         raise Undecided
     last = re.search(rf"(?P<letter>{words.letters.one})[)\]>]?(?:\s*[,(:][^,]*)?\W*\Z", text)

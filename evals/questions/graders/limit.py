@@ -1,4 +1,4 @@
-"""A time limit for judging: some answers are made of numbers that no machine can write down."""
+"""A time limit for judging: some answers are numbers too large for any machine to write down."""
 
 import signal
 import threading
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class _TimeUp(BaseException):
-    """No Exception, for sympy and math-verify swallow those."""
+    """Not an Exception, as sympy and math-verify swallow those."""
 
 
 def within(seconds: float, judge: Callable[..., T], *args: Any, late: T) -> T:
-    """The judgement, or `late` where it takes longer. Raises what it raises.
+    """The judgement, or `late` if it takes longer. Raises what `judge` raises.
 
-    Outside of the main thread, where no alarm can ring, the judging thread is left behind.
+    Outside the main thread, where no alarm can ring, the judging thread is left running.
     """
     if threading.current_thread() is not threading.main_thread():
         return _within_thread(seconds, judge, *args, late=late)
@@ -24,7 +24,7 @@ def within(seconds: float, judge: Callable[..., T], *args: Any, late: T) -> T:
         raise _TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    # again and again, for one that rings inside of a destructor is lost
+    # repeatedly, as an alarm inside a destructor is lost
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         return judge(*args)

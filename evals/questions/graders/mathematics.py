@@ -1,4 +1,4 @@
-"""math500: the result that a text settles on, compared by math-verify where it is not the same text or number.
+"""math500: the result that a text settles on, compared by math-verify unless it is the same text or number.
 
 lm-eval's hendrycks_math also reads the last box; here statements without a box are read as well.
 """
@@ -46,7 +46,7 @@ _JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;|/)\s*(?:[a-z]\s*=\s*
 _JOIN_BOXES = re.compile(
     rf"[\s$\\()\[\].]*(?:,|;|/|and|or)[\s$\\()\[\],]*(?:and|or)?{_MAYBE}[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
 )
-# Where a result that stands in no formula ends.
+# Where a result outside formulas ends.
 _STOP = re.compile(
     r"\.(?=\s|\Z)|(?<!\\)[!?](?=\s|\Z)|\n|;\s|[,;]?\s+(?:because|since|as|which|where|so|when|if|by|obtained"
     r"|found|using|for|that|with|from|not"
@@ -93,12 +93,12 @@ _THE_KIND = re.compile(
     r"|function))\s+(?=\S)"
 )
 _HEAD = re.compile(r"(?:[a-zA-Z](?:_\w|_\{\w+\})?|[a-zA-Z]\([a-zA-Z]\))(?:=|\\in(?![a-z])\s?)")
-# Such powers and factorials are numbers of thousands of digits and more.
+# Such powers and factorials are numbers of thousands of digits or more.
 _TOO_LARGE = re.compile(r"\^\{?-?\(?(?:\d{5,}|\d+\^|[^{}]{0,20}\^\{|\{?\d+\}?!)|\d{4,}!|!!|\d{300,}|\)\^\{?\d{4,}")
 
 
 def grade_math(row: dict[str, Any], text: str) -> tuple[bool, str | None]:
-    """Whether the text settles on the row's result, and on which it does."""
+    """Whether the text settles on the row's result, and the result it settles on."""
     gold = row["answer"].strip()
     cleaned = clean(text, [gold])
     plain = _ENVIRONMENT.sub(lambda m: "\\[" if m[1] == "begin" else "\\]", cleaned)
@@ -117,14 +117,14 @@ def grade_math(row: dict[str, Any], text: str) -> tuple[bool, str | None]:
 
 
 def _settled(text: str) -> str | None:
-    """What the text states last; a list joined by commas where it states several results at once."""
+    """What the text states last; a list joined by commas if it states several results at once."""
     text = _strike(text).strip()
     found = boxes(text)
     for position, segment in stated(text):
         if found and position < found[-1][1]:
             break
         result = None if undecided(text, position) else _leading(segment)
-        # behind a box only a formula is a statement: "this answer is easy to check" is none
+        # after a box only a formula is a statement: "this answer is easy to check" is not
         if result and (not found or _FORMULA_BEGINS.match(segment, FILLER.match(segment).end())):
             return result
     if found:
@@ -149,7 +149,7 @@ def _settled(text: str) -> str | None:
 
 
 def _strike(text: str) -> str:
-    """Takes away what is said not to be the answer."""
+    """Removes what is said not to be the answer."""
     for start, end, _ in reversed(_formulas(text) + boxes(text)):
         if _WRONG.match(text[end : end + 80]):
             text = text[:start] + " " + text[end:]
@@ -162,13 +162,13 @@ def _strike(text: str) -> str:
 
 
 def _formulas(text: str) -> list[tuple[int, int, str]]:
-    """Start, end and inside of each formula."""
+    """Start, end and content of each formula."""
     found = [(m.start(), m.end(), next(g for g in m.groups() if g is not None)) for m in _FORMULA.finditer(text)]
     return [one for one in found if one[2].strip()]
 
 
 def _joined(text: str, found: list[tuple[int, int, str]], between: re.Pattern) -> str:
-    """The last of the found, with those before it that it is listed with: "1 and -2"."""
+    """The last of the found, with those listed before it: "1 and -2"."""
     items = [found[-1][2]]
     for (_, end, inside), (start, _, _) in zip(reversed(found[:-1]), reversed(found[1:]), strict=True):
         if not between.fullmatch(text[end:start]):
@@ -270,7 +270,7 @@ def _verify(gold: str, result: str) -> bool:
         if zeros <= 3:
             return True
         return bool(verify(left, right, float_rounding=zeros + 3, numeric_precision=15 + zeros, timeout_seconds=None))
-    except Exception:  # sympy raises what it likes on numbers too large and on what is no mathematics
+    except Exception:  # sympy raises all kinds of errors for huge numbers and for anything but mathematics
         return False
 
 
@@ -278,15 +278,14 @@ def _verify(gold: str, result: str) -> bool:
 def _parsed(tex: str) -> list[Any]:
     from math_verify import parse
 
-    # it warns of the missing time limit, which is `within`
+    # it warns of the missing time limit, which `within` provides
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return parse(rf"$\boxed{{{tex}}}$", parsing_timeout=None)
 
 
 def _leading_zeros(*results: list[Any]) -> int:
-    """Of the smallest number in the results: math-verify takes decimals below 1e-6, and differences below 1e-15, for
-    nothing, however small the numbers are that it compares.
-    """
+    """Leading zeros of the smallest number in the results: math-verify takes decimals below 1e-6, and differences below
+    1e-15, for zero, however small the numbers that it compares."""
     from sympy import Basic, log, preorder_traversal
 
     zeros = 0

@@ -1,7 +1,7 @@
 """gsm8k: the number that a text settles on, compared exactly.
 
 lm-eval's gsm8k task reads what follows "####" (strict-match) or the last number of all (flexible-extract); here the
-last statement counts, and a number near the end only where nothing is stated.
+last statement counts, and a number near the end only if nothing is stated.
 """
 
 import re
@@ -95,12 +95,12 @@ _LIST_MARK = re.compile(r"^\s*(?:step\s+)?\d+[.):]\s+(?=\S)", re.I | re.M)
 
 
 class Undecided(Exception):
-    """The text names several answers, or says that it has none."""
+    """The text names several answers, or says that there is none."""
 
 
 def grade_number(row: dict[str, Any], text: str) -> tuple[bool | None, str | None]:
-    """Whether the text settles on the row's number, and on which it does. (None, None) where row or text take more than
-    plain arithmetic."""
+    """Whether the text settles on the row's number, and the number. (None, None) if row or text need more than plain
+    arithmetic."""
     gold = exact(row["answer"])
     if gold is None:
         return None, None
@@ -123,7 +123,7 @@ def _final(text: str) -> Fraction | None:
 
 
 def _settled(text: str) -> Fraction | None:
-    """The last box or statement that holds a number; else what a sentence near the end comes to."""
+    """The last box or statement that holds a number; else the result of a sentence near the end."""
     found = boxes(text)
     where = found[-1][0] if found else -1
     boxed = _boxed(text, found) if found else None
@@ -216,7 +216,7 @@ def _leading(segment: str) -> Fraction | None:
 
 
 def _is_choice(first: str, other: re.Match, tail: str) -> bool:
-    """Whether two numbers stand for two answers: "10 or 11", or "10 and 11" at a sentence's end."""
+    """Whether two numbers are two answers: "10 or 11", or "10 and 11" at a sentence's end."""
     if evaluate(first) == evaluate(other["other"]):
         return False
     return "or" in other["by"].lower() or re.fullmatch(r"\s*[a-z%]*[\s)\]\"']*", tail[other.end() :], re.I) is not None
@@ -229,15 +229,14 @@ def _after_equals(text: str) -> Fraction | None:
 
 
 def _behind_equals(text: str) -> str:
-    """What stands behind the number that follows the last "="."""
+    """The text after the number that follows the last "="."""
     side = text.rpartition("=")[2]
     return side[SUM.search(side).end() :]
 
 
 def _in_prose(sentence: str) -> tuple[Fraction | None, bool]:
-    """The number that a sentence comes to: after its "so", after its last "=", else the last number that does not say
-    how many, how long or of what. And whether it is said to be the result, not named in a reason or beside another.
-    """
+    """The number that a sentence results in: after its "so", after its last "=", else the last number that does not say
+    how many, how long or of what. And whether it is said to be the result, not named in a reason or beside another."""
     sentence = sentence[-_LENGTH:]
     if _UNSURE.search(sentence) or re.search(
         rf"{NUMBER}{_UNIT},?\s+or\s+(?:maybe\s+|perhaps\s+|possibly\s+)?-?{NUMBER}", sentence
@@ -282,7 +281,7 @@ def _chosen(sentence: str) -> tuple[re.Match | None, bool]:
 
 
 def _last_sentence(plain: str) -> Fraction | None:
-    """What the last sentence comes to that names a result, or else the last one with a number."""
+    """The result of the last sentence that names one, or else of the last one with a number."""
     marked = re.search(r"(?m)^\s*(?:step\s+)?1[.):]\s", plain, re.I)
     if marked:
         plain = _LIST_MARK.sub("", plain)

@@ -1,4 +1,4 @@
-"""Graders of the user's own: functions of (row, text), named by a row. They run as they are, with all that they do."""
+"""Users' own graders: functions of (row, text), named by a row. They run without a sandbox."""
 
 import copy
 import hashlib
@@ -13,14 +13,13 @@ from typing import Any, SupportsFloat
 
 from evals.questions.graders.limit import within
 
-SECONDS = 60  # that judging one answer may take
+SECONDS = 60  # the limit for judging one answer
 
 
 @cache
 def load(name: str) -> Callable[[dict[str, Any], str], SupportsFloat]:
-    """The function `package.module:function` or `package.module.function`; modules are also looked for in the working
-    directory. Raises ValueError where there is none, or none that takes (row, text).
-    """
+    """The function `package.module:function` or `package.module.function`; modules are also searched for in the working
+    directory. Raises ValueError if there is none, or it does not take (row, text)."""
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
@@ -39,7 +38,7 @@ def load(name: str) -> Callable[[dict[str, Any], str], SupportsFloat]:
 
 
 def version(name: str) -> str:
-    """A hash of the file that the function's module is; "unknown" where it is none."""
+    """A hash of the file of the function's module; "unknown" if it has none."""
     file = getattr(inspect.getmodule(load(name)), "__file__", None)
     return f"sha256:{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}" if file else "unknown"
 
@@ -47,11 +46,11 @@ def version(name: str) -> str:
 def judge(row: dict[str, Any], text: str, name: str) -> float:
     """The function's score of an answer, from 0 to 1; a truth value is 0 or 1.
 
-    Raises ValueError, naming row and function, where it raises, takes too long, or returns anything else.
+    Raises ValueError, naming row and function, if it raises, takes too long, or returns anything else.
     """
     where = f"row {row['id']}: the grader {name!r}"
     try:
-        # what it does to its row is its own affair
+        # a copy: the function may change its row
         found = within(SECONDS, load(name), copy.deepcopy(row), text, late=_LATE)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{where} failed: {_told(error)}") from error

@@ -1,17 +1,17 @@
-"""How a text names the letters of a choice: regular expressions, made for as many letters as there are choices."""
+"""How a text names the letters of a choice: regular expressions, built for the number of choices."""
 
 import re
 from functools import lru_cache
 
 from evals.questions.sources import LETTERS
 
-# What the right choice is called.
+# Names for the right choice.
 GOOD = (
     r"(?:correct|right|best|better|true|accurate|appropriate|fitting|what|yes|✅|✓"
     r"|(?:the|my|our)\s+(?:\w+\s+){0,3}?(?:answer|choice|option|pick|one|statement|closest|safest)\b)"
 )
 NOUN = r"(?i:(?:answer choice|option|choice|letter|answer|statement|alternative|response)s?)"
-# A verb or a link behind it tells the letter A from the article.
+# A verb or a link after it tells the letter A from the article.
 LINK = (
     r"(?:is|are|was|were|because|since|as|or|nor|and|but|fits?|seems?|looks?|match(?:es)?|makes?|best|would"
     r"|should|must|can|could|may|might|works?|holds|applies|wins|suits|appears|remains|captures|explains|stands|takes|"
@@ -20,7 +20,7 @@ LINK = (
     r"gives|provides|offers|shows|contains|means|sounds|meets|satisfies|corresponds|does|do|has|which|rather|not|correct(?:ly)?|right|states|describes|says|for|here|instead|in|so|it|wrong"
     r"|incorrect|with|over|the|alone|on|that)\b"
 )
-# The same behind I, which is a pronoun too.
+# The same after I, which is also a pronoun.
 LINK_OF_I = (
     r"(?:is|are|the|it|that|over|best|correct|because|since|or|nor|and|but|fits|seems|looks|matches|makes|works|holds|applies|wins|suits|appears|remains"
     r"|captures|explains|stands|takes|expresses|represents|reflects|agrees|covers|answers|addresses|includes|refers"
@@ -43,9 +43,9 @@ OTHER_NAMES = re.compile(
 
 
 class Letters:
-    """Of the letters `all`: one, named, upper, lower and list are texts of expressions, the others are compiled.
+    """For the letters `all`: one, named, upper, lower and list are expressions as text, the others are compiled.
 
-    one matches a letter that is no word of its sentence, named one behind "option" and its like, upper and lower any.
+    one matches a letter that is no word of its sentence, named one after "option" or the like, upper and lower any.
     """
 
     def __init__(self, letters: str) -> None:

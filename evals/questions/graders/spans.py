@@ -1,4 +1,4 @@
-"""longbench_hotpotqa: the words that a text states, compared as SQuAD compares them, accents aside.
+"""longbench_hotpotqa: the words that a text states, compared as in SQuAD, but without accents.
 
 LongBench itself (arXiv 2308.14508) takes the token F1 of the whole output, the best over the answers; that is
 `longbench_f1`, and it is reported under that name beside the accuracy.
@@ -20,18 +20,18 @@ _TEX = re.compile(
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _DASHES = str.maketrans(dict.fromkeys("–—‐‑", "-"))
-# letters that Unicode does not take apart
+# letters that Unicode does not decompose
 _WHOLE = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe"}
 )
 _TOKEN = re.compile(r"(?:[^\s()\[\]{}<>|/:;,—–\"~*_`]|(?<=\d)[,:](?=\d)|(?<=\w)_(?=\w))+")
-# a period of the answer's own, behind which its sentence goes on
+# a period that belongs to the answer, after which its sentence continues
 _OWN_PERIOD = re.compile(r"\.(?=[,;:)/&]|\s+[a-z(/&\[—–-])")
 
 
 def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float, str | None]:
-    """Whether the stated answer is one of the row's, the token F1 of what is stated, and that itself: the row's answer
-    where it is, else what follows "the answer is" and its like, or the sentence that should have named it."""
+    """Whether the stated answer is one of the row's, the token F1 of the statement, and the statement: the row's answer
+    if it is that, else what follows "the answer is" or the like, or the sentence that should have named it."""
     answers = row["answers"]
     golds = {normal(answer) for answer in answers}
     cleaned = clean(text, answers)
@@ -49,7 +49,7 @@ def grade_span(row: dict[str, Any], text: str) -> tuple[bool, float, str | None]
 
 
 def _judged(text: str, clauses: Clauses) -> str | None:
-    """The last sentence that might name an answer, where nothing is stated."""
+    """The last sentence that might name an answer, if nothing is stated."""
     parts = [part for part in sentences(text) if not clauses.silent(part)]
     return parts[-1] if parts and not undecided(text) else None
 
@@ -63,7 +63,7 @@ def longbench_f1(text: str, answers: list[str]) -> float:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """The harmonic mean of the shares of tokens that prediction and answer have in common; 0 where one has none."""
+    """The harmonic mean of the shares of tokens that prediction and answer have in common; 0 if either has none."""
     left, right = squad_normal(prediction).split(), squad_normal(answer).split()
     common = sum((Counter(left) & Counter(right)).values())
     return 2 * common / (len(left) + len(right)) if common else 0.0
@@ -76,7 +76,7 @@ def squad_normal(text: str) -> str:
 
 @lru_cache(8192)
 def normal(text: str) -> str:
-    """What is compared here: SQuAD's form, without accents and TeX. An answer of articles alone stays what it is."""
+    """The form compared here: SQuAD's, without accents and TeX. An answer of articles alone stays unchanged."""
     text = _TEX.sub("", text).replace("{", "").replace("}", "")
     if not text.isascii():
         apart = unicodedata.normalize("NFKD", text.translate(_DASHES).translate(_WHOLE))
@@ -85,13 +85,13 @@ def normal(text: str) -> str:
 
 
 def _tokens(text: str) -> list[tuple[str, int, int]]:
-    """Each word as it is compared, with where it stands; no articles, unless there is nothing else."""
+    """Each word in the form compared, with its position; without articles, unless there is nothing else."""
     found = [(normal(m[0]), m.start(), m.end() - (len(m[0]) - len(m[0].rstrip(".!?'")))) for m in _TOKEN.finditer(text)]
     return [one for one in found if one[0] and one[0] not in ("a", "an", "the")] or found
 
 
 def _masked(text: str, answers: list[str]) -> str:
-    """The text with GOLD for each answer that stands in it, so that nothing else is read into an answer's words."""
+    """The text with GOLD for each answer in it, so that nothing else is read into an answer's words."""
     for answer in sorted(answers, key=len, reverse=True):
         gold = [word for word, _, _ in _tokens(answer)]
         tokens = _tokens(text)
@@ -136,7 +136,7 @@ def _states(text: str, clauses: Clauses) -> bool:
 
 
 def _guess(text: str) -> str | None:
-    """What the text states last, in a box or behind "answer is"."""
+    """What the text states last, in a box or after "answer is"."""
     found = boxes(text)
     for position, segment in stated(text):
         if found and position < found[-1][1]:

@@ -1,11 +1,11 @@
-"""What all sources share: the text without what surrounds an answer, and where in it an answer is stated."""
+"""Shared by all sources: the text without what surrounds an answer, and where in it an answer is stated."""
 
 import re
 from collections.abc import Iterable
 
 from evals.questions.prompts import INSTRUCTIONS
 
-# Final answers stand at the end; what comes before this many characters is not looked at.
+# Final answers are at the end; only this many characters from there are read.
 TAIL = 4000
 
 _THOUGHTS_END = ("</think>", "</thinking>")
@@ -23,7 +23,7 @@ _EMPTY_BOX = re.compile(r"(?:\$|\\\(|\\\[)?\s*\\boxed\s*\{\s*(?:\.\.\.|\\ldots|\
 _PLACEHOLDER = re.compile(r"(?i:answer is)\s+[NX]\b\.?(?=\s|\Z)")
 _MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
-# a last "The answer is" that says no more
+# a last "The answer is" that says nothing more
 _DANGLING = re.compile(
     r"(?:^|(?<=[\s.]))[^.!?\n$\\]*\banswer(?:\s+is|:)[^\w$\\]*(?:clear|as above|given above)?[^\w$\\]*\Z",
     re.IGNORECASE | re.MULTILINE,
@@ -133,7 +133,7 @@ _LATER = re.compile(
     r"|answer|choose|say)\b)",
     re.IGNORECASE,
 )
-# No sentence ends so: the text was cut.
+# No sentence ends like this: the text was cut.
 _CUT = re.compile(
     r"(?:\b(?:the|an?|of|to|in|on|at|by|for|with|and|or|but|nor|so|if|because|since|that|which|when|where|while|is|are"
     r"|was|were|be|been|would be|will|would|could|should|must|can|has|have|had|we|I|they|he|she|you|their|his"
@@ -172,12 +172,12 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
 
 
 def stated(text: str) -> list[tuple[int, str]]:
-    """What follows each "answer is" and its like, the last one first, with the position where it begins."""
+    """What follows each "answer is" or the like, the last one first, with the position where it begins."""
     return [(match.end(), text[match.end() :]) for match in reversed(list(_CUE.finditer(text)))]
 
 
 def stated_before(text: str) -> str | None:
-    """What precedes the last "is the answer" in its line; None where that is no more than "this"."""
+    """What precedes the last "is the answer" in its line; None if that is no more than "this"."""
     found = list(_BACKWARD.finditer(text))
     before = text[: found[-1].start()].rpartition("\n")[2].strip() if found else ""
     return None if _PRONOUN.fullmatch(before) else before
@@ -188,9 +188,8 @@ def sentences(text: str) -> list[str]:
 
 
 def undecided(text: str, position: int | None = None) -> bool:
-    """Whether a text says that it does not know, names an answer for each of several cases, or was cut before it came
-    to one. Behind a statement, which begins at `position`, only what takes it back counts.
-    """
+    """Whether a text says that it does not know, names an answer for each of several cases, or was cut before it
+    reached one. After a statement, which begins at `position`, only what takes it back counts."""
     if position is not None:
         if not (_TAKES_BACK.search(text, position) or _HAS_CASES.search(text)):
             return False
@@ -209,13 +208,13 @@ def undecided(text: str, position: int | None = None) -> bool:
 
 
 def correction(text: str) -> str | None:
-    """What follows the last "wait", "actually", "no" and their like."""
+    """What follows the last "wait", "actually", "no" or the like."""
     found = list(_CORRECTION.finditer(text))
     return text[found[-1].end() :] if found else None
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Start, end and inside of each \boxed{...} whose braces balance."""
+    r"""Start, end and content of each \boxed{...} whose braces balance."""
     found = []
     for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text):
         inside = balanced(text, match.end())
@@ -225,7 +224,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def balanced(text: str, start: int) -> str | None:
-    """From `start`, behind an opening brace, up to the brace that closes it; None where none does."""
+    """From `start`, after an opening brace, up to the brace that closes it; None if none does."""
     depth = 1
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")

@@ -1,4 +1,4 @@
-"""A result in TeX or in plain text, in one spelling of the many that there are."""
+"""A result in TeX or in plain text, reduced to one of its many spellings."""
 
 import re
 from fractions import Fraction
@@ -19,7 +19,7 @@ _UNWRAP = re.compile(
     r"|(?P<f>[^{}]*)\\q?quad",
     re.DOTALL,
 )
-# In order: dress, plain text into TeX, TeX into one of its spellings.
+# In order: formatting, plain text into TeX, TeX into one of its spellings.
 _RULES = [
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?|nonumber|therefore|rm|bf|it|sf)(?![a-zA-Z])"
                 r"|\\[hv]space\*?\{[^{}]*\}"), ""),
@@ -64,7 +64,7 @@ def _inside(text: str) -> str:
 
 @lru_cache(4096)
 def standard(result: str) -> str:
-    """The one spelling: no spaces, units, currency, degrees, or dress."""
+    """The one spelling: without spaces, units, currency, degrees, or formatting."""
     tex = result.replace("\\ ", " ").strip().removesuffix("\\").strip("\"'`").strip()
     while (match := _UNWRAP.fullmatch(tex.removesuffix(".").strip())) is not None:
         tex = next(group for group in match.groups() if group is not None).strip()
@@ -78,7 +78,7 @@ def standard(result: str) -> str:
     shorter = _TRAILING_UNIT.sub("", tex)
     if re.search(r"[\d\\]", shorter) and not shorter.rstrip().endswith(("\\", "_", "^", ",", "+", "-", "=")):
         tex = shorter
-    # a space ends the name of a command, and says nothing elsewhere
+    # a space ends the name of a command, and means nothing elsewhere
     tex = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", tex.strip())
     if re.fullmatch(r"\{.*\}", tex) and _depth_holds(tex[1:-1]):
         return rf"\{{{tex[1:-1]}\}}" if len(parts(tex[1:-1])) > 1 else tex[1:-1]
@@ -86,7 +86,7 @@ def standard(result: str) -> str:
 
 
 def _depth_holds(inside: str) -> bool:
-    """Whether the braces of the inside balance by themselves."""
+    """Whether the braces inside balance by themselves."""
     depth = 0
     for character in inside:
         depth += (character == "{") - (character == "}")
@@ -96,7 +96,7 @@ def _depth_holds(inside: str) -> bool:
 
 
 def parts(tex: str) -> list[str]:
-    """What stands between the commas outside of all brackets."""
+    """The parts between commas outside all brackets."""
     found, depth, start = [], 0, 0
     for i, character in enumerate(tex):
         depth += (character in "([{") - (character in ")]}")
@@ -107,7 +107,7 @@ def parts(tex: str) -> list[str]:
 
 
 def number(tex: str) -> Fraction | None:
-    """The exact value of a plain number, fraction or mixed number; None for all else."""
+    """The exact value of a plain number, fraction or mixed number; None for anything else."""
     if len(tex) > 300:
         return None
     if re.fullmatch(r"[-+]?(?:\d+\.?|\d*\.\d+)", tex):
