@@ -33,8 +33,8 @@ _SCORED_AT_ONCE = 512
 class BlockInferLM(TemplateLM):
     """`--model_args`: pretrained, a folder or a name on the Hub; the options of LLM; those of SamplingParams, for
     answers of tasks that set no others (`threshold`, `factor` and `entropy_bound` each select their rule); of
-    ScoringParams mc_num, scoring_mode and is_greedy (if False, the second value of a likelihood is always False); seed
-    (0), for all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
+    ScoringParams mc_num, scoring_mode and is_greedy (False: the second value of a likelihood is then always False);
+    seed (0), for all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
 
     LLaDA's likelihood is an estimate: `mc_num` forwards of a continuation, one if it is one token. A continuation that
     does not fit loses the beginning of its context, and so does a prompt.
