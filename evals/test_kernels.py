@@ -2,10 +2,10 @@
 
 A test first checks the kernel's result on the timed inputs against its PyTorch twin in float64; attention and a whole
 layer are checked against their timed baseline. Then a round times the kernel over many sets of buffers, so that on a
-GPU they come from its memory and not from its L2 cache. Right before each round the same is done with the baseline: for
-attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole layer what torch.compile
-makes of it around the same attention, for others a copy of as many bytes. evals/timing/kernels.py says how. On a CPU
-the twin runs, at shapes so small that its times say nothing about the kernel, and nothing is compiled.
+GPU they come from its memory and not from its L2 cache. Right before each round the baseline is timed in the same way:
+for attention scaled_dot_product_attention on contiguous K and V, for products torch's, for a whole layer
+torch.compile's version of it around the same attention, for others a copy of as many bytes (evals/timing/kernels.py).
+On a CPU the twin runs, at shapes so small that its times say nothing about the kernel, and nothing is compiled.
 """
 
 import inspect
@@ -37,7 +37,7 @@ from evals.timing.kernels import Work, about, copies, figures, make_round, measu
 
 PAGE_SIZE = inspect.signature(LLM).parameters["page_size"].default
 ROUNDS = {"cuda": 20, "cpu": 3}
-# of the relative error |out - expected| / |expected|
+# bounds of the relative error |out - expected| / |expected|
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 # Microseconds once measured on an H200: more than twice as many there is a regression.
@@ -54,7 +54,7 @@ KNOWN_ON_H200 = {
 
 
 class Sizes(NamedTuple):
-    """attention: segments, query rows of each, its keys. rows: of a step."""
+    """attention: segments, query rows and keys of each. rows: of a step."""
 
     dtype: torch.dtype
     heads: int
@@ -159,8 +159,8 @@ def assert_close(made, expected):
 
 
 def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim, dtype=None):
-    """The table of segments with these rows and keys, one per slot, as in a step of no other rows in dtype; if none is
-    named, all are served from pages."""
+    """The table of segments with these rows and keys, one per slot, as in a step of only these rows. dtype: that of the
+    step; None serves all segments from pages."""
     device = page_tables.device
     cutting, total = Cutting.of(heads, kv_heads, device), slots * rows
     if dtype is not None:
@@ -333,7 +333,7 @@ def _after_attention(attention, residual, layer):
     return F.linear(silu_mul_torch(F.linear(normed, layer.gate_up_proj)), layer.ff_out), residual
 
 
-@pytest.mark.filterwarnings("default")  # torch.compile's own parts use what is deprecated
+@pytest.mark.filterwarnings("default")  # torch.compile itself uses deprecated functions
 @pytest.mark.benchmark(group="kernels: layer")
 def test_layer(measure, randn, device, sizes, rows):
     """A whole layer, on segments of 32 rows that see themselves. Bytes: the weights, the input and the output.

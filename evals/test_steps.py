@@ -1,20 +1,21 @@
-"""What a denoising step costs, all of it: forward, confidence, unmasking, and the host's share.
+"""What a whole denoising step costs: forward, confidence, unmasking, and the host's share.
 
 A case sends requests of random token ids to `LLM.generate`, all at once, and no stop token ends one. ms a step is the
-wall time over the forwards of the model, the prompt's among them. A short untimed run goes before, whose time is stored
-as first_seconds; a case is repeated until its mean is known to RELATIVE_ERROR or MAX_SECONDS are over. What is compiled
-or captured in a timed run is told, and does not count where others come after it (evals/runs/rounds.py).
+wall time over the forwards of the model, the prompt's among them. A short untimed run goes before; its time is stored
+as first_seconds. A case is repeated until its mean is known to RELATIVE_ERROR or MAX_SECONDS are over. A timed run that
+compiles or captures anything is reported, and does not count if others follow it (evals/runs/rounds.py).
 
-Where --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the small
-one of the repository, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
-serves all cases, those of a single request too. Random weights have flat confidences: the rule `threshold` then reveals
-one token a step, as the others do, and a token tips more easily than a trained model's (test_agreement).
+If --model names none, the model on a GPU is LLaDA-8B's shape with random weights in bfloat16, and on a CPU the
+repository's small one, at sizes that show only that all of this runs. One LLM with room for the largest case's requests
+serves all cases, also those of a single request. Random weights have flat confidences: the rule `threshold` then
+reveals one token a step, as the others do, and rounding changes a token more easily than with a trained model
+(test_agreement).
 
-Random weights send the masks of a block, which differ by their positions alone, to nearly the same experts of a
-mixture: a trained model's rows touch more of them, and a step of few rows reads more weights than here.
+With random weights, the masks of a block, which differ only by their positions, go to nearly the same experts of a
+mixture: a trained model's rows use more of them, and a step of few rows reads more weights than here.
 
 other_gb is the GPU's memory at the peak of a case besides weights and KV cache: intermediate tensors, and what CUDA
-graphs keep, those of earlier cases too. Only the first case's is that of its requests alone.
+graphs keep, also those of earlier cases. Only the first case's is that of its requests alone.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from evals.timing.steps import (
     warmed_up,
 )
 
-# What the weights of LLaDA-8B's shape and a KV cache of some requests need.
+# The memory that the weights of LLaDA-8B's shape and a KV cache of some requests need.
 FREE_GB = 24
 # A case's timed runs end when another would exceed these seconds; the longest cases end after their first run.
 MAX_SECONDS = {"cuda": 15.0, "cpu": 0.0}
@@ -71,7 +72,8 @@ class Sizes(NamedTuple):
     def cases(self) -> dict[str, Case]:
         """Named by mode, requests and prompt, and by what is not the default: a rule, or several blocks open at once.
 
-        With two blocks open: one token a step, and six steps a block, the next of which begins once .4 are revealed.
+        Of the two cases with several open, one reveals one token a step; the other takes six steps a block, and the
+        next block begins once .4 are revealed.
         """
         short, long, few, many = self.short, self.long, self.few, self.many
         cases = [self.case("block", 1, short), self.case("block", 1, long), self.case("block", 1, short, "threshold")]
@@ -117,7 +119,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def measured_model(settings: Settings, named: str | None) -> Settings:
-    """The session's settings; where --model names none and there is a GPU, of LLaDA-8B's shape with random weights."""
+    """The session's settings; if --model names none and there is a GPU, with LLaDA-8B's shape and random weights."""
     if named is not None or settings.device == "cpu":
         return settings
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -136,8 +138,9 @@ def sizes(settings):
 
 @pytest.fixture(scope="module")
 def ceilings(request, settings):
-    """What the device reaches, measured before the LLM takes its memory; at the dtype `auto` in what is usual there."""
-    # the tests of the suite are through: see pytest_collection_modifyitems
+    """The device's ceilings, measured before the LLM takes its memory; for the dtype `auto` in the device's usual
+    one."""
+    # the suite's tests have finished: see pytest_collection_modifyitems
     close_suite(request.config)
     usual = {"cuda": torch.bfloat16, "cpu": torch.float32}[settings.device]
     return measure_ceilings(DTYPES.get(settings.dtype, usual), settings.device)

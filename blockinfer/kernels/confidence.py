@@ -144,7 +144,7 @@ class ReadTiles(NamedTuple):
 def read_tiles(
     logits: torch.Tensor, vocabulary: Vocabulary, options: RowOptions, block: int, first_id: int = 0
 ) -> ReadTiles:
-    """The kernels that read all logits. first_id: the id of the first column, as its noise has it. Raises ValueError as
+    """The kernels that read all logits. first_id: the id of the first column, for its noise. Raises ValueError like
     `token_confidence_triton`."""
     size, mask_token_id, eos_ids, last_ids = vocabulary
     if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):

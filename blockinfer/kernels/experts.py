@@ -40,8 +40,8 @@ def mixture_torch(x: torch.Tensor, routing: Routing, gate_up: torch.Tensor, down
 
 
 class PairOrder(NamedTuple):
-    """order [T * K] int32: pairs, row * K + place, by expert. tiles [I, 3] int32: of each tile the expert, its first
-    pair in that order and the one past its last; what is not a tile has as many as none."""
+    """order [T * K] int32: pairs, row * K + place, by expert. tiles [I, 3] int32: for each tile its expert, its first
+    pair in that order and the one past its last; unused entries hold no pair."""
 
     order: torch.Tensor
     tiles: torch.Tensor

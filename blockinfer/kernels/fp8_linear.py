@@ -86,7 +86,7 @@ def _is_torch_faster(x: QuantizedRows, weight: QuantizedWeight) -> bool:
 
 
 def _scaled_mm(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
-    """The same by torch -> [T, N], bfloat16."""
+    """`fp8_linear` by torch -> [T, N], bfloat16."""
     by_rows = ScalingType.RowWise
     return F.scaled_mm(
         x.values,
@@ -102,7 +102,7 @@ def _scaled_mm(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
 
 class Tile(NamedTuple):
     """Rows, columns and depth of a program's tile, powers of two, at least 16; parts of the depth. ahead: lines of 128
-    bytes of each of its weights' rows, a power of two, which are asked for while the kernel before still runs."""
+    bytes of each of its weights' rows, a power of two, that are prefetched while the kernel before still runs."""
 
     block_t: int
     block_n: int
@@ -114,7 +114,7 @@ class Tile(NamedTuple):
 
 
 def choose_tile(x: QuantizedRows, weight: QuantizedWeight, gated: bool = False) -> Tile:
-    """Of those measured on an H200, the fastest where torch is not."""
+    """The fastest of those measured on an H200, for shapes at which torch is not faster."""
     rows, (columns, depth) = x.values.shape[0], weight.shape
     processors = num_processors(x.values.device)
     if shared_memory(x.values.device) < 160 * 1024:

@@ -5,8 +5,8 @@ import triton
 
 
 def empty_product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, splits: int, gated: bool) -> torch.Tensor:
-    """x [T, K], weight [N, K], of a gated product [2 * N, K] -> [splits, T, N], unwritten: of dtype where there is one
-    part, float32 else. Raises ValueError where shapes do not fit, and for a gate that is split."""
+    """x [T, K], weight [N, K], of a gated product [2 * N, K] -> [splits, T, N], unwritten: of dtype if there is one
+    part, else float32. Raises ValueError if shapes do not fit, and for a gate that is split."""
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or (gated and weight.shape[0] % 2):
         raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if gated and splits > 1:

@@ -48,7 +48,7 @@ class QuantizedWeight(nn.Module):
         return self.values.numel()
 
     def split(self, sizes: Sequence[int]) -> list["QuantizedWeight"]:
-        """Parts of so many rows each, which share this one's memory."""
+        """Parts with these numbers of rows, which share this one's memory."""
         return list(map(QuantizedWeight, self.values.split(sizes), self.scale.split(sizes)))
 
     def chunk(self, parts: int) -> list["QuantizedWeight"]:

@@ -14,7 +14,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Ranks:
-    """One rank alone, which has all of the model: each operation gives back what it is given."""
+    """One rank alone, which has all of the model: each operation returns what it is given."""
 
     rank = 0
     size = 1
@@ -25,7 +25,7 @@ class Ranks:
         return x
 
     def sum_out(self, rows: int) -> torch.Tensor | None:
-        """[rows, d], where `all_reduce` need not copy what was written there; None where there is no such place."""
+        """[rows, d], where `all_reduce` need not copy what was written; None if there is no such buffer."""
         return None
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class Ranks:
         return x
 
     def wait(self, done: torch.cuda.Event | None = None) -> None:
-        """Until what the GPU was given is done, or the event; a caller that reads a result waits for it anyway."""
+        """Waits until the GPU's work is done, or the event; a caller that reads a result waits for it anyway."""
 
 
 ALONE = Ranks()
@@ -57,7 +57,8 @@ class RankGroup(Ranks):
         self._buffer: SymmetricBuffer | None = None
 
     def reserve(self, width: int, dtype: torch.dtype) -> None:
-        """Memory for the sums of rows so wide, where the ranks can reach each other's; all ranks call it together."""
+        """Allocates memory for sums of rows this wide, if the ranks can reach each other's; all ranks call it
+        together."""
         if self._device.type == "cuda":
             self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
 
@@ -65,12 +66,12 @@ class RankGroup(Ranks):
         return None if self._buffer is None else self._buffer.rows(rows)
 
     def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
-        """Where another rank is gone: `SymmetricBuffer.let_go`."""
+        """If another rank is gone: `SymmetricBuffer.let_go`."""
         return is_done() if self._buffer is None else self._buffer.let_go(is_done, seconds)
 
     def release(self, leave_behind: bool = False) -> None:
-        """That memory. leave_behind: where the GPU may never be done: it is not given back, for which torch would wait
-        for the GPU."""
+        """Frees that memory. leave_behind: for a GPU that may never be done: it is not freed, as torch would wait for
+        the GPU."""
         if leave_behind and self._buffer is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._buffer))
         self._buffer = None

@@ -68,7 +68,7 @@ class Cutting(NamedTuple):
         return cls(max(1, BLOCK_M // (heads // kv_heads)), max(1, num_processors(device) // kv_heads))
 
     def may_split(self, rows: int) -> bool:
-        """Whether a step of so many rows, what pads it included, may have tiles in parts."""
+        """Whether a step of this many rows, padding included, may have tiles in parts."""
         return 2 * rows <= self.rows * self.enough
 
 

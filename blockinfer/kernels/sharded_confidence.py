@@ -1,7 +1,7 @@
 """`kernels.confidence` where each rank has the logits of its share of the vocabulary, which are not gathered.
 
-Of each row a rank tells nine numbers: its largest logit and the sums relative to it that a softmax needs, as a tile
-does there, the best of its candidates and, with noise, that one's noisy logit. All ranks put them together alike.
+For each row a rank sends nine numbers: its largest logit and the sums relative to it that a softmax needs, as a tile
+does there, the best of its candidates and, with noise, that one's noisy logit. All ranks merge them in the same way.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from blockinfer.kernels.ranks import Ranks
 
 
 class Shard(NamedTuple):
-    """A rank's columns: those of the ids from `first` on, of which `vocabulary`, numbered from 0, is what is meant."""
+    """A rank's columns: the ids from `first` on. vocabulary: the shard's part of it, with ids counted from `first`."""
 
     vocabulary: Vocabulary
     first: int

@@ -43,7 +43,7 @@ class Choice(IntEnum):
     SCHEDULED_THRESHOLD = 4
 
 
-# These count of each block what the schedule says.
+# For these, the schedule gives each block's number of positions.
 OF_A_BLOCK = (Choice.TOP, Choice.SCHEDULED_THRESHOLD)
 
 
@@ -144,6 +144,6 @@ def places_of(state: SlotState, blocks: Blocks) -> Places:
 
 
 def check_contiguous(state: SlotState, blocks: Blocks) -> None:
-    """Raises ValueError where the kernels would index by strides that are not there."""
+    """Raises ValueError if a tensor is not contiguous, as the kernels expect."""
     if not all(tensor.is_contiguous() for tensor in (*state, *blocks)):
         raise ValueError("the state of the slots and what describes the blocks must be contiguous")

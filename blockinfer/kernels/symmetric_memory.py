@@ -41,7 +41,7 @@ class SymmetricBuffer:
 
     @classmethod
     def make(cls, width: int, dtype: torch.dtype, device: torch.device, store: dist.Store) -> "SymmetricBuffer | None":
-        """None where one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
+        """None if one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
         all ranks."""
         # torch caches what it has exchanged under a group's name: this name is new
         told = [("", "")] * dist.get_world_size()
@@ -60,7 +60,7 @@ class SymmetricBuffer:
         return x.shape[-1] == self._width and self.rows(x.shape[-2]) is not None
 
     def rows(self, number: int) -> torch.Tensor | None:
-        """Its first rows, [number, d], which `all_reduce` takes as they are; None where it has not so many."""
+        """Its first rows, [number, d], which `all_reduce` takes without a copy; None if it has fewer."""
         size = number * self._width
         return self._buffer[:size].view(number, self._width) if 0 < size <= len(self._buffer) else None
 
@@ -74,10 +74,10 @@ class SymmetricBuffer:
         return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
 
     def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
-        """Has the GPU go on that waits for a rank which is gone, until it is done or for so many seconds -> whether it
-        is. What it computes then means nothing.
+        """Releases a GPU that waits for a rank which is gone, until it is done or for so many seconds -> whether it is
+        done. What it computes then means nothing.
 
-        A kernel of torch's waits for the others' signals to come (1), and for its own to be taken (0): they get both in
+        A kernel of torch waits for the others' signals to come (1), and for its own to be taken (0): it gets both in
         turn.
         """
         end = time.monotonic() + seconds
@@ -94,8 +94,8 @@ class SymmetricBuffer:
 class FromNowOn(dist.Store):
     """A store in which torch's symmetric memory numbers its exchanges from 0.
 
-    It numbers those of a process's whole life, and a process that has met other ranks before would wait for ever for
-    new ones. So it does where another rank has died: here it gives up after `seconds`. torch does not keep it alive.
+    torch counts the exchanges of a process's whole life, so one that has met other ranks before would wait for ever for
+    new ones, as it would for a rank that has died: here it gives up after `seconds`. torch does not keep it alive.
     """
 
     def __init__(self, store: dist.Store, name: str, seconds: float = 60.0) -> None:
@@ -105,7 +105,7 @@ class FromNowOn(dist.Store):
         self._first: int | None = None
 
     def _renumbered(self, key: str) -> str:
-        """key: of a prefix and the exchange's number, and perhaps more."""
+        """key: a prefix and the exchange's number, and perhaps more."""
         prefix, number, rest = re.fullmatch(r"([^/]*)/(\d+)(.*)", key).groups()
         self._first = int(number) if self._first is None else self._first
         return f"{prefix}/{int(number) - self._first}{rest}"
@@ -135,7 +135,7 @@ class FromNowOn(dist.Store):
 
 
 def set_signals(pad: torch.Tensor, signal: int) -> None:
-    """All of a rank's, by no kernel: a GPU that waits for a signal may take none any more."""
+    """Sets all of a rank's, without a kernel: a GPU that waits for a signal may start no other."""
     from torch._C._distributed_c10d import _SymmetricMemory
 
     _SymmetricMemory.memset32(pad, 0, signal, len(pad))

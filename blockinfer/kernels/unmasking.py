@@ -293,7 +293,7 @@ def _unmask_kernel(
         row = start + n
         score = tl.load(scores_ptr + row, mask=row < ranked_end, other=-float("inf"))
         ahead = tl.zeros([BLOCK], tl.int32)
-        entropy = tl.zeros([BLOCK], tl.float64)  # the sum of theirs
+        entropy = tl.zeros([BLOCK], tl.float64)  # the sum of the entropies of the rows ahead
         for other_start in tl.range(ranked_first, ranked_end, BLOCK):
             other_row = other_start + n
             other = tl.load(scores_ptr + other_row, mask=other_row < ranked_end, other=-float("inf"))[None, :]

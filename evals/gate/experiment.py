@@ -2,10 +2,10 @@
 
     python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1 --profile quick --output gate_experiment.jsonl
 
-A slowdown may have a place: 0.05:vanilla sits in one mode, 0.05:threshold in one rule; 0.05:memory is none, but memory
-that head takes beside base's. Every run starts both sides anew. Its result is appended to the output file at once, and
-the same command, given again, makes the runs that are still missing and prints the table. Exit codes: 0 done, 2 bad
-usage or a run that failed.
+A slowdown may have a place: 0.05:vanilla sits in one mode, 0.05:threshold in one rule; 0.05:memory is no slowdown, but
+memory that head takes beyond base's. Every run starts both sides anew. Its result is appended to the output file at
+once, and the same command, given again, makes the runs that are still missing and prints the table. Exit codes: 0 done,
+2 bad usage or a run that failed.
 """
 
 import argparse

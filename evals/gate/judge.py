@@ -1,7 +1,7 @@
 """What the rounds say: the typical ratio of two times with its interval, and whether head is worse than base.
 
 A ratio is head's time over base's, of the same rows, measured one right after the other. A round's ratio is the median
-of its pairs: a burst of work beside it moves a few pairs far and the median hardly. Rounds differ by more than their
+of its pairs: a burst of other load moves a few pairs far but hardly the median. Rounds differ by more than their
 pairs, as each has processes of its own, so the sample is the rounds: the typical ratio is the median of the means of
 all pairs of rounds, and its interval that of Wilcoxon's signed ranks (M. Hollander, D. Wolfe, E. Chicken, Nonparametric
 Statistical Methods, 3rd ed., 2014, sections 3.2 and 3.3), which one outlying round does not move far.
@@ -43,8 +43,8 @@ class Ratio:
 
 
 def typical_ratio(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
-    """Of the times of base and of head, in order, in each round. With fewer than five rounds, which the command does
-    not make, the interval is the whole range, and misses the truth more often than TAIL says."""
+    """From the times of base and head, in order, in each round. With fewer than five rounds, which the command does not
+    make, the interval is the whole range, and misses the truth more often than TAIL says."""
     logs = np.array([np.median(np.log(np.divide(head, base))) for base, head in rounds])
     first, second = np.triu_indices(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)

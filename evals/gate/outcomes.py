@@ -13,7 +13,7 @@ from evals.gate.exits import CANNOT_TELL, REGRESSION
 from evals.gate.judge import Margins, Ratio, Verdict
 from evals.gate.side import Bytes
 
-# What decides whether two runs belong in one table.
+# The fields that decide whether two runs belong in one table.
 SAME = ("commit", "profile", "pairs", "margin", "memory_margin")
 
 Number = Annotated[float, Field(gt=0, le=1e9)]  # NaN fails both comparisons

@@ -1,7 +1,7 @@
 """One side of the gate: a process that holds one checkout's engine and answers every line that it reads.
 
 It is started as a file, not as a module, and takes `blockinfer` from the checkout that is its working directory. That
-may be older than this file, so it calls `LLM`, `SamplingParams` and `generate` alone. Requests and replies are lines of
+may be older than this file, so it calls only `LLM`, `SamplingParams` and `generate`. Requests and replies are lines of
 JSON on stdin and stdout; while the other side works this one waits on its pipe. It ends when stdin does.
 """
 

@@ -21,13 +21,13 @@ DRILL_SHARES = (0.4, 0.05)
 FORMS = ("whole", "cut", "block", "staircase", "suffix")
 FORM_SHARES = (0.2, 0.1, 0.15, 0.4, 0.15)
 LOWEST_T = 0.02
-# The share of documents, besides t uniform in (0, 1), with everything masked, where every block begins, and where a
-# confidence rule reveals most. A uniform t hardly ever comes near.
+# The share of documents with everything masked, as at every block's beginning, where a confidence rule reveals most.
+# A t uniform in (0, 1), as most documents have, hardly ever comes near this.
 WHOLLY_MASKED = 0.15
 # The share of documents with only digits masked and the words between them given, as a confidence rule leaves a worked
 # answer. Uniform t hardly ever gives this, and results are then stated before their operands.
 DIGITS_MASKED = 0.15
-PADDING_WEIGHT = 0.1  # of the stop tokens after the first, which are easy and many
+PADDING_WEIGHT = 0.1  # the weight of the stop tokens after the first, which are easy and many
 RECIPE = {
     "mixtures": MIXTURES,
     "drill_shares": DRILL_SHARES,
@@ -43,7 +43,7 @@ RECIPE = {
 class Batch:
     """One step's arrays, [rows, ROW] but for `loss_at`, `loss_weight` and `loss_source` [places]."""
 
-    tokens: np.ndarray  # what the model sees
+    tokens: np.ndarray  # the model's input
     targets: np.ndarray  # [places]: the token behind each masked place
     positions: np.ndarray
     documents: np.ndarray  # -1 where a row is not filled

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
 
 @cache
 def _compiled() -> Callable[[Tensor], Tensor]:
-    """Kept: to wrap it anew takes the host a millisecond."""
+    """Cached: wrapping it again takes the host a millisecond."""
     return torch.compile(orthogonal)
 
 

@@ -6,7 +6,7 @@ python -m evals study evals/llada_tiny --mode block --add /tmp/one/study.json --
 python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --out /tmp/blocks # no drawing
 
 The problems are fresh ones of the held-out split, exact matches count, and tokens end before the stop token. The model
-computes in float32, on a GPU where there is one.
+computes in float32, on a GPU if there is one.
 """
 
 import argparse

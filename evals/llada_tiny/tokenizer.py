@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE with single digits, learnt on the generators' own text, in LLaDA's clothes.
+"""The tokenizer: byte-level BPE with single digits, learnt on the generators' own text, in LLaDA's format.
 
 python -m evals tokenizer-tiny --out evals/llada_tiny
 """

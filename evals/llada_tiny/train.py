@@ -8,8 +8,8 @@ Beside the weights, training.jsonl gets a line every some hundred steps: seconds
 predicted right by source, shares of two-hop questions whose first and second fact are found (evaluate.lookups), and of
 four-choice questions whose letter is (evaluate.letters).
 
-Every minute, and where SIGTERM ends it, the weights so far are exported, and all that it takes to go on is written to
-state.pt: the same command goes on from there, the minutes before counted. At the end that file is removed.
+Every minute, and when SIGTERM ends it, the weights so far are exported and the training's state is written to state.pt:
+the same command continues from there, and the minutes before count. At the end that file is removed.
 """
 
 import argparse
@@ -154,7 +154,7 @@ class Step:
             torch.backends.cuda.matmul.allow_tf32 = True
             self.objective = torch.compile(self.objective)
         self.arrays: dict[str, Tensor] = {}
-        self.following = torch.zeros((), device=self.device)  # how far the average moves to the weights
+        self.following = torch.zeros((), device=self.device)  # how far the average moves towards the weights
         self.eager, self.graph = 3, None
 
     def __call__(self, batch: Batch, rates: tuple[float, ...], following: float) -> None:

@@ -9,7 +9,7 @@ in its name, in the folder itself or in one named after the config (main, all, h
 hotpotqa.jsonl or data/hotpotqa.jsonl, as in THUDM's archive.
 
 Each row's field `revision` says what it was drawn from: the set's name, then the Hub's commit or, of a local split,
-the sha256 of all its rows (JSON lines with sorted keys). It stands in the row, so that it is there when files are cut
+the sha256 of all its rows (JSON lines with sorted keys). It is part of the row, so that it remains when files are cut
 or joined, and so that a run of the suite stores the revisions of just the rows that it used.
 """
 

@@ -36,8 +36,8 @@ MACHINE = ("device", "gpu", "cpu", "cpu_threads", "tensor_parallel_size", "shard
 SOFTWARE = ("torch", "cuda", "transformers", "python")
 # What is judged, and the fields that judging needs.
 FIGURES = ("unmasking", "n", "nfe", "tokens_per_second", "peak_memory_gib", "accuracy")
-# The assumed error of a GPU's time from one round, as a share. None is assumed for a CPU: on two shared cores, tokens/s
-# of the same code differed by up to a factor of 1.7 between two runs.
+# The assumed error of a GPU's time from one round, as a share. A CPU's is not known: on two shared cores, tokens/s of
+# the same code differed by up to a factor of 1.7 between two runs.
 ERROR_OF_ONE_ROUND = 0.1
 
 Info = dict[str, Any]

@@ -55,8 +55,8 @@ class Paired(NamedTuple):
         return math.ceil(z * z * changed / margin**2)
 
     def _bound(self, sign: int) -> float:
-        """Where Tango's score statistic, which falls with the loss, is sign * z (Statistics in Medicine 17, 1998, p.
-        891)."""
+        """Where Tango's score statistic, which falls as the loss rises, is sign * z (Statistics in Medicine 17, 1998,
+        p. 891)."""
         low, high = -1.0, 1.0
         while high - low > 1e-9:
             middle = (low + high) / 2

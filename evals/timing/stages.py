@@ -1,8 +1,8 @@
 """Where the milliseconds of a denoising step go on a GPU: `python -m evals stages --mode block --batch 1 --prompt 128`.
 
 A warm run of `LLM.generate` is timed without a profiler, then run again under torch.profiler, whose times of the GPU's
-kernels are summed by stage. idle is the wall time of the first less the time in which the second had a kernel running:
-it is below 0 where the profiler slows kernels down by more than they waited.
+kernels are summed by stage. idle is the first run's wall time minus the time in which the second had a kernel running:
+it is below 0 if the profiler slows kernels down by more than they waited.
 """
 
 import argparse

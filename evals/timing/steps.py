@@ -151,13 +151,13 @@ def least_ms(
 ) -> dict[str, float]:
     """The least ms of a step with these counts on each rank's device, by the ceilings stored beside it: ms to read the
     weights that a forward needs and the keys and values that it attends to, and ms for its matrix products, without
-    attention's own. Of a mixture's experts, those of one row are read at least; the weights say how many more.
-    Quantised layers take a byte a value, and half the time for their products."""
+    attention's own. Of a mixture's experts, only those of one row are counted as read; a step may read more. Quantised
+    layers take a byte a value, and half the time for their products."""
     kv_width, width = config.n_kv_heads * config.head_dim, config.d_model
     qkv, after = width * (width + 2 * kv_width), width * width + config.mlp_elements
     head = width * config.embedding_size
     value, pace = (1, 2) if quantization else (itemsize, 1)
-    # after its attention the last layer, like the LM head, computes the masked rows alone
+    # after its attention the last layer, like the LM head, computes only the masked rows
     flops = 2 * config.n_layers * qkv * run.rows + 2 * after * ((config.n_layers - 1) * run.rows + run.lm_head_rows)
     flops = flops / pace + 2 * head * run.lm_head_rows
     read = (config.n_layers * (qkv + after) * value + head * itemsize) * run.forwards

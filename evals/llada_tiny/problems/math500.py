@@ -36,7 +36,7 @@ def _same_question(kind: str, drawn: tuple) -> list[tuple]:
 
 
 def _positive(a: int, b: int, x: int) -> int:
-    """b less as many times a as a * x - b needs to be at least 1."""
+    """b - k * a with the smallest k >= 0 for which a * x minus it is at least 1."""
     return b - a * max(0, -((a * x - b - 1) // a))
 
 

@@ -1,6 +1,6 @@
 """Four-choice questions over common facts and rules.
 
-The solution states the fact first, then the letter and, as the question lists it, its choice behind it.
+The solution states the fact first, then the letter, then its choice as the question lists it.
 """
 
 import random
