@@ -50,7 +50,7 @@ _COLUMN_BYTES = 1024
 @dataclass
 class EngineStats:
     """Counts since the engine was made, without padding. forwards: model launches. rows: rows in them. lm_head_rows:
-    rows through the LM head. keys: cached positions that a launch attends to, counted once per sequence.
+    rows through the LM head. keys: cached positions that a launch attends to, once per sequence and once per shadow.
 
     graphs: CUDA graphs captured; capture_seconds and graph_bytes: their cost, compilation included. compiled: variants
     of Triton kernels that this process has loaded.
