@@ -34,7 +34,7 @@ class _Canvas:
 @dataclass
 class _Work:
     """One request to the engine, and its result. masks: masked places of the answer, a list that works may share.
-    candidates: tokens to read log-probabilities of at the single masked place; if None, the answer's own tokens are
+    candidates: tokens to read log-probabilities of at the single masked place; if empty, the answer's tokens are
     read at every masked place. values: the candidates' log-probabilities, or their sum for each mask."""
 
     prompt: list[int]
@@ -162,7 +162,7 @@ def _of_answer(
 
 
 def _of_position(engine: Engine, canvas: _Canvas, tokens: list[int], params: ScoringParams) -> _Work | None:
-    """One forward that scores all candidates, if each has one token."""
+    """One forward that scores all candidates of one token; None if there are none."""
     if not tokens:
         return None
     _check_tokens(engine, tokens)

@@ -58,7 +58,7 @@ def prepare(config: EngineConfig) -> Prepared:
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, usual: int | None) -> tuple[int, ...]:
-    """The tokenizer's EOS, and the family's usual one if the tokenizer has that token or there is no tokenizer."""
+    """The tokenizer's EOS, and the family's usual one unless the tokenizer names an EOS but lacks that token."""
     own = getattr(tokenizer, "eos_token_id", None)
     if usual is not None and own is not None and tokenizer.convert_ids_to_tokens(usual) is None:
         usual = None

@@ -107,7 +107,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _counted(request: Request, answer: Callable) -> Response:
-    """The answer; counts it, refusals and departed clients included, but streams, which count themselves."""
+    """The answer, counted by status, as are refusals and clients that went away; streams count themselves."""
     counted = _service(request).metrics.answered
     try:
         response = await answer(request)
