@@ -30,7 +30,7 @@ class ChatTemplate(TemplateProcess):
         try:
             line = json.dumps({"chat_template": template, "conversation": conversation, "tokens": tokens})
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"its messages hold what is no JSON: {reason(error)}") from error
+            raise ValueError(f"its messages hold a value that JSON does not have: {reason(error)}") from error
         reply = self.reply(line)
         if "error" in reply:
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} fails: {reply['error']}")

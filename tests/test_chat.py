@@ -90,7 +90,7 @@ def test_a_template_that_fails(use, template, message):
 
 @pytest.mark.parametrize("extra", [{"x": object()}, {"x": {1, 2}}, {(1,): "x"}])
 def test_messages_that_are_no_json(llm, extra):
-    with pytest.raises(ValueError, match="conversation 1: its messages hold what is no JSON"):
+    with pytest.raises(ValueError, match="conversation 1: its messages hold a value that JSON does not have"):
         llm.chat([ASKED, [{"role": "user", "content": "hi"} | extra]], SHORT, use_tqdm=False)
 
 

@@ -256,8 +256,8 @@ def test_another_version_of_torch_is_a_warning(suite, baseline):
             "there is nothing to compare with; the history is .benchmarks/nvidia-h200",
         ),
         (["--benchmark-compare", FAIL], "there is nothing to compare with; the history is .benchmarks/nvidia-h200"),
-        (["--benchmark-compare=pytest.ini"], "pytest.ini: is no JSON of pytest-benchmark: Invalid JSON"),
-        (["--benchmark-compare=deep.json"], "deep.json: is no JSON of pytest-benchmark: Invalid JSON: recursion limit"),
+        (["--benchmark-compare=pytest.ini"], "pytest.ini: is not a JSON file of pytest-benchmark: Invalid JSON"),
+        (["--benchmark-compare=deep.json"], "a JSON file of pytest-benchmark: Invalid JSON: recursion limit"),
         ([FAIL], "there is nothing to compare with"),
     ],
 )

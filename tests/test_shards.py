@@ -118,7 +118,7 @@ def test_shards_that_do_not_fit_are_named(make_suite, shards, tmp_path, capsys):
         ([one, other, three], f"{other} is shard 2/2, {one} is shard 1/3"),
         ([one, two, skipped], f"{skipped} and {one} are shards of different rows"),
         ([one, two, three, whole], f"{whole}: holds no shard: the suite was not run with --shard"),
-        ([one, two, empty], f"{empty}: is no JSON of pytest-benchmark"),
+        ([one, two, empty], f"{empty}: is not a JSON file of pytest-benchmark"),
         ([one, two, tmp_path], f"{tmp_path}: cannot be read: Is a directory"),
     ]:
         assert merge.main([str(tmp_path / "merged.json"), *map(str, given)]) == 2

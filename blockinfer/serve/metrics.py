@@ -21,19 +21,22 @@ class Metrics:
         )
         self._prompt_tokens = Counter("prompt_tokens", "Tokens of finished requests' prompts", **named)
         self._tokens = Counter("generated_tokens", "Tokens of finished requests' answers", **named)
-        self._request_forwards = Counter("request_forwards", "Forwards of finished requests, summed", **named)
+        self._request_forwards = Counter("request_forwards", "Forwards of finished requests", **named)
         self._tokens_per_forward = Histogram(
-            "tokens_per_forward", "Of a finished request", buckets=(0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **named
+            "tokens_per_forward",
+            "Tokens per forward of finished requests",
+            buckets=(0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
+            **named,
         )
         timed = named | {"buckets": _SECONDS}
         self._first_block = Histogram("first_block_seconds", "From arrival to the first block", **timed)
-        self._between = Histogram("between_blocks_seconds", "Between blocks of a stream", **timed)
+        self._between = Histogram("between_blocks_seconds", "Between two blocks of a stream", **timed)
         self._whole = Histogram("request_seconds", "From arrival to the end of an answer", **timed)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "requests_running": ("Requests that have a place in the batch", lambda: len(llm.engine.scheduler.running)),
+            "requests_running": ("Requests that are running", lambda: len(llm.engine.scheduler.running)),
             "requests_waiting": ("Requests in the queue", lambda: len(llm.engine.scheduler.waiting)),
             "kv_pages": ("Pages of the KV cache", lambda: llm.engine.pool.num_pages),
-            "kv_pages_used": ("Those in use", lambda: llm.engine.pool.num_pages - llm.engine.pool.num_free),
+            "kv_pages_used": ("Pages in use", lambda: llm.engine.pool.num_pages - llm.engine.pool.num_free),
             "model_forwards": ("Forwards of the model so far", lambda: llm.engine.runner.stats.forwards),
         }
         for name, (what, read) in gauges.items():

@@ -210,7 +210,7 @@ def parse(kind: type[_Model], body: bytes) -> _Model:
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:
-        raise ApiError(400, f"the body is no JSON: {' '.join(str(error).split())[:300]}") from error
+        raise ApiError(400, f"the body is not valid JSON: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body must be a JSON object, got {shown(raw)}")
     try:

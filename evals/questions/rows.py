@@ -121,7 +121,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _choices(text: str, where: str) -> list[str] | None:
-    return _parse(text, f"{where}: field 'choices' is no JSON list") if text else None
+    return _parse(text, f"{where}: field 'choices' is not a JSON list") if text else None
 
 
 def _check_grader(row: Row, where: str) -> None:

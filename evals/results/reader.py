@@ -48,7 +48,7 @@ def read_file(path: StrPath) -> File:
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise BadFile(f"{path}: is no JSON of pytest-benchmark: Invalid JSON: {error}") from error
+        raise BadFile(f"{path}: is not a JSON file of pytest-benchmark: Invalid JSON: {error}") from error
     return check_content(content, path)
 
 
@@ -57,7 +57,7 @@ def check_content(content: Any, path: StrPath) -> File:
     try:
         checked = Content.model_validate(content)
     except ValidationError as error:
-        raise BadFile(f"{path}: is no JSON of pytest-benchmark: {_what(error)}") from error
+        raise BadFile(f"{path}: is not a JSON file of pytest-benchmark: {_what(error)}") from error
     configurations = {}
     for number, benchmark in enumerate(checked.benchmarks):
         if benchmark.is_configuration:

@@ -93,11 +93,11 @@ def test_other_benchmarks_are_counted_and_not_shown(report):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no JSON of pytest-benchmark: Invalid JSON: EOF while parsing"),
-        ("{", "is no JSON of pytest-benchmark: Invalid JSON"),
-        ("[" * 5000, "is no JSON of pytest-benchmark: Invalid JSON: recursion limit exceeded"),
-        ([], "is no JSON of pytest-benchmark: Input should be a valid dictionary"),
-        ({"blockinfer": None}, "is no JSON of pytest-benchmark: datetime: Field required"),
+        ("", "is not a JSON file of pytest-benchmark: Invalid JSON: EOF while parsing"),
+        ("{", "is not a JSON file of pytest-benchmark: Invalid JSON"),
+        ("[" * 5000, "is not a JSON file of pytest-benchmark: Invalid JSON: recursion limit exceeded"),
+        ([], "is not a JSON file of pytest-benchmark: Input should be a valid dictionary"),
+        ({"blockinfer": None}, "is not a JSON file of pytest-benchmark: datetime: Field required"),
         (results([]) | {"datetime": "soon"}, "datetime: Input should be a valid datetime"),
         (results([]) | {"benchmarks": 3}, "benchmarks: Input should be a valid list, got 3"),
         (results([]) | {"benchmarks": [{}]}, "benchmarks.0.name: Field required"),
@@ -141,7 +141,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     for arguments, message in [
         ([str(tmp_path / "none.json")], "none.json: cannot be read: No such file or directory"),
         ([str(tmp_path)], f"{tmp_path}: cannot be read: Is a directory"),
-        ([str(tmp_path / "bytes.json")], "bytes.json: is no JSON of pytest-benchmark: Invalid JSON"),
+        ([str(tmp_path / "bytes.json")], "bytes.json: is not a JSON file of pytest-benchmark: Invalid JSON"),
         ([good, "-o", str(tmp_path)], f"'{tmp_path}' cannot be written: it is a folder"),
         ([good, "-o", str(tmp_path / "no" / "page.html")], "page.html' cannot be written: there is no folder '"),
         ([good, "-o", good], "good.json' cannot be written: it is read too, as '"),

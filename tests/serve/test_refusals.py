@@ -151,12 +151,12 @@ OF_BOTH = [
 ]
 # as they are sent
 RAW = [
-    (b"", "the body is no JSON"),
-    (b"hi", "the body is no JSON"),
-    (b"{", "the body is no JSON"),
-    (b'{"model": "random", "prompt": "hi"', "the body is no JSON"),
-    (b"\xff\xfe\x00", "the body is no JSON"),
-    (b'{"model": "\xe4"}', "the body is no JSON"),
+    (b"", "the body is not valid JSON"),
+    (b"hi", "the body is not valid JSON"),
+    (b"{", "the body is not valid JSON"),
+    (b'{"model": "random", "prompt": "hi"', "the body is not valid JSON"),
+    (b"\xff\xfe\x00", "the body is not valid JSON"),
+    (b'{"model": "\xe4"}', "the body is not valid JSON"),
     (b"null", "the body must be a JSON object, got None"),
     (b"[]", "the body must be a JSON object"),
     (b'"hi"', "the body must be a JSON object"),
@@ -167,7 +167,7 @@ RAW = [
     (b'{"model": "random", "prompt": "hi", "messages": [], "temperature": NaN}', "NaN is no number of JSON"),
     (b'{"model": "random", "seed": Infinity}', "Infinity is no number of JSON"),
     (b'{"model": "random", "model": "other"}', "'model' stands twice"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "the body is no JSON"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
 ]
 
 
