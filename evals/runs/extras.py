@@ -19,9 +19,9 @@ def check_extras(option: Option, modes: list[str], rules: list[str]) -> None:
             continue
         other, beside = _WITH.get(name, (None, ""))
         if other is not None and not _differs(option, other):
-            raise pytest.UsageError(f"{_name(name)} is read {beside} alone: pass that too")
+            raise pytest.UsageError(f"{flag(name)} is read {beside} alone: pass that too")
         chosen = f"got --mode {','.join(modes)} --unmasking {','.join(rules)}"
-        raise pytest.UsageError(f"{_name(name)} is read by {_READERS[name]} alone, {chosen}")
+        raise pytest.UsageError(f"{flag(name)} is read by {_READERS[name]} alone, {chosen}")
 
 
 _READERS = {
@@ -45,12 +45,13 @@ def extra_options(option: Option, mode: str, rule: str) -> dict[str, Any]:
     return {name: value for name, value in read.items() if value is not None}
 
 
-def _name(field: str) -> str:
+def flag(field: str) -> str:
+    """The suite's option for a field of SamplingParams."""
     return f"--{field.replace('_', '-')}"
 
 
 def _given(option: Option, field: str) -> Any:
-    return option(_name(field))
+    return option(flag(field))
 
 
 def _differs(option: Option, field: str) -> bool:

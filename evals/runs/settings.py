@@ -18,7 +18,7 @@ from evals.questions.prompts import PROMPTS_VERSION, messages
 from evals.questions.rows import Ask, Row, load_rows, rows_hash, shard_positions
 from evals.questions.template import PromptTemplate
 from evals.runs.configurations import REFERENCE_IMPL, STANDARD, total_steps, variant
-from evals.runs.extras import check_extras, extra_options
+from evals.runs.extras import check_extras, extra_options, flag
 from evals.runs.machine import device_name
 
 SUITE_MODES = (STANDARD, *MODES)
@@ -212,10 +212,10 @@ def _cases(config: pytest.Config, ignore_eos: bool) -> list[Case]:
         if not modes:
             raise pytest.UsageError("--skip-vanilla leaves no mode: --mode names only vanilla ones")
     for name in dict.fromkeys(spec.option for spec in RULES.values() if spec.option):
-        readers, flag = [rule for rule, spec in RULES.items() if spec.option == name], _flag(name)
-        if option(flag) is not None and not {*readers} & {*rules}:
+        readers, given = [rule for rule, spec in RULES.items() if spec.option == name], flag(name)
+        if option(given) is not None and not {*readers} & {*rules}:
             raise pytest.UsageError(
-                f"{flag} is read by --unmasking {' and '.join(readers)} alone, got {', '.join(rules)}"
+                f"{given} is read by --unmasking {' and '.join(readers)} alone, got {', '.join(rules)}"
             )
     check_extras(option, modes, rules)
     cases = []
@@ -244,17 +244,13 @@ def _params(config: pytest.Config, mode: str, block_length: int, rule: str, igno
         mode="vanilla" if mode in (STANDARD, REFERENCE_IMPL) else mode,
         unmasking=rule,
         ignore_eos=ignore_eos,
-        **({option: config.getoption(_flag(option))} if option else {}),
+        **({option: config.getoption(flag(option))} if option else {}),
         **extra_options(config.getoption, mode, rule),
     )
     if mode != STANDARD:
         return block_wise
     # one block, with as many steps in all as the block-wise run
     return dataclasses.replace(block_wise, block_length=block_wise.max_tokens, denoising_steps=total_steps(block_wise))
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 def _names(option: str, given: list[str], known: tuple[str, ...]) -> list[str]:
