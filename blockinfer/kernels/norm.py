@@ -9,13 +9,13 @@ from blockinfer.kernels.quantize import FP8, QuantizedRows, quantize_rows, runs_
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
 ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     """x, residual [T, d], weight [d] -> (rms_norm(x + residual), x + residual); residual is overwritten with the sum.
     If asked for, the norm's output is quantised by rows.
 
     x may also be parts [S, T, d], of residual's dtype or wider, from `kernels.linear.linear_parts`; they are summed
-    here. The mean square is computed in float32 (float64 for float64).
+    here. None stands for 0. The mean square is computed in float32 (float64 for float64).
     """
     if not runs_triton(residual):
         normed = add_rms_norm_torch(x, residual, weight, eps)
@@ -26,21 +26,26 @@ def add_rms_norm(
     return quantize_rows(normed) if quantized else normed, residual
 
 
-def add_rms_norm_torch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm_torch(
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
     """The twin, of what is normed."""
-    residual.add_(x if x.ndim == 2 else x.sum(0))
+    if x is not None:
+        residual.add_(x if x.ndim == 2 else x.sum(0))
     wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(residual.dtype) * weight
 
 
 def add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool = False
 ) -> torch.Tensor | QuantizedRows:
     """The kernel: a row, which a program holds whole.
 
     Raises ValueError where a shape differs or a tensor is not contiguous.
     """
+    parts = 0 if x is None else 1 if x.ndim == 2 else x.shape[0]
+    x = residual if x is None else x
     if residual.ndim != 2 or weight.shape != residual.shape[1:] or x.shape[-2:] != residual.shape or x.ndim > 3:
         raise ValueError(
             f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
@@ -60,7 +65,7 @@ def add_rms_norm_triton(
         scale,
         columns,
         eps,
-        PARTS=1 if x.ndim == 2 else x.shape[0],
+        PARTS=parts,
         QUANTIZED=quantized,
         BLOCK=block,
         num_warps=min(8, max(1, block // 256)),

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.parts import sum_parts
+from blockinfer.kernels.quantize import QuantizedRows
 from blockinfer.kernels.symmetric_memory import SymmetricBuffer
 
 # named all_gather_into_tensor until torch 2.13
@@ -19,13 +21,25 @@ class Ranks:
     rank = 0
     size = 1
 
-    def all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """x [T, d], or parts of it [S, T, d] of `dtype` or wider -> the sum of all ranks', in `dtype`, perhaps still in
-        parts. It holds until the next call."""
-        return x
+    def add_rms_norm(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        quantized: bool = False,
+        whole: bool = False,
+    ) -> torch.Tensor | QuantizedRows:
+        """`kernels.norm.add_rms_norm` of the sum of all ranks' x -> what is normed; it holds until the next call.
+
+        x [T, d], parts of it [S, T, d], or None, for 0. residual [T, d] is overwritten with the sum: on each rank
+        perhaps only in some rows, which are the same ones for the same T, unless `whole`. It must be equal on all ranks
+        where it was not overwritten like that.
+        """
+        return add_rms_norm(x, residual, weight, eps, quantized)[0]
 
     def sum_out(self, rows: int) -> torch.Tensor | None:
-        """[rows, d], where `all_reduce` need not copy what was written; None if there is no such buffer."""
+        """[rows, d], from which `add_rms_norm` need not copy x; None if there is no such buffer."""
         return None
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,12 +90,22 @@ class RankGroup(Ranks):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._buffer))
         self._buffer = None
 
-    def all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self._buffer is not None and self._buffer.takes(x):
-            return self._buffer.all_reduce(x)
-        x = sum_parts(x, dtype)
+    def add_rms_norm(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        quantized: bool = False,
+        whole: bool = False,
+    ) -> torch.Tensor | QuantizedRows:
+        if x is None:
+            return add_rms_norm(None, residual, weight, eps, quantized)[0]
+        if self.sum_out(len(residual)) is not None:
+            return self._buffer.add_rms_norm(x, residual, weight, eps, quantized, whole)
+        x = sum_parts(x, residual.dtype)
         dist.all_reduce(x)
-        return x
+        return add_rms_norm(x, residual, weight, eps, quantized)[0]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
-"""Sums over the ranks of one host through memory that all of them can reach: torch's symmetric memory.
+"""Memory of each rank that the other ranks of the host can reach: torch's symmetric memory.
 
-On two H200 32 rows of 4,096 in bfloat16 take 7.4 us, with NCCL 22.9; 1,024 rows 32 us, with NCCL 56. Multicast (NVLink
-SHARP) is not used: not every machine has it, and where it is shared among tenants it may be switched off.
+Multicast (NVLink SHARP) is not used: not every machine has it, and where it is shared among tenants it may be switched
+off.
 """
 
 import os
@@ -10,83 +10,74 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from blockinfer.kernels.parts import sum_parts
+from blockinfer.kernels.quantize import QuantizedRows
+from blockinfer.kernels.ranks_norm import Layout, RankMemory, num_programs, sum_rms_norm_triton
 
 # Before torch allocates any symmetric memory.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
-# Up to so many bytes each rank reads all rows of all others (one shot), and up to so many each sums its share of the
-# rows and then reads the others' sums (two shots); beyond that NCCL sums them.
-ONE_SHOT_BYTES, TWO_SHOT_BYTES = 1 << 17, 1 << 24
-# torch's kernels read this many bytes at a time.
-_ALIGNMENT = 16
+# Bytes of the rows that the ranks sum together: as many as the largest CUDA graph of LLaDA-8B has; NCCL sums more.
+SUM_BYTES = 1 << 24
+# More than any signal of the kernel, in each half of it.
+_LAST_SIGNAL = 0x7FFFFFFF
 
 
 class SymmetricBuffer:
-    """Rows of one width, in which the ranks' sums begin."""
+    """Rows of one width, which the ranks sum and norm together."""
 
-    def __init__(
-        self, buffer: torch.Tensor, width: int, name: str, pads: list[torch.Tensor], kept: tuple[object, ...]
-    ) -> None:
-        self._buffer = buffer  # [TWO_SHOT_BYTES of its dtype]
-        self._width = width
-        self._group = name
-        self._pads = pads  # each rank's signals [number] uint32
+    def __init__(self, memory: RankMemory, dtype: torch.dtype, kept: tuple[object, ...]) -> None:
+        self._memory = memory
+        self._dtype = dtype
         # objects that torch finds by name, and does not keep alive
         self._kept = kept
 
     @classmethod
     def make(cls, width: int, dtype: torch.dtype, device: torch.device, store: dist.Store) -> "SymmetricBuffer | None":
-        """None if one of the ranks cannot reach the others' memory, or their kernels do not take the rows. store: of
-        all ranks."""
+        """None if one of the ranks cannot reach the others' memory. store: of all ranks."""
         # torch caches what it has exchanged under a group's name: this name is new
         told = [("", "")] * dist.get_world_size()
         dist.all_gather_object(told, (socket.gethostname(), f"blockinfer-{uuid.uuid4()}"))
         name, one_host = told[0][1], len({host for host, _ in told}) == 1
-        aligned = width * dtype.itemsize % (_ALIGNMENT * 8) == 0
-        made, store = None, FromNowOn(store, name)
-        if one_host and aligned and dtype in (torch.float32, torch.bfloat16):
-            made = _allocate(TWO_SHOT_BYTES // dtype.itemsize, dtype, name, store)
+        rows, programs = SUM_BYTES // (width * dtype.itemsize), num_programs(device)
+        layout = Layout.of(rows, width, dtype.itemsize, len(told), programs)
+        store = FromNowOn(store, name)
+        made = _allocate(layout, name, store) if one_host else None
         everywhere = torch.tensor(int(made is not None), device=device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        return cls(made[0], width, name, made[1], (made[2], store)) if everywhere.item() else None
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """x [T, d] or [S, T, d]."""
-        return x.shape[-1] == self._width and self.rows(x.shape[-2]) is not None
+        if not everywhere.item():
+            return None
+        addresses = torch.tensor(made.addresses, dtype=torch.int64, device=device)
+        calls = torch.zeros(programs, dtype=torch.int64, device=device)
+        memory = RankMemory(made.bytes, addresses, calls, dist.get_rank(), layout)
+        return cls(memory, dtype, (made, store))
 
     def rows(self, number: int) -> torch.Tensor | None:
-        """Its first rows, [number, d], which `all_reduce` takes without a copy; None if it has fewer."""
-        size = number * self._width
-        return self._buffer[:size].view(number, self._width) if 0 < size <= len(self._buffer) else None
+        """Its first rows, [number, d], where a product need not be copied from; None if it has fewer."""
+        return self._memory.sums(number, self._dtype) if 0 < number <= self._memory.layout.rows else None
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """x, or the sum of its parts, of all ranks, [T, d]."""
-        mine = self.rows(x.shape[-2])
-        if x.data_ptr() != mine.data_ptr():
-            sum_parts(x, mine.dtype, mine)
-        if mine.nbytes <= ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._group)
-        return torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group)
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool, whole: bool
+    ) -> torch.Tensor | QuantizedRows:
+        """`ranks_norm.sum_rms_norm_triton`."""
+        return sum_rms_norm_triton(x, residual, weight, eps, self._memory, quantized, whole)
 
     def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
         """Releases a GPU that waits for a rank which is gone, until it is done or for so many seconds -> whether it is
         done. What it computes then means nothing.
 
-        A kernel of torch waits for the others' signals to come (1), and for its own to be taken (0): it gets both in
-        turn.
+        It gets more signals than it waits for, again and again: a rank that is still there may send lower ones.
         """
         end = time.monotonic() + seconds
-        stream = torch.cuda.Stream(self._buffer.device)
+        signals = self._memory.signals.view(torch.uint32)
+        stream = torch.cuda.Stream(signals.device)
         while not is_done() and time.monotonic() < end:
             with torch.cuda.stream(stream):
-                for signal in (1, 0):
-                    for pad in self._pads:
-                        set_signals(pad, signal)
+                set_signals(signals, _LAST_SIGNAL)
                 stream.synchronize()
         return is_done()
 
@@ -134,30 +125,38 @@ class FromNowOn(dist.Store):
         return [self.get(key) for key in keys]
 
 
-def set_signals(pad: torch.Tensor, signal: int) -> None:
-    """Sets all of a rank's, without a kernel: a GPU that waits for a signal may start no other."""
+def set_signals(signals: torch.Tensor, value: int) -> None:
+    """Sets all of them, uint32, without a kernel: a GPU that waits for a signal may start no other."""
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    _SymmetricMemory.memset32(pad, 0, signal, len(pad))
+    _SymmetricMemory.memset32(signals, 0, value, len(signals))
 
 
-def _allocate(
-    number: int, dtype: torch.dtype, name: str, store: dist.Store
-) -> tuple[torch.Tensor, list[torch.Tensor], dist.ProcessGroup] | None:
-    """A buffer of this many numbers, every rank's signals, and the group in which they were exchanged."""
+class _Allocated(NamedTuple):
+    """bytes: this rank's memory; addresses: of each rank's; rendezvous and group: what torch needs to keep it."""
+
+    bytes: torch.Tensor
+    addresses: list[int]
+    rendezvous: object
+    group: dist.ProcessGroup
+
+
+def _allocate(layout: Layout, name: str, store: dist.Store) -> _Allocated | None:
+    """Memory of all ranks, with signals of 0."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         from torch._C._distributed_c10d import _SymmetricMemory
 
         group = _name_group(name, store)
-        # outside the caller's inference mode, which the buffer outlives
+        # outside the caller's inference mode, which the memory outlives
         with torch.inference_mode(False):
-            buffer = _SymmetricMemory.empty_strided_p2p((number,), (1,), dtype, device)
-            memory = _SymmetricMemory.rendezvous(buffer, name)
-            pads = [memory.get_signal_pad(rank) for rank in range(dist.get_world_size())]
-            # once in advance: whether a GPU that waits can still load a kernel is not certain
-            set_signals(buffer.view(torch.uint32)[:1], 0)
-        return buffer, pads, group
+            own = _SymmetricMemory.empty_strided_p2p((layout.end,), (1,), torch.uint8, device)
+            # before the others can reach them
+            set_signals(own[layout.signals :].view(torch.uint32), 0)
+            if own.is_cuda:
+                torch.cuda.synchronize(device)
+            rendezvous = _SymmetricMemory.rendezvous(own, name)
+        return _Allocated(own, list(rendezvous.buffer_ptrs), rendezvous, group)
     except (ImportError, RuntimeError, AttributeError, TypeError):
         # no peer access, or a torch without it
         return None
@@ -169,7 +168,7 @@ def _name_group(name: str, store: dist.Store) -> dist.ProcessGroup:
     from torch._C._distributed_c10d import _register_process_group
 
     group = dist.ProcessGroup(store, dist.get_rank(), dist.get_world_size())
-    # torch's operations also ask for its backend's name, and use nothing else of it
+    # torch may ask for its backend's name, and uses nothing else of it
     cpu = torch.device("cpu")
     group._register_backend(cpu, dist.ProcessGroup.BackendType.GLOO, dist.group.WORLD._get_backend(cpu))
     _register_process_group(name, group)

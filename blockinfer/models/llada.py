@@ -8,7 +8,6 @@ from torch import nn
 from blockinfer.kernels.attention import attention
 from blockinfer.kernels.kv_store import rope_tables
 from blockinfer.kernels.linear import Weight, gated_linear, linear, linear_parts
-from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.kernels.segments import SegmentTable
@@ -51,34 +50,34 @@ class LLaDALayer(nn.Module):
 
     def attend(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         kv_pages: torch.Tensor,
         table: SegmentTable,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x: the previous layer's output, [T, d] or parts [S, T, d], which is added to residual [T, d] -> the
-        attention's output for this rank's heads, [T, heads * D], in `out` if given.
+        """x: the previous layer's output as `finish` returned it, None in the first layer; it is added to residual [T,
+        d] -> the attention's output for this rank's heads, [T, heads * D].
 
-        kv_pages [2, pages, P, HK, D]: this layer's KV cache.
+        kv_pages [2, pages, P, HK, D]: this layer's KV cache. out: given to the last layer, for its output; only then
+        all rows of residual are up to date on every rank (`Ranks.add_rms_norm`).
         """
-        x, residual = add_rms_norm(x, residual, self.attn_norm, self.eps, self.quantized)
+        x = self.ranks.add_rms_norm(x, residual, self.attn_norm, self.eps, self.quantized, whole=out is not None)
         qkv = linear(x, self.qkv_proj).unflatten(-1, (-1, self.head_dim))
         out = None if out is None else out.unflatten(-1, (-1, self.head_dim))
         return attention(qkv, cos_sin, kv_pages, table, out).flatten(1)
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """attended [T, heads * D]; residual [T, d], to which the attention's output projection is added -> the layer's
-        output, [T, d] or parts [S, T, d], not yet added to the residual."""
-        x = self._summed(attended, self.attn_out, residual.dtype)
-        x, residual = add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
-        return self._summed(gated_linear(x, self.gate_up_proj), self.ff_out, residual.dtype)
+        """attended [T, heads * D]; residual [T, d], to which the attention's output projection is added -> this rank's
+        share of the layer's output, [T, d] or parts [S, T, d], not yet added to the residual."""
+        x = self._share(attended, self.attn_out)
+        x = self.ranks.add_rms_norm(x, residual, self.ff_norm, self.eps, self.quantized)
+        return self._share(gated_linear(x, self.gate_up_proj), self.ff_out)
 
-    def _summed(self, x: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """x [T, K]: this rank's share of the inner dimension -> the product summed over ranks, [T, d] or parts [S, T,
-        d]."""
-        return self.ranks.all_reduce(linear_parts(x, weight, self.ranks.sum_out(len(x))), dtype)
+    def _share(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """x [T, K]: this rank's share of the inner dimension -> its share of the product, [T, d] or parts [S, T, d]."""
+        return linear_parts(x, weight, self.ranks.sum_out(len(x)))
 
     def split(self) -> list[torch.Tensor | QuantizedWeight]:
         """Views of q, k, v, gate and up as separate matrices."""

@@ -91,7 +91,7 @@ class MoELayer(nn.Module):
 
     def attend(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         kv_pages: torch.Tensor,

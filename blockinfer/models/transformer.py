@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from blockinfer.kernels.linear import linear
-from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.kernels.ranks import ALONE, Ranks
 from blockinfer.kernels.segments import SegmentTable
@@ -88,7 +87,7 @@ class Transformer(nn.Module):
         last layer's attention, which every row needs, and writes the inputs of `logits`: attended [T, heads * D] and
         residual [T, d]."""
         torch.index_select(self.wte, 0, token_ids, out=residual)
-        x = torch.zeros_like(residual)
+        x = None
         cos_sin = self.cos_sin[positions]
         *others, last = zip(self.layers, kv_pages, strict=True)
         for layer, layer_pages in others:
@@ -100,7 +99,7 @@ class Transformer(nn.Module):
         the vocabulary, [N, embedding_size / ranks]."""
         attended, residual = attended[rows], residual[rows]
         x = self.layers[-1].finish(attended, residual)
-        return linear(add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps)[0], self.lm_head)
+        return linear(self.ranks.add_rms_norm(x, residual, self.ln_f, self.config.rms_norm_eps), self.lm_head)
 
 
 def unfilled(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

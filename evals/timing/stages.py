@@ -31,12 +31,13 @@ from evals.timing.steps import Case, Timed, random_prompts, timed_run, warmed_up
 PRODUCTS, LM_HEAD, CONFIDENCE, OTHERS = "matrix products", "LM head product", "confidence", "unmasking and indices"
 EXPERTS, ROUTER, RANKS = "products of experts", "router", "sums over ranks"
 QUANTIZING = "quantising rows"
-# The first one found in a kernel's name decides. The last are cuBLAS's; those before them NCCL's and torch's symmetric
-# memory's; the others those of blockinfer/kernels, where products may end with SiLU x up, and norms begin with the sum
-# of a product's parts.
+# The first one found in a kernel's name decides. The last are cuBLAS's, nccl is NCCL's, the others are those of
+# blockinfer/kernels, where products may end with SiLU x up, and norms begin with the sum of a product's parts; those
+# that begin with a sum over ranks are counted as such.
 _STAGES = [
     ("_skinny_|_fp8_", PRODUCTS),
     ("_(paged|whole)_attention_kernel", "attention"),
+    ("_sum_(parts|rms_norm)_kernel|nccl", RANKS),
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
     ("_silu_mul_kernel", "SiLU x up"),
@@ -44,7 +45,6 @@ _STAGES = [
     ("_grouped_linear_kernel", EXPERTS),
     ("_route_kernel|_expert_(count|order)_kernel", ROUTER),
     ("_(tile|noise|merge|log_probability)_kernel", CONFIDENCE),
-    ("_sum_parts_kernel|all_reduce_kernel|nccl", RANKS),
     (r"nvjet|xmma|cutlass|cublas|gemm|gemv|splitk", PRODUCTS),
 ]
 STAGES = [PRODUCTS, EXPERTS, LM_HEAD, "attention", "norms", "RoPE + K/V store", "SiLU x up", QUANTIZING]

@@ -1,5 +1,7 @@
 """Where the kernels' tests run, and a torch.empty that shows what a kernel writes and what it leaves."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 import triton.language as tl
@@ -36,12 +38,9 @@ def bfloat16_products():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def float8_rounding():
+@contextmanager
+def rounding_to_float8():
     """The interpreter cuts numbers off where it makes float8 of them: torch rounds instead, as GPUs do."""
-    if torch.cuda.is_available():
-        yield
-        return
     right = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def create_fp_to_fp(self, handle, to, rounding):
@@ -52,6 +51,12 @@ def float8_rounding():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float8_rounding():
+    with nullcontext() if torch.cuda.is_available() else rounding_to_float8():
         yield
 
 

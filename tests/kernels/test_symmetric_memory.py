@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from blockinfer.kernels import symmetric_memory
+from blockinfer.kernels import norm, ranks, symmetric_memory
 from blockinfer.kernels.linear import linear_parts
-from blockinfer.kernels.parts import sum_parts
+from blockinfer.kernels.norm import add_rms_norm
+from blockinfer.kernels.ranks import RankGroup
 from blockinfer.kernels.symmetric_memory import FromNowOn, SymmetricBuffer
 
 
@@ -48,7 +49,7 @@ class OnCPU:
 
     @staticmethod
     def empty_strided_p2p(size, stride, dtype, device):
-        return torch.empty_strided(size, stride, dtype=dtype)
+        return torch.empty_strided(size, stride, dtype=dtype).fill_(7)
 
     @classmethod
     def rendezvous(cls, tensor, name):
@@ -62,7 +63,9 @@ class OnCPU:
             assert [store.get(str(rank)) for rank in range(group.size())] == [b"here"] * group.size()
             cls.number += 1
         cls.met[name] = tensor
-        return SimpleNamespace(get_signal_pad=lambda rank: torch.zeros(8, dtype=torch.uint32))
+        # by now no other rank's signal can be lost
+        assert not tensor[-8:].any()
+        return SimpleNamespace(buffer_ptrs=[tensor.data_ptr()])
 
     @staticmethod
     def memset32(tensor, offset, value, count):
@@ -74,7 +77,7 @@ def alone(monkeypatch):
     """A group of this process, and torch's symmetric memory as far as a CPU has it."""
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", OnCPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(symmetric_memory, "TWO_SHOT_BYTES", 2**12)
+    monkeypatch.setattr(symmetric_memory, "SUM_BYTES", 2**12)
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield store
@@ -86,57 +89,58 @@ def test_torch_finds_the_group_by_its_name(alone):
     OnCPU.met.clear()
     made = [SymmetricBuffer.make(64, torch.bfloat16, torch.device("cpu"), alone) for _ in range(2)]
     assert [type(buffer) for buffer in made] == [SymmetricBuffer] * 2 and len(OnCPU.met) == 2
-    one, other = (buffer._buffer for buffer in made)
-    assert one.numel() == 2**11 and one.data_ptr() != other.data_ptr()
-    # no more than torch can read, and of two kinds of numbers
-    assert SymmetricBuffer.make(63, torch.bfloat16, torch.device("cpu"), alone) is None
-    assert SymmetricBuffer.make(64, torch.float16, torch.device("cpu"), alone) is None
+    one, other = (buffer.rows(2) for buffer in made)
+    assert one.shape == (2, 64) and one.dtype == torch.bfloat16 and one.data_ptr() != other.data_ptr()
 
 
 def test_what_is_written_there_is_not_copied(alone, monkeypatch):
-    """A product's rows are in the buffer already; those of any other tensor, and the sum of parts, get there."""
-    buffer = SymmetricBuffer.make(64, torch.bfloat16, torch.device("cpu"), alone)
-    copied = []
-
-    def copy(*rest):
-        copied.append(rest)
-        return sum_parts(*rest)
-
-    monkeypatch.setattr(symmetric_memory, "sum_parts", copy)
-    ops = SimpleNamespace(one_shot_all_reduce=lambda x, kind, group: x, two_shot_all_reduce_=None)
-    monkeypatch.setattr(torch.ops, "symm_mem", ops)
-    out = buffer.rows(3)
-    weight, x = torch.randn(64, 8, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
-    product = linear_parts(x, weight, out)
-    assert product is out and torch.equal(buffer.all_reduce(product), x @ weight.T) and not copied
-    parts = torch.ones(2, 3, 64)
-    assert torch.equal(buffer.all_reduce(parts), torch.full((3, 64), 2.0, dtype=torch.bfloat16)) and len(copied) == 1
-    assert buffer.rows(32).shape == (32, 64) and buffer.rows(33) is None and buffer.rows(0) is None
+    """A product's rows are in the buffer already; those of any other tensor, and parts, get there."""
+    group = RankGroup(torch.device("cpu"), alone, lambda event: None)
+    group._buffer = SymmetricBuffer.make(64, torch.float32, torch.device("cpu"), alone)
+    others = []
+    monkeypatch.setattr(ranks, "add_rms_norm", lambda x, *rest: others.append(x) or add_rms_norm(x, *rest))
+    out = group.sum_out(3)
+    matrix, x = torch.randn(64, 8), torch.randn(3, 8)
+    product = linear_parts(x, matrix, out)
+    assert product is out
+    weight = torch.randn(64)
+    parts = torch.stack([product * 0.25, product * 0.75])
+    for share in (product, product.clone(), parts):
+        residual = torch.ones(3, 64)
+        normed = group.add_rms_norm(share, residual, weight, 1e-5)
+        expected, total = add_rms_norm(x @ matrix.T, torch.ones(3, 64), weight, 1e-5)
+        torch.testing.assert_close(normed, expected)
+        torch.testing.assert_close(residual, total)
+    assert not others
+    # nothing to sum, and more rows than there is room for
+    few, many = torch.ones(3, 64), torch.ones(17, 64)
+    assert torch.equal(group.add_rms_norm(None, few, weight, 1e-5), norm.add_rms_norm_torch(None, few, weight, 1e-5))
+    assert group.sum_out(16).shape == (16, 64) and group.sum_out(17) is None and group.sum_out(0) is None
+    assert group.add_rms_norm(torch.ones(17, 64), many, weight, 1e-5).shape == (17, 64) and (many == 2).all()
+    assert len(others) == 2
 
 
 class WaitingGPU:
-    """In as many sums with a rank that is gone: each waits for that one's signal to come and for its own to be taken,
-    and sees the signals as they are now and then."""
+    """In as many sums with a rank that is gone. Each waits twice until every signal is as high as it asks for; a rank
+    that is still there sends a lower one after the first is seen."""
 
-    def __init__(self, sums, own, others):
-        self.left, self.own, self.others = 2 * sums, own, others
+    def __init__(self, sums, signals):
+        self.left, self.call, self.signals, self.sent = 2 * sums, 10**6, signals, False
 
     def look(self):
-        if self.left % 2 == 0 and self.others[0] == 0:
-            self.others[0], self.left = 1, self.left - 1
-        elif self.left % 2 and self.own[0] == 1:
-            self.own[0], self.left = 0, self.left - 1
+        while self.left and (self.signals > self.call).all():
+            self.left, self.call = self.left - 1, self.call + 1
+            if not self.sent:
+                self.signals[0], self.sent = 1, True
 
     def is_done(self):
-        return self.left <= 0
+        return self.left == 0
 
 
 @pytest.mark.parametrize("sums", [0, 1, 65])
 def test_a_gpu_that_waits_for_a_rank_that_is_gone_is_let_go(alone, monkeypatch, sums):
     buffer = SymmetricBuffer.make(64, torch.bfloat16, torch.device("cpu"), alone)
-    own, others = buffer._pads[0], torch.ones(8, dtype=torch.uint32)
-    buffer._pads.append(others)
-    gpu = WaitingGPU(sums, own, others)
+    gpu = WaitingGPU(sums, buffer._memory.signals)
     written = symmetric_memory.set_signals
     monkeypatch.setattr(symmetric_memory, "set_signals", lambda *rest: (written(*rest), gpu.look()))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))

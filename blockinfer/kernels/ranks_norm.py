@@ -1,0 +1,227 @@
+"""The sum over ranks, the addition to the residual and the RMSNorm that follows it, in one kernel.
+
+The ranks of one host reach each other's memory. Each adds and norms its share of the rows, and writes the result to all
+ranks: the data goes over NVLink as often as in an all-reduce of two shots, and a rank norms 1 / size of the rows. A
+residual then is up to date only in the rank's own rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from blockinfer.kernels.backend import begin, launch_options, num_processors
+from blockinfer.kernels.quantize import FP8, QuantizedRows, store_quantized
+
+
+class Layout(NamedTuple):
+    """Bytes of each rank's memory: sums [rows, width] of the dtype, to which each rank writes its share of a product;
+    at `normed`, as many bytes for the result, which may be FP8; at `scales`, float32 for each row; at `signals`, int64
+    for each program and rank."""
+
+    rows: int
+    width: int
+    normed: int
+    scales: int
+    signals: int
+    end: int
+
+    @classmethod
+    def of(cls, rows: int, width: int, itemsize: int, ranks: int, programs: int) -> "Layout":
+        normed = _aligned(rows * width * itemsize)
+        scales = 2 * normed
+        signals = scales + _aligned(4 * rows)
+        return cls(rows, width, normed, scales, signals, signals + 8 * programs * ranks)
+
+
+class RankMemory(NamedTuple):
+    """What the kernel is told of all ranks' memory. addresses [ranks] int64: of each rank's, for this rank's device.
+    own: this rank's, uint8. calls [programs] int64: signals that each of this rank's programs has sent, at first 0, as
+    all of the memory's signals are."""
+
+    own: torch.Tensor
+    addresses: torch.Tensor
+    calls: torch.Tensor
+    rank: int
+    layout: Layout
+
+    def sums(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._part(0, rows, dtype)
+
+    def normed(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._part(self.layout.normed, rows, dtype)
+
+    def _part(self, start: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        width = self.layout.width
+        return self.own[start : start + rows * width * dtype.itemsize].view(dtype).view(rows, width)
+
+    def scales(self, rows: int) -> torch.Tensor:
+        start = self.layout.scales
+        return self.own[start : start + 4 * rows].view(torch.float32)
+
+    @property
+    def signals(self) -> torch.Tensor:
+        return self.own[self.layout.signals : self.layout.end].view(torch.int64)
+
+
+def num_programs(device: torch.device) -> int:
+    """The most programs of the kernel: all run at the same time, so none waits for one that has not begun."""
+    return num_processors(device)
+
+
+def sum_rms_norm_triton(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    memory: RankMemory,
+    quantized: bool = False,
+    whole: bool = False,
+) -> torch.Tensor | QuantizedRows:
+    """x [T, d], or parts of it [S, T, d], of which the sum over parts and ranks is wanted; residual [T, d], weight [d]
+    -> rms_norm(sum + residual), in this rank's memory until the next call. All ranks call it together.
+
+    x may be the memory's `sums` itself. residual is overwritten with the sum: in rows r with r % ranks == rank, or in
+    all rows if `whole`. Every rank's share is rounded to residual's dtype; they are added in the ranks' order, in
+    float32.
+
+    Raises ValueError where a shape differs, a tensor is not contiguous, or T exceeds the memory's rows.
+    """
+    layout, ranks = memory.layout, len(memory.addresses)
+    rows, columns = residual.shape
+    if x.shape[-2:] != residual.shape or x.ndim > 3 or weight.shape != (columns,):
+        raise ValueError(
+            f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
+            f"{tuple(residual.shape)} and {tuple(weight.shape)}"
+        )
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("x, residual and weight must be contiguous")
+    if columns != layout.width or not 0 < rows <= layout.rows:
+        raise ValueError(f"the ranks' memory is for 1 to {layout.rows} rows of {layout.width}, got {rows} of {columns}")
+    sums, normed = memory.sums(rows, residual.dtype), memory.normed(rows, FP8 if quantized else residual.dtype)
+    block = triton.next_power_of_2(columns)
+    _sum_rms_norm_kernel[(min(triton.cdiv(rows, ranks), len(memory.calls)),)](
+        x,
+        residual,
+        weight,
+        memory.addresses,
+        memory.calls,
+        rows,
+        columns,
+        eps,
+        PARTS=0 if x.data_ptr() == sums.data_ptr() else (1 if x.ndim == 2 else x.shape[0]),
+        RANK=memory.rank,
+        RANKS=ranks,
+        NORMED=layout.normed,
+        SCALES=layout.scales,
+        SIGNALS=layout.signals,
+        QUANTIZED=quantized,
+        WHOLE=whole,
+        BLOCK=block,
+        num_warps=min(8, max(1, block // 256)),
+        **launch_options(residual.device),
+    )
+    if whole:
+        residual.copy_(sums)
+    return QuantizedRows(normed, memory.scales(rows), residual.dtype) if quantized else normed
+
+
+@triton.jit
+def _sum_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    addresses_ptr,
+    calls_ptr,
+    rows,
+    columns,
+    eps,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    NORMED: tl.constexpr,
+    SCALES: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    # grid (programs,): each takes groups of as many rows as there are ranks; those programs of all ranks that take the
+    # same groups wait for each other
+    program = tl.program_id(0)
+    groups = tl.cdiv(rows, RANKS)
+    column = tl.arange(0, BLOCK)
+    valid = column < columns
+    plane = tl.cast(rows, tl.int64) * columns
+    dtype: tl.constexpr = residual_ptr.dtype
+    calls = tl.load(calls_ptr + program)
+    if PARTS > 0:
+        sums = _at(addresses_ptr, RANK, 0, dtype)
+        for group in range(program, groups, tl.num_programs(0)):
+            for k in tl.static_range(RANKS):
+                row = group * RANKS + k
+                where = row.to(tl.int64) * columns + column
+                inside = valid & (row < rows)
+                total = tl.zeros([BLOCK], tl.float32)
+                for part in tl.static_range(PARTS):
+                    total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+                tl.store(sums + where, total.to(dtype.element_ty), mask=inside)
+    _meet(addresses_ptr, program, calls + 1, SIGNALS, RANK, RANKS)
+    weight = tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    for group in range(program, groups, tl.num_programs(0)):
+        row = group * RANKS + RANK
+        where = row.to(tl.int64) * columns + column
+        inside = valid & (row < rows)
+        total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(RANKS):
+            share = _at(addresses_ptr, k, 0, dtype)
+            total += tl.load(share + where, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        # normalise the stored value: the rounded sum
+        x = total.to(dtype.element_ty)
+        tl.store(residual_ptr + where, x, mask=inside)
+        wide = x.to(tl.float32)
+        normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+        out = (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+        for k in tl.static_range(RANKS):
+            if WHOLE:
+                # no other rank reads this row there
+                tl.store(_at(addresses_ptr, k, 0, dtype) + where, x, mask=inside)
+            if QUANTIZED:
+                values = _at(addresses_ptr, k, NORMED, tl.pointer_type(tl.float8e4nv))
+                scales = _at(addresses_ptr, k, SCALES, tl.pointer_type(tl.float32))
+                if row < rows:
+                    store_quantized(out.to(tl.float32), inside, values + where, scales + row)
+            else:
+                tl.store(_at(addresses_ptr, k, NORMED, dtype) + where, out, mask=inside)
+    _meet(addresses_ptr, program, calls + 2, SIGNALS, RANK, RANKS)
+    tl.store(calls_ptr + program, calls + 2)
+
+
+@triton.jit
+def _at(addresses_ptr, k, OFFSET: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer of this type, so many bytes into rank k's memory."""
+    return tl.multiple_of((tl.load(addresses_ptr + k) + OFFSET).to(TYPE), 16)
+
+
+@triton.jit
+def _meet(addresses_ptr, program, call, SIGNALS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Waits until this program has come here for the `call`-th time on every rank; what they wrote before is seen after
+    it."""
+    tl.debug_barrier()
+    for k in tl.static_range(RANKS):
+        if k != RANK:
+            theirs = _at(addresses_ptr, k, SIGNALS, tl.pointer_type(tl.int64)) + program * RANKS + RANK
+            tl.atomic_xchg(theirs, call, sem="release", scope="sys")
+    for k in tl.static_range(RANKS):
+        if k != RANK:
+            mine = _at(addresses_ptr, RANK, SIGNALS, tl.pointer_type(tl.int64)) + program * RANKS + k
+            while tl.atomic_add(mine, 0, sem="acquire", scope="sys") < call:
+                pass
+    tl.debug_barrier()
+
+
+def _aligned(number: int) -> int:
+    return -(-number // 128) * 128
