@@ -92,7 +92,7 @@ def test_a_merged_commit_equals_a_separate_one(llm):
     def forward(segments):
         rows = sum(segment.stop - segment.start for segment in segments)
         with torch.inference_mode():
-            runner._forward([ScheduledSequence(sequence, Plan(segments, rows, segments[-1].kv_len, 1, 9))], rows)
+            runner._begin([ScheduledSequence(sequence, Plan(segments, rows, segments[-1].kv_len, 1, 9))])
             return torch.cat([runner._attended[:rows], runner._residual[:rows]], dim=1)
 
     prompt_segment, commit, block = Segment(0, 5, 5), Segment(5, 9, 9), Segment(9, 13, 13)

@@ -21,7 +21,7 @@ from blockinfer.engine.model_runner import ModelRunner, most_blocks
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.prompts import Prompt, PromptReader, ReadPrompt
 from blockinfer.engine.resident import Resident
-from blockinfer.engine.scheduler import Scheduler
+from blockinfer.engine.scheduler import ScheduledSequence, Scheduler
 from blockinfer.engine.scoring import Scores, ScoringRow
 from blockinfer.engine.sequence import BLOCKS, DENOISE, Sequence
 from blockinfer.memory import free_memory, num_pages
@@ -171,7 +171,7 @@ class Engine:
 
     def _step(self) -> list[RequestOutput | ScoringOutput]:
         self._check_failed()
-        scheduled = self.scheduler.schedule()
+        scheduled = self._next_scheduled()
         if not scheduled:
             return self._collect(0)
         for sequence, _ in scheduled:
@@ -196,10 +196,21 @@ class Engine:
             elif sequence.stream == DENOISE:
                 canvases[sequence.request_id] = tuple(token_ids[sequence.output_part(len(token_ids))])
                 came_on.append(sequence)
+        if self.runner.is_asynchronous and self.scheduler.repeats(scheduled):
+            self.runner.repeat(scheduled)
+            self._begun = scheduled
         outputs = self._tell(came_on, canvases)
         # scores launched earlier, while the device is busy
         outputs += self._collect(1 if scores is not None else 0)
         return sorted(outputs, key=lambda output: output.request_id)
+
+    def _next_scheduled(self) -> list[ScheduledSequence]:
+        """Those of the step that has begun, unless one was aborted since then; a new request joins the step after
+        it."""
+        begun, self._begun = self._begun, []
+        if begun and all(sequence.slot is not None for sequence, _ in begun):
+            return begun
+        return self.scheduler.schedule()
 
     def _canvas(self, token_ids: list[int]) -> list[int | None]:
         """None where a position is masked: the mask token is never predicted."""
@@ -327,6 +338,7 @@ class Engine:
                 scheduler.add(sequence)
         self._failures = {i: failure for i, failure in self._failures.items() if i in sequences}
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
+        self._begun: list[ScheduledSequence] = []
         self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 

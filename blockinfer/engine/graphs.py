@@ -4,10 +4,14 @@ A step is two functions: the layers, with or without whole segments (these use a
 rows; and the rest, at a number of masked rows. Each is captured at a few sizes while the model loads, and a step is
 padded to the next size of each; its other inputs are read from memory. So no request waits for a capture or a
 compilation.
+
+A GPU begins only when a whole graph has been launched. A function may therefore cut its graph after a short first part,
+with which a GPU that has waited for the host begins while the host launches the rest.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 
@@ -25,19 +29,20 @@ def default_sizes(largest: int) -> list[int]:
 
 
 class StepGraphs:
-    """CUDA graphs of function(size), which must launch the same kernels on the same memory for the same size.
+    """CUDA graphs of function(size, cut), which must launch the same kernels on the same memory for the same size. It
+    may call cut() where a graph shall end and another begin; cut is None when nothing is captured.
 
-    function(size) must also accept sizes that were not captured. Without sizes it is simply called.
+    function must also accept sizes that were not captured. Without sizes it is simply called.
     """
 
-    def __init__(self, function: Callable[[int], None], sizes: Iterable[int]) -> None:
+    def __init__(self, function: Callable[[int, Callable[[], None] | None], None], sizes: Iterable[int]) -> None:
         self._function = function
         self._sizes = sorted(sizes)
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[int, list[torch.cuda.CUDAGraph]] = {}
 
     @property
     def number(self) -> int:
-        """How many graphs `capture` makes."""
+        """How many sizes `capture` captures."""
         return len(self._sizes)
 
     def padded(self, size: int) -> int:
@@ -55,23 +60,35 @@ class StepGraphs:
         # the largest first: the others fit into its memory
         for size in reversed(self._sizes):
             # compiling, loading and choosing kernels at the first call cannot be captured
-            self._function(size)
+            self._function(size, None)
             wait()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
-                self._function(size)
-            self._captured[size] = graph
+            self._captured[size] = self._capture_one(size, pool, mode)
             on_capture()
+
+    def _capture_one(self, size: int, pool: tuple[int, int], mode: str) -> list[torch.cuda.CUDAGraph]:
+        graphs: list[torch.cuda.CUDAGraph] = []
+        with ExitStack() as capturing:
+
+            def cut() -> None:
+                capturing.close()
+                graphs.append(torch.cuda.CUDAGraph())
+                capturing.enter_context(torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode=mode))
+
+            cut()
+            self._function(size, cut)
+        return graphs
 
     def drop(self) -> None:
         """Destroys the graphs, so that what they captured can be destroyed too, even while this object is still held.
         Calls then run the function directly."""
         while self._captured:
-            self._captured.popitem()[1].reset()
+            for graph in self._captured.popitem()[1]:
+                graph.reset()
 
     def __call__(self, size: int) -> None:
-        """Replays the graph of this size, or calls function(size) if there is none."""
-        if size in self._captured:
-            self._captured[size].replay()
-        else:
-            self._function(size)
+        """Replays the graphs of this size, or calls the function if there are none."""
+        if size not in self._captured:
+            self._function(size, None)
+            return
+        for graph in self._captured[size]:
+            graph.replay()

@@ -1,6 +1,7 @@
 """The device's side of a step: forward, confidence, unmasking, and the tokens and KV pages they use."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -52,8 +53,8 @@ class EngineStats:
     """Counts since the engine was made, without padding. forwards: model launches. rows: rows in them. lm_head_rows:
     rows through the LM head. keys: cached positions that a launch attends to, once per sequence and once per shadow.
 
-    graphs: CUDA graphs captured; capture_seconds and graph_bytes: their cost, compilation included. compiled: variants
-    of Triton kernels that this process has loaded.
+    graphs: CUDA graphs captured, where those that a forward is cut into count as one; capture_seconds and graph_bytes:
+    their cost, compilation included. compiled: variants of Triton kernels that this process has loaded.
     """
 
     forwards: int = 0
@@ -128,6 +129,9 @@ class ModelRunner:
         self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
         self._layout: tuple[int, list] | None = None
         self._any_whole = False
+        # whether the host goes on while the device runs what was launched; the forward that `repeat` has begun
+        self.is_asynchronous = runs_triton(self.kv_pages)
+        self._begun: list[ScheduledSequence] | None = None
         # output of the layers for `_run_reveal`, and its output for the host
         self._attended, self._residual = (
             torch.zeros((rows, width), dtype=config.dtype, device=self.device)
@@ -135,7 +139,8 @@ class ModelRunner:
         )
         self._result = torch.zeros(2 * self._blocks + config.max_num_seqs * length, **ints)
         sizes = self._capture_sizes()
-        self._layers, self._reveal = StepGraphs(self._run_layers, sizes), StepGraphs(self._run_reveal, sizes)
+        self._layers = StepGraphs(self._run_layers, sizes)
+        self._reveal = StepGraphs(lambda size, cut: self._run_reveal(size), sizes)
         # Only for steps with whole segments: in other steps their kernel would cost 1.5 us a layer for no work.
         whole_sizes = [size for size in sizes if self._cutting.whole_rows and size >= self._cutting.least_whole]
         self._layers_with_whole = StepGraphs(partial(self._run_layers, may_be_whole=True), whole_sizes)
@@ -231,12 +236,11 @@ class ModelRunner:
         blocks may be open, or a canvas is watched. Otherwise the step is still running, or queued on the one stream:
         later work on its slots and pages, which may belong to another sequence by then, runs after it.
         """
-        rows = sum(entry.plan.rows for entry in scheduled)
-        padded = self._layers.padded(rows)
-        self._write_page_tables(scheduled)
-        self._forward(scheduled, padded)
+        if scheduled is not self._begun:
+            self._begin(scheduled)
+        self._begun = None
         self.stats.forwards += 1
-        self.stats.rows += rows
+        self.stats.rows += sum(entry.plan.rows for entry in scheduled)
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
         for sequence, _ in scheduled:
             sequence.ran(self.stats.forwards)
@@ -247,6 +251,14 @@ class ModelRunner:
             scores = self._scores.read(scheduled)
             self.stats.lm_head_rows += sum(row.lanes * len(row.reads) for row in scores.rows)
         return (self._denoise(scheduled, sequences) if sequences else []), scores
+
+    def repeat(self, scheduled: list[ScheduledSequence]) -> None:
+        """Begins the next step of the sequences that `run` has just been given, if their plans are the same again: the
+        GPU need not wait until the host has evaluated the last step. `run` completes it when it gets this list again;
+        if it gets another one, this forward was for nothing.
+        """
+        self._launch()
+        self._begun = scheduled
 
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
         """The rest of the step, after the layers, for the sequences that have blocks."""
@@ -288,9 +300,16 @@ class ModelRunner:
             start, block = stop, last
         return results
 
-    def _forward(self, scheduled: list[ScheduledSequence], rows: int) -> None:
-        """All layers on the scheduled rows, padded to `rows`."""
-        self._write_inputs(scheduled, rows)
+    def _begin(self, scheduled: list[ScheduledSequence]) -> None:
+        """All layers on the scheduled rows."""
+        self._write_page_tables(scheduled)
+        self._write_inputs(scheduled, self._layers.padded(sum(entry.plan.rows for entry in scheduled)))
+        self._launch()
+
+    @torch.inference_mode()
+    def _launch(self) -> None:
+        """All layers, for the inputs that are written."""
+        rows, _ = self._layout
         (self._layers_with_whole if self._any_whole else self._layers)(rows)
 
     def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
@@ -317,9 +336,9 @@ class ModelRunner:
             write(self.page_tables[slot, known : len(pages)], pages[known:])
             self._num_pages_known[slot] = len(pages)
 
-    def _run_layers(self, rows: int, may_be_whole: bool = False) -> None:
-        """All layers, up to the last one's attention, on the step's rows padded to `rows`; writes K and V.
-        may_be_whole: whether there may be tiles of whole segments.
+    def _run_layers(self, rows: int, cut: Callable[[], None] | None = None, may_be_whole: bool = False) -> None:
+        """All layers, up to the last one's attention, on the step's rows padded to `rows`; writes K and V. cut: where
+        its graph may end. may_be_whole: whether there may be tiles of whole segments.
 
         Launches the same kernels for the same number of rows and never waits for the device, so that it can be
         captured.
@@ -337,7 +356,7 @@ class ModelRunner:
         )
         token_ids = self.state.tokens[inputs.slots, inputs.positions]
         attended, residual = self._attended[:rows], self._residual[:rows]
-        self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual)
+        self.model(token_ids, inputs.positions, self.kv_pages, table, attended, residual, cut)
 
     def _run_reveal(self, size: int, guidance: Guidance | None = None) -> None:
         """Predicts the masked rows, padded to `size`, and applies the unmasking rules, down to the result.

@@ -72,6 +72,10 @@ class Resident:
             self._plan = Plan(segments, rows, kv_len, len(self.window), self.block_start)
         return self._plan
 
+    def still_plans(self, plan: Plan) -> bool:
+        """Whether the next step is this plan, made for the last one, again."""
+        return self._plan is plan
+
     def _segments(self) -> list[Segment]:
         raise NotImplementedError
 

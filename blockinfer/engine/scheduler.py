@@ -75,6 +75,16 @@ class Scheduler:
         scheduled.sort(key=lambda entry: entry.sequence.request_id)
         return scheduled
 
+    def repeats(self, scheduled: list[ScheduledSequence]) -> bool:
+        """Whether `schedule` is known to return its last result again: all run, no slot is free for one that waits, and
+        no plan has changed."""
+        first = next(iter(self._waiting.values()), None)
+        if first is not None and first.lanes <= len(self._free_slots):
+            return False
+        if [sequence for sequence, _ in scheduled] != self.running:
+            return False
+        return all(sequence.still_plans(plan) for sequence, plan in scheduled)
+
     def _in_whole_tiles(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Leaves out a few sequences if that runs more sequences per tile of rows; they take turns, so that none falls
         behind.

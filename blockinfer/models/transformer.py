@@ -1,7 +1,7 @@
 """What all networks have in common: embeddings, layers over a paged KV cache, a final norm and a head."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -82,16 +82,19 @@ class Transformer(nn.Module):
         table: SegmentTable,
         attended: torch.Tensor,
         residual: torch.Tensor,
+        cut: Callable[[], None] | None = None,
     ) -> None:
         """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. Runs everything up to the
         last layer's attention, which every row needs, and writes the inputs of `logits`: attended [T, heads * D] and
-        residual [T, d]."""
+        residual [T, d]. cut: called once a little of it has been launched (`engine.graphs`)."""
         torch.index_select(self.wte, 0, token_ids, out=residual)
         x = None
         cos_sin = self.cos_sin[positions]
         *others, last = zip(self.layers, kv_pages, strict=True)
-        for layer, layer_pages in others:
+        for index, (layer, layer_pages) in enumerate(others):
             x = layer.finish(layer.attend(x, residual, cos_sin, layer_pages, table), residual)
+            if index == 0 and cut is not None:
+                cut()
         last[0].attend(x, residual, cos_sin, last[1], table, attended)
 
     def logits(self, attended: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

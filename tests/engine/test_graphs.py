@@ -20,7 +20,7 @@ def test_sizes_are_few_and_near(largest):
     sizes = default_sizes(largest)
     assert sizes == sorted(set(sizes)) and len(sizes) <= 40
     assert min(largest, MAX_GRAPH_ROWS) <= sizes[-1] <= MAX_GRAPH_ROWS
-    graphs = StepGraphs(lambda size: None, sizes)
+    graphs = StepGraphs(lambda size, cut: None, sizes)
     for rows in range(1, min(largest, MAX_GRAPH_ROWS) + 1):
         assert graphs.padded(rows) in sizes
         assert rows <= graphs.padded(rows) <= max(rows + 7, rows * 1.25)
@@ -28,11 +28,16 @@ def test_sizes_are_few_and_near(largest):
 
 def test_what_was_not_captured_runs_plainly_in_whole_tiles():
     called = []
-    graphs = StepGraphs(called.append, [8, 16])
+
+    def function(size, cut):
+        assert cut is None
+        called.append(size)
+
+    graphs = StepGraphs(function, [8, 16])
     assert [graphs.padded(size) for size in (1, 8, 9, 16, 17, 128, 129)] == [8, 8, 16, 16, 128, 128, 256]
     graphs(256)
     assert called == [256]
-    assert [StepGraphs(called.append, []).padded(size) for size in (1, 9, 300)] == [1, 9, 300]
+    assert [StepGraphs(function, []).padded(size) for size in (1, 9, 300)] == [1, 9, 300]
 
 
 def requests():

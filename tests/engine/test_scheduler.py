@@ -32,6 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive = {}
         self.idle = {}  # steps for which a running request sat out
         self.forward = 0
+        self.again = None  # the last step's entries, if the scheduler knew that they would come again
         self.written = {}  # slots of pages: by which request, and for which position
 
     @rule(
@@ -43,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, prompt_len, max_tokens, block_length, mode, answers):
         request_id = max(self.alive, default=-1) + 1 + self.forward * 1000
+        self.again = None
         options = dict(siblings=[], max_tokens=max_tokens, block_length=block_length, mode=mode)
         for number in range(request_id, request_id + answers):
             self.alive[number] = make(number, prompt_len, **options)
@@ -53,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, finish):
         scheduled = self.scheduler.schedule()
         assert scheduled, "requests are there, but none runs"
+        assert self.again in (None, scheduled)
         assert sum(entry.plan.rows for entry in scheduled) <= MAX_LEN
         assert all(not sequence.on_device for sequence in self.scheduler.waiting)
         self.forward += 1
@@ -72,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 finish_block(sequence, 0)
                 if sequence.is_finished():
                     self.scheduler.release(self.alive.pop(sequence.request_id))
+        self.again = scheduled if self.scheduler.repeats(scheduled) else None
 
     def write_and_read(self, scheduled):
         """Whatever a step's queries see was written for their request, before or in this step."""
@@ -90,6 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         request_id = data.draw(st.sampled_from(sorted(self.alive)))
+        self.again = None
         self.scheduler.release(self.alive.pop(request_id))
 
     @precondition(lambda self: self.alive)
@@ -211,6 +216,22 @@ def test_each_is_left_out_in_turn():
         for sequence, _ in scheduled:
             sequence.ran(forward)
     assert all(len(out) == 1 for out in left_out) and len(set.union(*left_out)) == 17
+
+
+@pytest.mark.parametrize("limit, expected", [(60, [False, True, True]), (40, [False] * 3)])
+def test_those_that_take_turns_do_not_come_again(limit, expected):
+    """A plan's second step is the first that may be repeated."""
+    scheduler = Scheduler(PagePool(100, 4), max_num_seqs=4, max_num_batched_tokens=limit)
+    running(scheduler, 30, 30)
+    for forward, repeats in enumerate(expected, 1):
+        scheduled = scheduler.schedule()
+        for sequence, _ in scheduled:
+            sequence.ran(forward)
+            sequence.advance([3])
+        assert scheduler.repeats(scheduled) == repeats
+    # one that has just come may get a slot
+    scheduler.add(make(2))
+    assert not scheduler.repeats(scheduled)
 
 
 def test_an_answer_waits_for_the_step_that_computes_its_prompt():

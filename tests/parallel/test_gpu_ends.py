@@ -40,7 +40,7 @@ def test_graphs_end_before_the_communicator_that_they_captured(shared_folders, e
     llm = open_llm(shared_folders["dense"])
     runner = llm.engine.runner
     for graphs in (runner._layers, runner._layers_with_whole, runner._reveal):
-        graphs._captured[10**9] = Graph(ended)
+        graphs._captured[10**9] = [Graph(ended)]
     if how == "close":
         llm.close()
     else:
