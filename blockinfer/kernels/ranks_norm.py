@@ -113,6 +113,7 @@ def sum_rms_norm_triton(
         PARTS=0 if x.data_ptr() == sums.data_ptr() else (1 if x.ndim == 2 else x.shape[0]),
         RANK=memory.rank,
         RANKS=ranks,
+        LANES=triton.next_power_of_2(ranks),
         NORMED=layout.normed,
         SCALES=layout.scales,
         SIGNALS=layout.signals,
@@ -140,6 +141,7 @@ def _sum_rms_norm_kernel(
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    LANES: tl.constexpr,
     NORMED: tl.constexpr,
     SCALES: tl.constexpr,
     SIGNALS: tl.constexpr,
@@ -169,7 +171,7 @@ def _sum_rms_norm_kernel(
                 for part in tl.static_range(PARTS):
                     total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
                 tl.store(sums + where, total.to(dtype.element_ty), mask=inside)
-    _meet(addresses_ptr, program, calls + 1, SIGNALS, RANK, RANKS)
+    _meet(addresses_ptr, program, calls + 1, SIGNALS, RANK, RANKS, LANES)
     weight = tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)
     for group in range(program, groups, tl.num_programs(0)):
         row = group * RANKS + RANK
@@ -196,7 +198,7 @@ def _sum_rms_norm_kernel(
                     store_quantized(out.to(tl.float32), inside, values + where, scales + row)
             else:
                 tl.store(_at(addresses_ptr, k, NORMED, dtype) + where, out, mask=inside)
-    _meet(addresses_ptr, program, calls + 2, SIGNALS, RANK, RANKS)
+    _meet(addresses_ptr, program, calls + 2, SIGNALS, RANK, RANKS, LANES)
     tl.store(calls_ptr + program, calls + 2)
 
 
@@ -207,19 +209,30 @@ def _at(addresses_ptr, k, OFFSET: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _meet(addresses_ptr, program, call, SIGNALS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr):
+def _meet(
+    addresses_ptr,
+    program,
+    call,
+    SIGNALS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Waits until this program has come here for the `call`-th time on every rank; what they wrote before is seen after
-    it."""
+    it. LANES: the next power of two of RANKS."""
+    # all at once: each signal has to wait until what was written before it is seen
+    k = tl.arange(0, LANES)
+    others = (k < RANKS) & (k != RANK)
+    zeros = tl.zeros([LANES], tl.int64)
+    at = tl.load(addresses_ptr + k, mask=others, other=0) + SIGNALS
+    theirs = at.to(tl.pointer_type(tl.int64)) + program * RANKS + RANK
+    mine = _at(addresses_ptr, RANK, SIGNALS, tl.pointer_type(tl.int64)) + program * RANKS + k
     tl.debug_barrier()
-    for k in tl.static_range(RANKS):
-        if k != RANK:
-            theirs = _at(addresses_ptr, k, SIGNALS, tl.pointer_type(tl.int64)) + program * RANKS + RANK
-            tl.atomic_xchg(theirs, call, sem="release", scope="sys")
-    for k in tl.static_range(RANKS):
-        if k != RANK:
-            mine = _at(addresses_ptr, RANK, SIGNALS, tl.pointer_type(tl.int64)) + program * RANKS + k
-            while tl.atomic_add(mine, 0, sem="acquire", scope="sys") < call:
-                pass
+    tl.atomic_xchg(theirs, zeros + call, mask=others, sem="release", scope="sys")
+    least = call - 1
+    while least < call:
+        seen = tl.atomic_add(mine, zeros, mask=others, sem="acquire", scope="sys")
+        least = tl.min(tl.where(others, seen, call))
     tl.debug_barrier()
 
 
