@@ -71,9 +71,9 @@ class RankGroup(Ranks):
         self._buffer: SymmetricBuffer | None = None
 
     def reserve(self, width: int, dtype: torch.dtype) -> None:
-        """Allocates memory for sums of rows this wide, if the ranks can reach each other's; all ranks call it
-        together."""
-        if self._device.type == "cuda":
+        """Allocates memory for sums of rows this wide, if the ranks can reach each other's; all ranks call it together.
+        Not for float64, which no kernel computes."""
+        if self._device.type == "cuda" and dtype != torch.float64:
             self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
 
     def sum_out(self, rows: int) -> torch.Tensor | None:

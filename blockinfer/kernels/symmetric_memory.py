@@ -53,7 +53,7 @@ class SymmetricBuffer:
             return None
         addresses = torch.tensor(made.addresses, dtype=torch.int64, device=device)
         calls = torch.zeros(programs, dtype=torch.int64, device=device)
-        memory = RankMemory(made.bytes, addresses, calls, dist.get_rank(), layout)
+        memory = RankMemory(made.own, addresses, calls, dist.get_rank(), layout)
         return cls(memory, dtype, (made, store))
 
     def rows(self, number: int) -> torch.Tensor | None:
@@ -133,9 +133,9 @@ def set_signals(signals: torch.Tensor, value: int) -> None:
 
 
 class _Allocated(NamedTuple):
-    """bytes: this rank's memory; addresses: of each rank's; rendezvous and group: what torch needs to keep it."""
+    """own: this rank's memory; addresses: of each rank's; rendezvous and group: what torch needs to keep it."""
 
-    bytes: torch.Tensor
+    own: torch.Tensor
     addresses: list[int]
     rendezvous: object
     group: dist.ProcessGroup

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockinfer.kernels import linear as module
-from blockinfer.kernels.linear import Tiling, gated_linear, linear, linear_parts, skinny_linear_triton
+from blockinfer.kernels.linear import Tiling, choose_tiling, gated_linear, linear, linear_parts, skinny_linear_triton
 
 # of the norm of the error to that of the product, which the output's rounding makes
 TOLERANCE = {torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -132,3 +132,23 @@ def test_misfits_are_named(change, message):
     right = dict(x=torch.zeros(3, 8), weight=torch.zeros(4, 8), tiling=Tiling(16, 16, 1))
     with pytest.raises(ValueError, match=message):
         skinny_linear_triton(**right | change)
+
+
+@pytest.mark.parametrize(
+    "rows, shape, gated, expected",
+    [
+        (32, (12288, 4096), False, Tiling(64, 128, 1)),
+        (33, (12288, 4096), False, Tiling(128, 64, 1)),
+        (64, (24576, 4096), True, Tiling(128, 64, 1, num_stages=4)),
+        (32, (24576, 4096), True, Tiling(64, 128, 1, num_stages=4)),
+        # too few columns for 132 processors: narrow tiles, and parts of the depth
+        (64, (11000, 4096), False, Tiling(64, 128, 1)),
+        (64, (4096, 4096), False, Tiling(64, 128, 2)),
+        (64, (126464, 4096), False, Tiling(128, 128, 1, num_warps=8, num_stages=3)),
+        (64, (2**17, 4096), True, Tiling(128, 64, 1, num_stages=4)),
+    ],
+)
+def test_more_rows_take_wider_tiles_where_these_fill_the_gpu(monkeypatch, rows, shape, gated, expected):
+    monkeypatch.setattr(module, "num_processors", lambda device: 132)
+    x, weight = torch.empty(rows, shape[1], device="meta"), torch.empty(shape, device="meta")
+    assert choose_tiling(x, weight, gated) == expected

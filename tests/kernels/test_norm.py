@@ -53,6 +53,18 @@ def test_norm_of_a_sum(device, guarded_empty, seed, rows, columns, scale, dtype,
     guarded_empty.check()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_norm_of_the_residual_alone(device, dtype):
+    _, residual, weight = draw(0, 3, 300, 1.0, dtype, device)
+    for implementation in (add_rms_norm_triton, add_rms_norm_torch):
+        stored = residual.clone()
+        out = implementation(None, stored, weight, EPS)
+        assert torch.equal(stored, residual)
+        torch.testing.assert_close(
+            out.double().cpu(), exact(residual, weight), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(0, 5),

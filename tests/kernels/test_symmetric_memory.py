@@ -120,6 +120,17 @@ def test_what_is_written_there_is_not_copied(alone, monkeypatch):
     assert len(others) == 2
 
 
+@pytest.mark.parametrize(
+    "device, dtype, expected",
+    [("cuda", torch.bfloat16, "made"), ("cuda", torch.float64, None), ("cpu", torch.float32, None)],
+)
+def test_memory_is_shared_where_the_kernel_runs(alone, monkeypatch, device, dtype, expected):
+    monkeypatch.setattr(SymmetricBuffer, "make", lambda *rest: "made")
+    group = RankGroup(torch.device(device), alone, lambda event: None)
+    group.reserve(64, dtype)
+    assert group._buffer == expected
+
+
 class WaitingGPU:
     """In as many sums with a rank that is gone. Each waits twice until every signal is as high as it asks for; a rank
     that is still there sends a lower one after the first is seen."""
