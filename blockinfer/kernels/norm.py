@@ -100,11 +100,17 @@ def _add_rms_norm_kernel(
     # normalise the stored value: the rounded sum
     x = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + where, x, mask=inside)
-    wide = x.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    normed = rms_normed(x, columns, eps)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    out = (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+    out = (normed * weight).to(x.dtype)
     if QUANTIZED:
         store_quantized(out.to(tl.float32), inside, out_ptr + where, scale_ptr + row)
     else:
         tl.store(out_ptr + where, out, mask=inside)
+
+
+@triton.jit
+def rms_normed(x, columns, eps):
+    """x: a whole row, 0 past its columns -> what is multiplied by the weight, float32, rounded to x's dtype."""
+    wide = x.to(tl.float32)
+    return (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)).to(x.dtype).to(tl.float32)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from blockinfer.kernels.norm import add_rms_norm
 from blockinfer.kernels.parts import sum_parts
 from blockinfer.kernels.quantize import QuantizedRows
+from blockinfer.kernels.ranks_norm import sum_rms_norm_triton
 from blockinfer.kernels.symmetric_memory import SymmetricBuffer
 
 # named all_gather_into_tensor until torch 2.13
@@ -20,6 +21,7 @@ class Ranks:
 
     rank = 0
     size = 1
+    _buffer: SymmetricBuffer | None = None
 
     def add_rms_norm(
         self,
@@ -36,11 +38,18 @@ class Ranks:
         perhaps only in some rows, which are the same ones for the same T, unless `whole`. It must be equal on all ranks
         where it was not overwritten like that.
         """
+        if x is not None and self.sum_out(len(residual)) is not None:
+            return sum_rms_norm_triton(x, residual, weight, eps, self._buffer.memory, quantized, whole)
+        x = None if x is None else self._all_reduce(x, residual.dtype)
         return add_rms_norm(x, residual, weight, eps, quantized)[0]
 
     def sum_out(self, rows: int) -> torch.Tensor | None:
         """[rows, d], from which `add_rms_norm` need not copy x; None if there is no such buffer."""
-        return None
+        return None if self._buffer is None else self._buffer.rows(rows)
+
+    def _all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x [T, d], or parts of it [S, T, d] -> the sum of all ranks', in `dtype`, perhaps still in parts."""
+        return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x of one shape on all ranks -> [size, ...]."""
@@ -68,16 +77,12 @@ class RankGroup(Ranks):
         self._device = device
         self._store = store
         self._wait_for = wait_for
-        self._buffer: SymmetricBuffer | None = None
 
     def reserve(self, width: int, dtype: torch.dtype) -> None:
         """Allocates memory for sums of rows this wide, if the ranks can reach each other's; all ranks call it together.
         Not for float64, which no kernel computes."""
         if self._device.type == "cuda" and dtype != torch.float64:
             self._buffer = SymmetricBuffer.make(width, dtype, self._device, self._store)
-
-    def sum_out(self, rows: int) -> torch.Tensor | None:
-        return None if self._buffer is None else self._buffer.rows(rows)
 
     def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
         """If another rank is gone: `SymmetricBuffer.let_go`."""
@@ -90,22 +95,10 @@ class RankGroup(Ranks):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._buffer))
         self._buffer = None
 
-    def add_rms_norm(
-        self,
-        x: torch.Tensor | None,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        quantized: bool = False,
-        whole: bool = False,
-    ) -> torch.Tensor | QuantizedRows:
-        if x is None:
-            return add_rms_norm(None, residual, weight, eps, quantized)[0]
-        if self.sum_out(len(residual)) is not None:
-            return self._buffer.add_rms_norm(x, residual, weight, eps, quantized, whole)
-        x = sum_parts(x, residual.dtype)
+    def _all_reduce(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = sum_parts(x, dtype)
         dist.all_reduce(x)
-        return add_rms_norm(x, residual, weight, eps, quantized)[0]
+        return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)

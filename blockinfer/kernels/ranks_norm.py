@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, num_processors
+from blockinfer.kernels.norm import rms_normed
 from blockinfer.kernels.quantize import FP8, QuantizedRows, store_quantized
 
 
@@ -184,9 +185,7 @@ def _sum_rms_norm_kernel(
         # normalise the stored value: the rounded sum
         x = total.to(dtype.element_ty)
         tl.store(residual_ptr + where, x, mask=inside)
-        wide = x.to(tl.float32)
-        normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
-        out = (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+        out = (rms_normed(x, columns, eps) * weight).to(x.dtype)
         for k in tl.static_range(RANKS):
             if WHOLE:
                 # no other rank reads this row there

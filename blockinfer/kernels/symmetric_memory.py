@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from blockinfer.kernels.quantize import QuantizedRows
-from blockinfer.kernels.ranks_norm import Layout, RankMemory, num_programs, sum_rms_norm_triton
+from blockinfer.kernels.ranks_norm import Layout, RankMemory, num_programs
 
 # Before torch allocates any symmetric memory.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -31,7 +30,7 @@ class SymmetricBuffer:
     """Rows of one width, which the ranks sum and norm together."""
 
     def __init__(self, memory: RankMemory, dtype: torch.dtype, kept: tuple[object, ...]) -> None:
-        self._memory = memory
+        self.memory = memory
         self._dtype = dtype
         # objects that torch finds by name, and does not keep alive
         self._kept = kept
@@ -58,13 +57,7 @@ class SymmetricBuffer:
 
     def rows(self, number: int) -> torch.Tensor | None:
         """Its first rows, [number, d], where a product need not be copied from; None if it has fewer."""
-        return self._memory.sums(number, self._dtype) if 0 < number <= self._memory.layout.rows else None
-
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quantized: bool, whole: bool
-    ) -> torch.Tensor | QuantizedRows:
-        """`ranks_norm.sum_rms_norm_triton`."""
-        return sum_rms_norm_triton(x, residual, weight, eps, self._memory, quantized, whole)
+        return self.memory.sums(number, self._dtype) if 0 < number <= self.memory.layout.rows else None
 
     def let_go(self, is_done: Callable[[], bool], seconds: float) -> bool:
         """Releases a GPU that waits for a rank which is gone, until it is done or for so many seconds -> whether it is
@@ -73,7 +66,7 @@ class SymmetricBuffer:
         It gets more signals than it waits for, again and again: a rank that is still there may send lower ones.
         """
         end = time.monotonic() + seconds
-        signals = self._memory.signals.view(torch.uint32)
+        signals = self.memory.signals.view(torch.uint32)
         stream = torch.cuda.Stream(signals.device)
         while not is_done() and time.monotonic() < end:
             with torch.cuda.stream(stream):

@@ -151,7 +151,7 @@ class WaitingGPU:
 @pytest.mark.parametrize("sums", [0, 1, 65])
 def test_a_gpu_that_waits_for_a_rank_that_is_gone_is_let_go(alone, monkeypatch, sums):
     buffer = SymmetricBuffer.make(64, torch.bfloat16, torch.device("cpu"), alone)
-    gpu = WaitingGPU(sums, buffer._memory.signals)
+    gpu = WaitingGPU(sums, buffer.memory.signals)
     written = symmetric_memory.set_signals
     monkeypatch.setattr(symmetric_memory, "set_signals", lambda *rest: (written(*rest), gpu.look()))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
