@@ -26,9 +26,9 @@ from blockinfer.chat import ChatTemplate, check_conversations
 from blockinfer.checks import check_bool, refuse_unknown, shown
 from blockinfer.config import EngineConfig
 from blockinfer.engine.engine import Engine
-from blockinfer.engine.model_runner import EngineStats
 from blockinfer.engine.prompts import Prompt
 from blockinfer.engine.sequence import BLOCKS, DENOISE
+from blockinfer.engine.stats import EngineStats
 from blockinfer.hints import LLM_HINTS
 from blockinfer.kernels.backend import num_compiled_kernels
 from blockinfer.likelihood import choose, score

@@ -198,7 +198,6 @@ class Engine:
                 came_on.append(sequence)
         if self.runner.is_asynchronous and self.scheduler.repeats(scheduled):
             self.runner.repeat(scheduled)
-            self._begun = scheduled
         outputs = self._tell(came_on, canvases)
         # scores launched earlier, while the device is busy
         outputs += self._collect(1 if scores is not None else 0)
@@ -207,7 +206,7 @@ class Engine:
     def _next_scheduled(self) -> list[ScheduledSequence]:
         """Those of the step that has begun, unless one was aborted since then; a new request joins the step after
         it."""
-        begun, self._begun = self._begun, []
+        begun = self.runner.begun
         if begun and all(sequence.slot is not None for sequence, _ in begun):
             return begun
         return self.scheduler.schedule()
@@ -338,7 +337,6 @@ class Engine:
                 scheduler.add(sequence)
         self._failures = {i: failure for i, failure in self._failures.items() if i in sequences}
         self._sequences, self._finished, self.pool, self.scheduler = sequences, finished, pool, scheduler
-        self._begun: list[ScheduledSequence] = []
         self._scores, self._broken = [], {s.request for s in sequences.values() if s.broken}
         self._cut_short = False
 

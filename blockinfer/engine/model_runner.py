@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from blockinfer.engine.score_reader import ScoreReader
 from blockinfer.engine.scoring import Scores
 from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.shadows import guidance_of_blocks, show_shadows
+from blockinfer.engine.stats import EngineStats
 from blockinfer.engine.transfer import write
 from blockinfer.kernels.backend import runs_triton
 from blockinfer.kernels.confidence import Confidence, RowOptions, Vocabulary, token_confidence
@@ -46,25 +46,6 @@ from blockinfer.models.transformer import Transformer
 # Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for
 # every token, 0.13 GB at 126,464 columns.
 _COLUMN_BYTES = 1024
-
-
-@dataclass
-class EngineStats:
-    """Counts since the engine was made, without padding. forwards: model launches. rows: rows in them. lm_head_rows:
-    rows through the LM head. keys: cached positions that a launch attends to, once per sequence and once per shadow.
-
-    graphs: CUDA graphs captured, where those that a forward is cut into count as one; capture_seconds and graph_bytes:
-    their cost, compilation included. compiled: variants of Triton kernels that this process has loaded.
-    """
-
-    forwards: int = 0
-    rows: int = 0
-    lm_head_rows: int = 0
-    keys: int = 0
-    graphs: int = 0
-    capture_seconds: float = 0.0
-    graph_bytes: int = 0
-    compiled: int = 0
 
 
 class BlockResult(NamedTuple):
@@ -131,7 +112,7 @@ class ModelRunner:
         self._any_whole = False
         # whether the host goes on while the device runs what was launched; the forward that `repeat` has begun
         self.is_asynchronous = runs_triton(self.kv_pages)
-        self._begun: list[ScheduledSequence] | None = None
+        self.begun: list[ScheduledSequence] | None = None
         # output of the layers for `_run_reveal`, and its output for the host
         self._attended, self._residual = (
             torch.zeros((rows, width), dtype=config.dtype, device=self.device)
@@ -236,9 +217,9 @@ class ModelRunner:
         blocks may be open, or a canvas is watched. Otherwise the step is still running, or queued on the one stream:
         later work on its slots and pages, which may belong to another sequence by then, runs after it.
         """
-        if scheduled is not self._begun:
+        if scheduled is not self.begun:
             self._begin(scheduled)
-        self._begun = None
+        self.begun = None
         self.stats.forwards += 1
         self.stats.rows += sum(entry.plan.rows for entry in scheduled)
         self.stats.keys += sum(sequence.lanes * plan.kv_len for sequence, plan in scheduled)
@@ -258,7 +239,7 @@ class ModelRunner:
         if it gets another one, this forward was for nothing.
         """
         self._launch()
-        self._begun = scheduled
+        self.begun = scheduled
 
     def _denoise(self, scheduled: list[ScheduledSequence], sequences: list[Sequence]) -> list[BlockResult]:
         """The rest of the step, after the layers, for the sequences that have blocks."""

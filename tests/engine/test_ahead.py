@@ -139,7 +139,7 @@ def test_requests_that_come_and_go_while_a_step_has_begun(llm, repeats, rule):
     alone = [llm.generate(prompt, options, use_tqdm=False)[0] for prompt in prompts]
     engine = llm.engine
     ids = [engine.add_request(prompt, options) for prompt in prompts[:2]]
-    while len(repeats) < 4 or not engine._begun:
+    while len(repeats) < 4 or not engine.runner.begun:
         engine.step()
     ids.append(engine.add_request(prompts[2], options))
     for _ in range(2):
