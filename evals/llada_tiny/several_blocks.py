@@ -11,8 +11,8 @@ _SUFFIXES = (8, 32)  # masks
 def plan(mode: str, block_length: int) -> list[tuple[dict, dict]]:
     """(options of the rule, options of the window) of each configuration; for each rule one block at a time first.
 
-    The schedule of low_confidence reveals two tokens a step and block. The effects of suffix and delayed commit are
-    measured in `block` alone.
+    The schedule of low_confidence reveals two tokens a step and block. A suffix is kept by the two modes that drop it,
+    a delayed commit is measured in `block` alone.
     """
     rules: list[dict] = [
         {"unmasking": "threshold", "threshold": 0.9},
@@ -28,8 +28,9 @@ def _windows(mode: str, has_schedule: bool) -> list[dict]:
         return {"block_add_threshold": share} | ({"decoded_token_threshold": share} if has_schedule else {})
 
     windows = [{}, *map(opened, _EARLY)]
-    if mode == "block":
+    if mode in ("block", "block_refresh"):
         windows += [window | {"suffix_window": w} for window in ({}, opened(0.5)) for w in _SUFFIXES]
+    if mode == "block":
         windows.append(opened(0.5) | {"commit_delay": 2})
     return windows
 
