@@ -5,7 +5,7 @@ rows; and the rest, at a number of masked rows. Each is captured at a few sizes 
 padded to the next size of each; its other inputs are read from memory. So no request waits for a capture or a
 compilation.
 
-A GPU begins only when a whole graph has been launched. A function may therefore cut its graph after a short first part,
+A GPU begins only when a whole graph has been launched. A function may therefore cut its graph after short first parts,
 with which a GPU that has waited for the host begins while the host launches the rest.
 """
 

@@ -14,6 +14,10 @@ from blockinfer.kernels.segments import SegmentTable
 from blockinfer.model_config import ModelConfig
 from blockinfer.models.published import TensorGroup
 
+# Indices of layers after which the graph of a step is cut: the parts before run for longer than the next takes to
+# launch, on a slow host too (measured on an H200: LLaDA-8B's first layer runs for 130 us).
+_CUTS = 0, 3
+
 
 class Transformer(nn.Module):
     """A network whose logits at a position predict the token at that position, without a shift.
@@ -86,14 +90,14 @@ class Transformer(nn.Module):
     ) -> None:
         """token_ids, positions [T] int64; kv_pages [layers, 2, pages, P, HK, D], written. Runs everything up to the
         last layer's attention, which every row needs, and writes the inputs of `logits`: attended [T, heads * D] and
-        residual [T, d]. cut: called once a little of it has been launched (`engine.graphs`)."""
+        residual [T, d]. cut: called after the layers of _CUTS (`engine.graphs`)."""
         torch.index_select(self.wte, 0, token_ids, out=residual)
         x = None
         cos_sin = self.cos_sin[positions]
         *others, last = zip(self.layers, kv_pages, strict=True)
         for index, (layer, layer_pages) in enumerate(others):
             x = layer.finish(layer.attend(x, residual, cos_sin, layer_pages, table), residual)
-            if index == 0 and cut is not None:
+            if index in _CUTS and cut is not None:
                 cut()
         last[0].attend(x, residual, cos_sin, last[1], table, attended)
 
