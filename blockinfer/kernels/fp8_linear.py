@@ -15,6 +15,7 @@ from torch.nn.functional import ScalingType
 
 from blockinfer.kernels.activation import silu_mul
 from blockinfer.kernels.backend import (
+    is_hopper,
     launch_next,
     launch_options,
     num_processors,
@@ -23,7 +24,7 @@ from blockinfer.kernels.backend import (
     wait_for_last,
 )
 from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
-from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight, is_hopper, quantize_rows, runs_fp8
+from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight, quantize_rows, runs_fp8
 
 # up to this many rows the kernel's time is that of reading the weights, and torch's is longer
 _FEW_ROWS = 64

@@ -85,11 +85,6 @@ def multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    return multiplies_fp8(device) and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def quantize_rows(x: torch.Tensor) -> QuantizedRows:
     """x [T, K], of any floating point type; each row is scaled by its own largest value."""
     return quantize_rows_triton(x) if runs_fp8(x) else quantize_rows_torch(x)

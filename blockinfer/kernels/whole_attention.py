@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton
+from blockinfer.kernels.backend import begin, is_hopper, launch_options, num_processors, runs_triton
 from blockinfer.kernels.segments import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS, Cutting, SegmentTable
 
 # Query rows of a warpgroup, of which a tile has two; keys of a tile.
@@ -36,8 +36,7 @@ def with_whole(cutting: Cutting, head_dim: int, dtype: torch.dtype, device: torc
     kernel takes those with at least a tile of keys, on Hopper GPUs, in half precision, for head sizes 64 and 128."""
     if not runs_triton(torch.empty(0, dtype=dtype, device=device)):
         return cutting._replace(whole_rows=cutting.rows, least_whole=1)
-    hopper = not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
-    if not (hopper and dtype.itemsize == 2 and head_dim in (64, 128)):
+    if not (is_hopper(device) and dtype.itemsize == 2 and head_dim in (64, 128)):
         return cutting
     return cutting._replace(whole_rows=2 * _ROWS.value, least_whole=_KEYS.value)
 

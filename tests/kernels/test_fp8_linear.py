@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from blockinfer.kernels import fp8_linear as module
 from blockinfer.kernels import quantize
+from blockinfer.kernels.backend import is_hopper
 from blockinfer.kernels.fp8_linear import Tile, fp8_linear_torch, fp8_linear_triton
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight, quantize_rows
@@ -115,7 +116,7 @@ def test_many_rows_are_torch_s_where_it_takes_them(device, monkeypatch, rows, co
 
 
 def test_torch_s_product(device):
-    if device == "cuda" and not quantize.is_hopper(torch.device("cuda")):
+    if device == "cuda" and not is_hopper(torch.device("cuda")):
         pytest.skip("it is called on Hopper alone")
     x, weight = draw(1, 100, 48, 64, torch.bfloat16, device)
     assert_product(module._scaled_mm(x, weight), x, weight)
