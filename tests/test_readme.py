@@ -86,7 +86,8 @@ NEEDS = {
         "python -m evals stages --mode vanilla --batch 1 --prompt 128 --json vanilla.json",
         "python -m evals train-tiny --out evals/llada_tiny",
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
-        "python -m evals study evals/llada_tiny --several-blocks --mode block --block-length 8,16,32 --out /tmp/blocks",
+        "python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --max-num-seqs 128 "
+        "--out /tmp/blocks",
         "python -m evals quantized-loss evals/llada_tiny --rows 250 --max-num-seqs 128",
         "python -m evals rounding --layers 1,2,4,8,16",  # or 16 GB, and minutes
     ),
