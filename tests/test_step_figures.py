@@ -198,7 +198,7 @@ STEP_OF_KERNELS = [
     ("_sum_rms_norm_kernel", RANKS),
     ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", RANKS),
     ("_add_rms_norm_kernel", "norms"),
-    ("_gated_linear_kernel", PRODUCTS),
+    ("_hopper_linear_kernel", PRODUCTS),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas", PRODUCTS),
     ("_silu_mul_kernel", "SiLU x up"),
     ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", PRODUCTS),

@@ -2,7 +2,8 @@
 
 The matrix units multiply the values. At its end the same kernel applies the scales of rows and columns, and a gate. The
 weights are the tall operand of the matrix units. If there are too few tiles to fill the GPU, the depth is split over
-programs (split-K), and the next operation adds up the parts. With many rows torch's product is faster.
+programs (split-K), and the next operation adds up the parts. With many rows `hopper_linear` or torch's product is
+faster.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from blockinfer.kernels.backend import (
     shared_memory,
     wait_for_last,
 )
+from blockinfer.kernels.hopper_linear import HopperTile, choose_fp8_tile, hopper_linear
 from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight, quantize_rows, runs_fp8
 
@@ -45,6 +47,8 @@ def fp8_linear_parts(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -
 def fp8_gated_linear(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
     """x [T, K], weight [2 * m, K], the gate's rows first -> silu(x @ gate.T) * (x @ up.T), [T, m] in x's dtype."""
     rows = _quantized(x)
+    if (tile := _hopper_tile(rows, weight, gated=True)) is not None:
+        return hopper_linear(rows, weight, tile, gated=True)
     if not _multiplied_as_fp8(rows) or _is_torch_faster(rows, weight):
         return silu_mul(_product(rows, weight, may_split=False))
     return fp8_linear_triton(rows, weight, choose_tile(rows, weight, gated=True), gated=True)[0]
@@ -53,6 +57,8 @@ def fp8_gated_linear(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -
 def _product(x: QuantizedRows, weight: QuantizedWeight, may_split: bool) -> torch.Tensor:
     if not _multiplied_as_fp8(x):
         return fp8_linear_torch(x, weight)
+    if (tile := _hopper_tile(x, weight)) is not None:
+        return hopper_linear(x, weight, tile)
     tile = choose_tile(x, weight)
     if may_split and tile.splits > 1:
         return fp8_linear_triton(x, weight, tile)
@@ -74,6 +80,11 @@ def fp8_linear_torch(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     product = F.linear(x.values.to(x.dtype).mul_(_UNIT), weight.values.to(x.dtype).mul_(_UNIT)).to(wide)
     return (product * (x.scale.to(wide) / _UNIT)[:, None] * (weight.scale.to(wide) / _UNIT).mT).to(x.dtype)
+
+
+def _hopper_tile(x: QuantizedRows, weight: QuantizedWeight, gated: bool = False) -> HopperTile | None:
+    is_few = x.values.shape[0] <= _FEW_ROWS
+    return None if is_few or not _multiplied_as_fp8(x) else choose_fp8_tile(x, weight, gated)
 
 
 def _is_torch_faster(x: QuantizedRows, weight: QuantizedWeight) -> bool:

@@ -16,7 +16,7 @@ import triton.language as tl
 from blockinfer.kernels.activation import silu_mul
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton, shared_memory
 from blockinfer.kernels.fp8_linear import fp8_gated_linear, fp8_linear, fp8_linear_parts
-from blockinfer.kernels.gated_linear import choose_gated_tile, gated_linear_gluon
+from blockinfer.kernels.hopper_linear import choose_gated_tile, hopper_linear
 from blockinfer.kernels.products import choose_splits, empty_product, part_of_depth
 from blockinfer.kernels.quantize import QuantizedRows, QuantizedWeight
 
@@ -55,7 +55,7 @@ def gated_linear(x: Rows, weight: Weight) -> torch.Tensor:
     if _is_skinny(x):
         return skinny_linear_triton(x, weight, choose_tiling(x, weight, gated=True), gated=True)[0]
     tile = choose_gated_tile(x, weight)
-    return silu_mul(F.linear(x, weight)) if tile is None else gated_linear_gluon(x, weight, tile)
+    return silu_mul(F.linear(x, weight)) if tile is None else hopper_linear(x, weight, tile, gated=True)
 
 
 def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

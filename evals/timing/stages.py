@@ -35,7 +35,7 @@ QUANTIZING = "quantising rows"
 # blockinfer/kernels, where products may end with SiLU x up, and norms begin with the sum of a product's parts; those
 # that begin with a sum over ranks are counted as such.
 _STAGES = [
-    ("_skinny_|_fp8_|_gated_", PRODUCTS),
+    ("_(skinny|fp8|hopper)_linear_kernel", PRODUCTS),
     ("_(paged|whole)_attention_kernel", "attention"),
     ("_sum_(parts|rms_norm)_kernel|nccl", RANKS),
     ("_rms_norm_kernel", "norms"),
