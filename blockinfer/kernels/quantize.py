@@ -143,6 +143,18 @@ def _quantize_rows_kernel(
 @triton.jit
 def store_quantized(x, inside, values_ptr, scale_ptr):
     """A whole row x, float32, 0 where it is not inside: to values_ptr, as wide as x, and its scale to scale_ptr."""
+    values, largest = quantized_row(x)
+    tl.store(values_ptr, values, mask=inside)
+    tl.store(scale_ptr, scale_of(largest))
+
+
+@triton.jit
+def quantized_row(x):
+    """A whole row x, float32, 0 past its columns -> its values, and its largest, of which its scale is made."""
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_IN_KERNELS)
-    tl.store(values_ptr, (x * tl.div_rn(_LARGEST_IN_KERNELS, largest)).to(tl.float8e4nv), mask=inside)
-    tl.store(scale_ptr, tl.div_rn(largest, _LARGEST_IN_KERNELS))
+    return (x * tl.div_rn(_LARGEST_IN_KERNELS, largest)).to(tl.float8e4nv), largest
+
+
+@triton.jit
+def scale_of(largest):
+    return tl.div_rn(largest, _LARGEST_IN_KERNELS)

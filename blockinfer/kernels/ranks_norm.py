@@ -13,7 +13,7 @@ import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, num_processors
 from blockinfer.kernels.norm import rms_normed
-from blockinfer.kernels.quantize import FP8, QuantizedRows, store_quantized
+from blockinfer.kernels.quantize import FP8, QuantizedRows, quantized_row, scale_of
 
 
 class Layout(NamedTuple):
@@ -186,17 +186,17 @@ def _sum_rms_norm_kernel(
         x = total.to(dtype.element_ty)
         tl.store(residual_ptr + where, x, mask=inside)
         out = (rms_normed(x, columns, eps) * weight).to(x.dtype)
+        if QUANTIZED:
+            out, largest = quantized_row(out.to(tl.float32))
+            scale = scale_of(largest)
         for k in tl.static_range(RANKS):
             if WHOLE:
                 # no other rank reads this row there
                 tl.store(_at(addresses_ptr, k, 0, dtype) + where, x, mask=inside)
             if QUANTIZED:
-                values = _at(addresses_ptr, k, NORMED, tl.pointer_type(tl.float8e4nv))
                 scales = _at(addresses_ptr, k, SCALES, tl.pointer_type(tl.float32))
-                if row < rows:
-                    store_quantized(out.to(tl.float32), inside, values + where, scales + row)
-            else:
-                tl.store(_at(addresses_ptr, k, NORMED, dtype) + where, out, mask=inside)
+                tl.store(scales + row, scale, mask=row < rows)
+            tl.store(_at(addresses_ptr, k, NORMED, tl.pointer_type(out.dtype)) + where, out, mask=inside)
     _meet(addresses_ptr, program, calls + 2, SIGNALS, RANK, RANKS, LANES)
     tl.store(calls_ptr + program, calls + 2)
 
