@@ -1,8 +1,11 @@
 """The sum over ranks, the addition to the residual and the RMSNorm that follows it, in one kernel.
 
-The ranks of one host reach each other's memory. Each adds and norms its share of the rows, and writes the result to all
-ranks: the data goes over NVLink as often as in an all-reduce of two shots, and a rank norms 1 / size of the rows. A
-residual then is up to date only in the rank's own rows.
+The ranks of one host reach each other's memory. There are two forms, as there are of an all-reduce:
+
+- One-shot, for few rows: each rank reads the shares of all ranks, and adds and norms all rows. The ranks meet once.
+- Two-shot: each rank adds and norms its share of the rows, and writes the result to all ranks. The data goes over
+  NVLink as often as in an all-reduce of two shots, and a rank norms 1 / size of the rows. The ranks meet twice. A
+  residual then is up to date only in the rank's own rows.
 """
 
 from typing import NamedTuple
@@ -11,29 +14,37 @@ import torch
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.backend import begin, launch_options, num_processors
+from blockinfer.kernels.backend import begin, launch_next, launch_options, num_processors, wait_for_last
 from blockinfer.kernels.norm import rms_normed
-from blockinfer.kernels.quantize import FP8, QuantizedRows, quantized_row, scale_of
+from blockinfer.kernels.quantize import FP8, QuantizedRows, quantized_row, scale_of, store_quantized
+
+# The most rows of a one-shot call: two blocks of 32. It sends ranks / 2 times as much data as a two-shot one.
+FEW_ROWS = 64
 
 
 class Layout(NamedTuple):
     """Bytes of each rank's memory: sums [rows, width] of the dtype, to which each rank writes its share of a product;
-    at `normed`, as many bytes for the result, which may be FP8; at `scales`, float32 for each row; at `signals`, int64
-    for each program and rank."""
+    at `normed`, as many bytes for the result, which may be FP8; at `scales`, float32 for each row; at `slots`, of
+    the dtype, [2, few_rows, width] for the shares of one-shot calls, which have at most few_rows rows; at `signals`,
+    int64 for each program and rank."""
 
     rows: int
     width: int
     normed: int
     scales: int
+    slots: int
     signals: int
     end: int
+    few_rows: int
 
     @classmethod
-    def of(cls, rows: int, width: int, itemsize: int, ranks: int, programs: int) -> "Layout":
+    def of(cls, rows: int, width: int, itemsize: int, ranks: int, programs: int, few_rows: int = FEW_ROWS) -> "Layout":
+        few_rows = min(few_rows, rows, programs)
         normed = _aligned(rows * width * itemsize)
         scales = 2 * normed
-        signals = scales + _aligned(4 * rows)
-        return cls(rows, width, normed, scales, signals, signals + 8 * programs * ranks)
+        slots = scales + _aligned(4 * rows)
+        signals = slots + _aligned(2 * few_rows * width * itemsize)
+        return cls(rows, width, normed, scales, slots, signals, signals + 8 * programs * ranks, few_rows)
 
 
 class RankMemory(NamedTuple):
@@ -67,7 +78,7 @@ class RankMemory(NamedTuple):
 
 
 def num_programs(device: torch.device) -> int:
-    """The most programs of the kernel: all run at the same time, so none waits for one that has not begun."""
+    """The most programs of a kernel: all run at the same time, so none waits for one that has not begun."""
     return num_processors(device)
 
 
@@ -83,9 +94,9 @@ def sum_rms_norm_triton(
     """x [T, d], or parts of it [S, T, d], of which the sum over parts and ranks is wanted; residual [T, d], weight [d]
     -> rms_norm(sum + residual), in this rank's memory until the next call. All ranks call it together.
 
-    x may be the memory's `sums` itself. residual is overwritten with the sum: in rows r with r % ranks == rank, or in
-    all rows if `whole`. Every rank's share is rounded to residual's dtype; they are added in the ranks' order, in
-    float32.
+    x may be the memory's `sums` itself. residual is overwritten with the sum: in all rows, if they are few or
+    `whole`, and else in rows r with r % ranks == rank. Every rank's share is rounded to residual's dtype; they are
+    added in the ranks' order, in float32. So the two forms compute the same.
 
     Raises ValueError where a shape differs, a tensor is not contiguous, or T exceeds the memory's rows.
     """
@@ -101,36 +112,115 @@ def sum_rms_norm_triton(
     if columns != layout.width or not 0 < rows <= layout.rows:
         raise ValueError(f"the ranks' memory is for 1 to {layout.rows} rows of {layout.width}, got {rows} of {columns}")
     sums, normed = memory.sums(rows, residual.dtype), memory.normed(rows, FP8 if quantized else residual.dtype)
+    scales = memory.scales(rows)
+    parts = 1 if x.ndim == 2 else x.shape[0]
     block = triton.next_power_of_2(columns)
-    _sum_rms_norm_kernel[(min(triton.cdiv(rows, ranks), len(memory.calls)),)](
-        x,
-        residual,
-        weight,
-        memory.addresses,
-        memory.calls,
-        rows,
-        columns,
-        eps,
-        PARTS=0 if x.data_ptr() == sums.data_ptr() else (1 if x.ndim == 2 else x.shape[0]),
+    options = dict(
         RANK=memory.rank,
         RANKS=ranks,
         LANES=triton.next_power_of_2(ranks),
-        NORMED=layout.normed,
-        SCALES=layout.scales,
         SIGNALS=layout.signals,
         QUANTIZED=quantized,
-        WHOLE=whole,
         BLOCK=block,
         num_warps=min(8, max(1, block // 256)),
         **launch_options(residual.device),
     )
-    if whole:
-        residual.copy_(sums)
-    return QuantizedRows(normed, memory.scales(rows), residual.dtype) if quantized else normed
+    if rows <= layout.few_rows:
+        _one_shot_sum_rms_norm_kernel[(rows,)](
+            x,
+            residual,
+            weight,
+            normed,
+            scales,
+            memory.addresses,
+            memory.calls,
+            columns,
+            eps,
+            PARTS=parts,
+            FEW_ROWS=layout.few_rows,
+            SLOTS=layout.slots,
+            **options,
+        )
+    else:
+        _two_shot_sum_rms_norm_kernel[(min(triton.cdiv(rows, ranks), len(memory.calls)),)](
+            x,
+            residual,
+            weight,
+            memory.addresses,
+            memory.calls,
+            rows,
+            columns,
+            eps,
+            PARTS=0 if x.data_ptr() == sums.data_ptr() else parts,
+            NORMED=layout.normed,
+            SCALES=layout.scales,
+            WHOLE=whole,
+            **options,
+        )
+        if whole:
+            residual.copy_(sums)
+    return QuantizedRows(normed, scales, residual.dtype) if quantized else normed
 
 
 @triton.jit
-def _sum_rms_norm_kernel(
+def _one_shot_sum_rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    scales_ptr,
+    addresses_ptr,
+    calls_ptr,
+    columns,
+    eps,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_next(PDL)
+    row = tl.program_id(0).to(tl.int64)  # grid (T,): the programs of a row wait for each other
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_last(PDL)
+    where = row * columns + column
+    plane = tl.num_programs(0).to(tl.int64) * columns
+    dtype: tl.constexpr = residual_ptr.dtype
+    calls = tl.load(calls_ptr + row)
+    # The row's two slots take turns. When one is written again, this program has met the others in another call since,
+    # of either form, which they began after they had read the slot.
+    slot = ((calls & 1) * FEW_ROWS + row) * columns + column
+    share = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        share += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+    slots = ()
+    for k in tl.static_range(RANKS):
+        slots = slots + (_at(addresses_ptr, k, SLOTS, dtype) + slot,)
+    tl.store(slots[RANK], share.to(dtype.element_ty), mask=inside)
+    total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    _meet(addresses_ptr, row, calls + 1, SIGNALS, RANK, RANKS, LANES)
+    for k in tl.static_range(RANKS):
+        total += tl.load(slots[k], mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    # normalise the stored value: the rounded sum
+    x = total.to(dtype.element_ty)
+    tl.store(residual_ptr + where, x, mask=inside)
+    out = (rms_normed(x, columns, eps) * weight).to(x.dtype)
+    if QUANTIZED:
+        store_quantized(out.to(tl.float32), inside, normed_ptr + where, scales_ptr + row)
+    else:
+        tl.store(normed_ptr + where, out, mask=inside)
+    tl.store(calls_ptr + row, calls + 1)
+
+
+@triton.jit
+def _two_shot_sum_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
