@@ -12,6 +12,9 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import begin
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
+_MINUS_INFINITY = tl.constexpr(-float("inf"))
+# stands for -inf where 0 times it must be 0: its exponential is 0 beside any logit above -1e30
+_LOW = tl.constexpr(-1e30)
 
 # What a tile leaves: of the tokens with a share in the softmax the largest logit m, sum e^(x - m), and the sum of
 # (x - m) e^(x - m); of all candidates the largest logit, and whether one is NaN. What a program of the noise kernel
@@ -58,19 +61,21 @@ def _read_tile(
 
 
 @triton.jit
-def _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK: tl.constexpr):
-    """The same where EOS tokens are candidates. Which ids are candidates is asked only where some are not: it takes as
-    many registers as the logits themselves."""
+def _read_ordinary(
+    start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK: tl.constexpr, NONE: tl.constexpr = _MINUS_INFINITY
+):
+    """The same where EOS tokens are candidates, and with NONE where there is no candidate. Which ids are candidates is
+    asked only where some are not: it takes as many registers as the logits themselves."""
     token_id = start + tl.arange(0, BLOCK)
     at = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride + token_id
     # reading the mask token too keeps the loads of its neighbours together
     if start + BLOCK <= vocab_size:
-        x = tl.load(at)
+        x = tl.load(at).to(tl.float32)
     else:
-        x = tl.load(at, mask=token_id < vocab_size, other=-float("inf"))
-    x = x.to(tl.float32)
+        inside = token_id < vocab_size
+        x = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32), NONE)
     if (mask_token_id >= start) & (mask_token_id < start + BLOCK):
-        x = tl.where(token_id == mask_token_id, -float("inf"), x)
+        x = tl.where(token_id == mask_token_id, NONE, x)
     return x
 
 
@@ -155,10 +160,10 @@ def _tile_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     start = tile * BLOCK
     forbid_eos, eos_last = tl.load(forbid_eos_ptr + row), tl.load(eos_last_ptr + row)
-    x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK)
+    x = _read_ordinary(start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK, NONE=_LOW)
     # Rare cases are handled apart, so that others need not wait for them: a token here that is no candidate or has no
-    # share in the softmax, a largest logit that is infinite or nearly so, and NaN, which the maximum ignores and the
-    # total shows.
+    # share in the softmax, a largest logit that is infinite or nearly so, -inf, and NaN, which the maximum ignores and
+    # the sum of products shows.
     ordinary = True
     if forbid_eos:
         for i in range(num_eos):
@@ -172,12 +177,12 @@ def _tile_kernel(
     largest, total, weighted, has_nan = best, best, best, tl.zeros([], tl.int32)
     ordinary &= tl.abs(best) < 1e30
     if ordinary:
-        # in powers of two: of -185 the float32 exponential is 0
+        # in powers of two
         exponent = (x - best) * 1.4426950408889634
         weight = tl.exp2(exponent)
-        total, weighted = tl.reduce((weight, tl.maximum(exponent, -185.0) * weight), 0, _add_pairs)
+        total, weighted = tl.reduce((weight, exponent * weight), 0, _add_pairs)
         weighted *= 0.6931471805599453
-        ordinary = total == total
+        ordinary = weighted == weighted
     if not ordinary:
         best, largest, total, weighted, has_nan = _rare_tile(
             *(start, logits_ptr, row_stride, vocab_size, mask_token_id, forbid_eos_ptr, eos_ids_ptr, num_eos),

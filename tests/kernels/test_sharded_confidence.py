@@ -15,9 +15,20 @@ from blockinfer.kernels.sharded_confidence import (
     summary_torch,
     summary_triton,
 )
-from tests.kernels.test_confidence import FLOATS, Case, cases, check, draw_noise, exact, flagged, plain_options, words
+from tests.kernels.test_confidence import (
+    FLOATS,
+    IN_NUMPY,
+    Case,
+    cases,
+    check,
+    draw_noise,
+    exact,
+    flagged,
+    plain_options,
+    words,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+pytestmark = IN_NUMPY
 
 
 def sharded(case, options, ranks, in_triton):
