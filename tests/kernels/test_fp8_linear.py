@@ -98,6 +98,7 @@ def test_many_rows_are_torch_s_where_it_takes_them(device, monkeypatch, rows, co
     """But for parts, which it has not."""
     monkeypatch.setattr(module, "runs_fp8", lambda x: True)
     monkeypatch.setattr(module, "is_hopper", lambda device: hopper)
+    monkeypatch.setattr(module, "choose_fp8_tile", lambda *args: None)
     called, kernel, splits = [], fp8_linear_triton, 1
     choose = lambda *args, gated=False: Tile(16, 16, 32, 1 if gated else splits)  # noqa: E731
     monkeypatch.setattr(module, "choose_tile", choose)

@@ -63,7 +63,7 @@ def test_a_program_has_several_tiles_and_a_row_is_what_it_is_alone(tile):
 def test_a_gate_of_any_size():
     """The SiLU of a large negative gate is 0, not NaN."""
     x = torch.zeros(130, 64, dtype=torch.bfloat16, device="cuda")
-    x[:, 0], x[:, 1] = torch.linspace(-3e38, 3e38, 130), 1
+    x[:, 0], x[:, 1] = torch.linspace(-1e38, 1e38, 130), 1
     weight = torch.zeros(2 * 64, 64, dtype=torch.bfloat16, device="cuda")
     weight[:64, 0], weight[64:, 1] = 1, 1
     out = hopper_linear(x, weight, TILES[0], gated=True)
