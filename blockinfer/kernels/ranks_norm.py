@@ -190,7 +190,9 @@ def _one_shot_sum_rms_norm_kernel(
     inside = column < columns
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_last(PDL)
-    where = row * columns + column
+    # A thread that stores 16 neighbours in FP8 would also read 16 of the shares, in two halves of 32 bytes that go over
+    # NVLink twice.
+    where = tl.max_contiguous(row * columns + column, 8)
     plane = tl.num_programs(0).to(tl.int64) * columns
     dtype: tl.constexpr = residual_ptr.dtype
     calls = tl.load(calls_ptr + row)
@@ -266,7 +268,7 @@ def _two_shot_sum_rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)
     for group in range(program, groups, tl.num_programs(0)):
         row = group * RANKS + RANK
-        where = row.to(tl.int64) * columns + column
+        where = tl.max_contiguous(row.to(tl.int64) * columns + column, 8)  # as above
         inside = valid & (row < rows)
         total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
         for k in tl.static_range(RANKS):
