@@ -107,8 +107,9 @@ TINY = (
 
 
 def test_a_real_run(clone, temporary, monkeypatch, capsys):
-    """head's engine is given half more work, and its threshold another default, which takes more forwards."""
-    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=5))
+    """head's engine is given half more work, and its threshold another default, which takes more forwards. One of nine
+    pairs may go another way, where other tests run beside."""
+    monkeypatch.setitem(cases.PROFILES, "quick", Profile(TINY, pairs=9))
     monkeypatch.setattr(measure, "PAIRS_A_ROUND", 1)
     monkeypatch.setenv(SLOWDOWN, "0.5")
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -118,12 +119,13 @@ def test_a_real_run(clone, temporary, monkeypatch, capsys):
     rules.write_text(text.replace("default=0.9)", "default=1.0)"))
     assert main(["--base", "HEAD", "--profile", "quick"], root=clone) == REGRESSION
     printed = capsys.readouterr().out
-    base, worked_on = re.match(r"base (\w+), head (\w+\+); 5 pairs a case, margin 2.5 %", printed).groups()
+    base, worked_on = re.match(r"base (\w+), head (\w+\+); 9 pairs a case, margin 2.5 %", printed).groups()
     assert worked_on == base + "+" and "head is made worse by 50 %" in printed
     for case in TINY:
-        (ratio,) = re.findall(rf"REGRESSION {case.id}: CPU time is (\S+) times", printed)
+        ratio = re.search(rf"REGRESSION {case.id}: CPU time is (\S+) times", printed)
+        assert ratio, printed
         # of a few ms, on a machine that may have other work; the second case takes more forwards besides
-        assert 1.1 < float(ratio) < (2 if case is TINY[0] else 9)
+        assert 1.1 < float(ratio[1]) < (2 if case is TINY[0] else 9)
     rises = re.findall(r"REGRESSION (\S+): \d+ forwards where there were \d+", printed)
     assert rises == ["block-8-threshold"] and printed.endswith("head fails\n")
     between, after = re.search(r"MB between units: (\S+) -> (\S+)", printed).groups()
