@@ -39,7 +39,12 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, columns, BLOCK: tl.constexpr, PDL: tl
     inside = column < columns
     gate = tl.load(gate_up_ptr + row * 2 * columns + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * columns + columns + column, mask=inside, other=0.0).to(tl.float32)
-    # of two equal forms of the sigmoid, the one whose exponential cannot overflow
-    small = tl.exp(-tl.abs(gate))
-    out = gate * tl.where(gate >= 0, 1.0, small) / (1.0 + small) * up
+    out = silu(gate) * up
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu(x):
+    # of two equal forms of the sigmoid, the one whose exponential cannot overflow
+    small = tl.exp(-tl.abs(x))
+    return x * tl.where(x >= 0, 1.0, small) / (1.0 + small)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import ScalingType
 
-from blockinfer.kernels.activation import silu_mul
+from blockinfer.kernels.activation import silu, silu_mul
 from blockinfer.kernels.backend import (
     is_hopper,
     launch_next,
@@ -247,8 +247,6 @@ def _fp8_linear_kernel(
     acc = acc * x_scale * tl.load(weight_scale_ptr + column, mask=column_inside, other=0.0)[:, None]
     if GATED:
         up_scale = tl.load(weight_scale_ptr + columns + column, mask=column_inside, other=0.0)
-        # of two equal forms of the sigmoid, the one whose exponential cannot overflow
-        small = tl.exp(-tl.abs(acc))
-        acc = acc * tl.where(acc >= 0, 1.0, small) / (1.0 + small) * (up_acc * x_scale * up_scale[:, None])
+        acc = silu(acc) * (up_acc * x_scale * up_scale[:, None])
     where = (tl.cast(split, tl.int64) * rows + row)[None, :] * columns + column[:, None]
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=row_inside[None, :] & column_inside[:, None])

@@ -1,4 +1,4 @@
-"""Products of many rows on Hopper GPUs: with gate and up, and SwiGLU's SiLU in the same kernel, and in FP8.
+"""Products of many rows on Hopper GPUs: gate and up with SwiGLU's SiLU in one kernel, and any product in FP8.
 
 Persistent and warp-specialised, as CUTLASS multiplies on Hopper: one warp loads tiles of rows and weights with the
 tensor memory accelerator, and two or three warpgroups of 64 rows multiply them. Gate and up are neighbours in a tile,
@@ -27,10 +27,10 @@ from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight
 _ROWS = gl.constexpr(64)  # of a warpgroup
 _DEPTH = 128  # bytes of a stage: the widest that shared memory is swizzled by
 _SHARED_MEMORY = 226 * 1024  # of the 227 KB that a program may have, without its barriers
-# of the multiplications that the GPU could make meanwhile, the share from which on a gated product is faster than
-# cuBLAS's and silu_mul (measured on an H200: it is at .97, and not at .81)
+# A gated product is faster than cuBLAS's with silu_mul from this share (`HopperTile.share`) on. Measured on an H200: at
+# .97 it is, at .81 it is not.
 _LEAST_SHARE = 0.9
-# more rows than these torch multiplies faster in FP8 (measured on an H200 at 128, 256, 384, 512)
+# In FP8 torch is faster with more rows (measured on an H200 at 128, 256, 384 and 512, against split depths too).
 _MOST_FP8_ROWS = 384
 
 
@@ -60,7 +60,7 @@ _TILES = HopperTile(2, 128), HopperTile(3, 64), HopperTile(2, 64)
 def choose_gated_tile(x: torch.Tensor, weight: torch.Tensor) -> HopperTile | None:
     """x [T, K], weight [2 * m, K], in half precision -> the tile for a gated product; None where cuBLAS is faster, or
     this kernel cannot run."""
-    if x.dtype.itemsize != 2 or not is_hopper(x.device) or not _fits(x, weight, gated=True):
+    if not len(x) or x.dtype.itemsize != 2 or not is_hopper(x.device) or not _fits(x, weight, gated=True):
         return None
     size = len(x), len(weight) // 2, num_processors(x.device)
     tile = max(_TILES, key=lambda tile: tile.share(*size))
@@ -74,7 +74,7 @@ def choose_fp8_tile(x: QuantizedRows, weight: QuantizedWeight, gated: bool = Fal
         return None
     processors = num_processors(x.values.device)
     tile = max(_TILES[1:], key=lambda tile: tile.share(rows, columns, processors))
-    # a few rows at each processor are no slower elsewhere than many
+    # or no processor has more than one tile: the time is then that of one, whatever the number of tiles
     is_full = tile.share(rows, columns, processors) >= _LEAST_SHARE or tile.number(rows, columns) <= processors
     return tile if is_full and rows <= _MOST_FP8_ROWS else None
 
@@ -83,7 +83,9 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
     """Whether all rows, also those of the result, begin at multiples of 16 bytes, as the tensor memory accelerator asks
     for."""
     columns = weight.shape[0] // (2 if gated else 1)
-    return x.is_contiguous() and weight.is_contiguous() and not (x.shape[1] * x.itemsize % 16 or columns % 8)
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        return False
+    return not (x.shape[1] * x.itemsize % 16 or columns % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16)
 
 
 def hopper_linear(
@@ -97,15 +99,19 @@ def hopper_linear(
     """
     x_scale = weight_scale = None
     dtype = x.dtype
+    if isinstance(x, QuantizedRows) != isinstance(weight, QuantizedWeight):
+        raise ValueError(f"x and weight must both be quantised or neither, got {type(x)} and {type(weight)}")
     if isinstance(x, QuantizedRows):
         x, x_scale = x.values, x.scale
         weight, weight_scale = weight.values, weight.scale
+        if not (x_scale.is_contiguous() and weight_scale.is_contiguous()):
+            raise ValueError("the scales of x and weight must be contiguous")
     parts = 2 if gated else 1
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.shape[0] % parts:
         raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if not _fits(x, weight, gated):
         raise ValueError(
-            "x and weight must be contiguous, and their rows and the result's multiples of 16 bytes, got "
+            "x and weight must be contiguous, and their rows and the result's begin at multiples of 16 bytes, got "
             f"{tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if x.dtype != weight.dtype or dtype.itemsize != 2 or x.dtype not in (dtype, FP8):

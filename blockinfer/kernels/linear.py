@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from blockinfer.kernels.activation import silu_mul
+from blockinfer.kernels.activation import silu, silu_mul
 from blockinfer.kernels.backend import begin, launch_options, num_processors, runs_triton, shared_memory
 from blockinfer.kernels.fp8_linear import fp8_gated_linear, fp8_linear, fp8_linear_parts
 from blockinfer.kernels.hopper_linear import choose_gated_tile, hopper_linear
@@ -184,8 +184,6 @@ def _skinny_linear_kernel(
                 w = tl.load(up_weights + start, mask=column_inside[:, None] & inside[None, :], other=0.0)
             up_acc = tl.dot(w, x, up_acc, input_precision="ieee")
     if GATED:
-        # of two equal forms of the sigmoid, the one whose exponential cannot overflow
-        small = tl.exp(-tl.abs(acc))
-        acc = acc * tl.where(acc >= 0, 1.0, small) / (1.0 + small) * up_acc
+        acc = silu(acc) * up_acc
     where = (split * rows + row).to(tl.int64)[None, :] * columns + column[:, None]
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=row_inside[None, :] & column_inside[:, None])

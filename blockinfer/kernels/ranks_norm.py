@@ -190,14 +190,14 @@ def _one_shot_sum_rms_norm_kernel(
     inside = column < columns
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_last(PDL)
-    # A thread that stores 16 neighbours in FP8 would also read 16 of the shares, in two halves of 32 bytes that go over
-    # NVLink twice.
+    # In eights: a thread that stores 16 neighbours in FP8 would also read 16 of each share, 32 bytes in two loads, each
+    # of every second 16 bytes.
     where = tl.max_contiguous(row * columns + column, 8)
     plane = tl.num_programs(0).to(tl.int64) * columns
     dtype: tl.constexpr = residual_ptr.dtype
     calls = tl.load(calls_ptr + row)
-    # The row's two slots take turns. When one is written again, this program has met the others in another call since,
-    # of either form, which they began after they had read the slot.
+    # The row's two slots take turns. Between two uses of one lies a call with the other, in which this program met the
+    # others. They began it after they had read the first.
     slot = ((calls & 1) * FEW_ROWS + row) * columns + column
     share = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):

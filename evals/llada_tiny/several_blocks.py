@@ -11,8 +11,8 @@ _SUFFIXES = (8, 32)  # masks
 def plan(mode: str, block_length: int) -> list[tuple[dict, dict]]:
     """(options of the rule, options of the window) of each configuration; for each rule one block at a time first.
 
-    The schedule of low_confidence reveals two tokens a step and block. A suffix is kept by the two modes that drop it,
-    a delayed commit is measured in `block` alone.
+    The schedule of low_confidence reveals two tokens a step and block. Only the two modes that
+    drop the suffix are measured with one kept, and only `block` with a delayed commit.
     """
     rules: list[dict] = [
         {"unmasking": "threshold", "threshold": 0.9},

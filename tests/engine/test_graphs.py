@@ -134,3 +134,13 @@ def test_steps_with_whole_segments_have_graphs_of_their_own(tmp_path):
 def test_options_that_do_not_fit(checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         LLM(checkpoint, device="cpu", **options)
+
+
+@pytest.mark.parametrize("layers, cuts", [(1, 0), (2, 1), (4, 1), (5, 2)])
+def test_the_layers_are_cut_after_the_first_and_the_fourth(tmp_path, layers, cuts):
+    """Unless that is the last one, which is not whole."""
+    with LLM(write_checkpoint(tmp_path, n_layers=layers), dtype="float64") as llm, torch.inference_mode():
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=4, block_length=4), use_tqdm=False)
+        called = []
+        llm.engine.runner._run_layers(8, lambda: called.append("cut"))
+    assert len(called) == cuts

@@ -25,7 +25,7 @@ TILES = [HopperTile(2, 128), HopperTile(3, 64), HopperTile(2, 64)]
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 700), columns=st.integers(1, 150), depth=st.integers(1, 60))
-def test_equals_its_definition(tile, gated, dtype, seed, rows, columns, depth):
+def test_equals_its_definition(guarded_empty, tile, gated, dtype, seed, rows, columns, depth):
     """Columns and depth in eights."""
     x, weight = draw(seed, rows, 8 * columns * (1 + gated), 8 * depth, dtype, "cuda")
     before = x.clone(), weight.clone()
@@ -33,18 +33,21 @@ def test_equals_its_definition(tile, gated, dtype, seed, rows, columns, depth):
     assert out.shape == (rows, 8 * columns) and out.dtype == dtype
     assert_near(out, x, weight, gated, TOLERANCE[dtype])
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
+    guarded_empty.check()
 
 
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 500), columns=st.integers(1, 100), depth=st.integers(1, 30))
-def test_equals_its_definition_in_fp8(tile, gated, seed, rows, columns, depth):
+def test_equals_its_definition_in_fp8(guarded_empty, tile, gated, dtype, seed, rows, columns, depth):
     """Columns in eights, depth in sixteens."""
     shape = rows, 8 * columns * (1 + gated), 16 * depth
-    x, weight = test_fp8_linear.draw(seed, *shape, torch.bfloat16, "cuda")
+    x, weight = test_fp8_linear.draw(seed, *shape, dtype, "cuda")
     test_fp8_linear.assert_product(hopper_linear(x, weight, tile, gated), x, weight, gated)
+    guarded_empty.check()
 
 
 @pytest.mark.gpu
@@ -90,6 +93,7 @@ def empty_fp8(rows, shape, dtype=torch.bfloat16):
 @pytest.mark.parametrize(
     "rows, shape, expected",
     [
+        (0, LLADA, None),
         (65, LLADA, None),
         (192, LLADA, None),
         (256, LLADA, HopperTile(2, 64)),
@@ -192,5 +196,19 @@ def test_other_dtypes_are_named():
             hopper_linear(one, other, TILES[0])
     with pytest.raises(ValueError, match="contiguous"):
         hopper_linear(torch.zeros(8, 3).half().mT, weight.half(), TILES[0])
+    x, weight = empty_fp8(3, (16, 16), torch.float32)
     with pytest.raises(ValueError, match="one half precision or FP8, got torch.float8_e4m3fn"):
-        hopper_linear(*empty_fp8(3, (16, 16), torch.float32), TILES[0])
+        hopper_linear(x, weight, TILES[0])
+    with pytest.raises(ValueError, match="both be quantised or neither, got .*Tensor.* and .*QuantizedWeight"):
+        hopper_linear(torch.zeros(3, 16).half(), weight, TILES[0])
+    with pytest.raises(ValueError, match="scales of x and weight must be contiguous"):
+        hopper_linear(x._replace(scale=torch.zeros(6)[::2]), weight, TILES[0])
+
+
+def test_memory_that_begins_elsewhere(monkeypatch):
+    on_an_h200(monkeypatch)
+    storage, weight = torch.zeros(256 * 64 + 1).half(), torch.zeros(2 * 4224, 64).half()
+    aligned, other = (storage[start:][: 256 * 64].view(256, 64) for start in (0, 1))
+    assert choose_gated_tile(aligned, weight) == TILES[2] and choose_gated_tile(other, weight) is None
+    with pytest.raises(ValueError, match="begin at multiples of 16 bytes"):
+        hopper_linear(other, weight, TILES[0], gated=True)
