@@ -27,10 +27,15 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def is_hopper(device: torch.device) -> bool:
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """That of an NVIDIA GPU; (0, 0) of other devices."""
     if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return compute_capability(device)[0] == 9
 
 
 _loaded = 0
@@ -53,14 +58,7 @@ def num_compiled_kernels() -> int:
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Launch options for a kernel that starts with `begin`. On GPUs of compute capability 9 or more it is launched
     while the kernel before it still runs, and waits itself for that kernel to end (programmatic dependent launch)."""
-    return {"PDL": True, "launch_pdl": True} if _launches_early(device) else {"PDL": False}
-
-
-@cache
-def _launches_early(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if compute_capability(device) >= (9, 0) else {"PDL": False}
 
 
 @triton.jit

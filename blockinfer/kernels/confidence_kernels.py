@@ -12,7 +12,6 @@ from blockinfer.kernels import philox
 from blockinfer.kernels.backend import begin
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
-_MINUS_INFINITY = tl.constexpr(-float("inf"))
 # stands for -inf where 0 times it must be 0: its exponential is 0 beside any logit above -1e30
 _LOW = tl.constexpr(-1e30)
 
@@ -62,7 +61,7 @@ def _read_tile(
 
 @triton.jit
 def _read_ordinary(
-    start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK: tl.constexpr, NONE: tl.constexpr = _MINUS_INFINITY
+    start, logits_ptr, row_stride, vocab_size, mask_token_id, BLOCK: tl.constexpr, NONE: tl.constexpr = -float("inf")
 ):
     """The same where EOS tokens are candidates, and with NONE where there is no candidate. Which ids are candidates is
     asked only where some are not: it takes as many registers as the logits themselves."""

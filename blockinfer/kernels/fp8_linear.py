@@ -47,11 +47,12 @@ def fp8_linear_parts(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -
 def fp8_gated_linear(x: torch.Tensor | QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
     """x [T, K], weight [2 * m, K], the gate's rows first -> silu(x @ gate.T) * (x @ up.T), [T, m] in x's dtype."""
     rows = _quantized(x)
-    if (tile := _hopper_tile(rows, weight, gated=True)) is not None:
-        return hopper_linear(rows, weight, tile, gated=True)
-    if not _multiplied_as_fp8(rows) or _is_torch_faster(rows, weight):
-        return silu_mul(_product(rows, weight, may_split=False))
-    return fp8_linear_triton(rows, weight, choose_tile(rows, weight, gated=True), gated=True)[0]
+    if _multiplied_as_fp8(rows):
+        if (tile := _hopper_tile(rows, weight, gated=True)) is not None:
+            return hopper_linear(rows, weight, tile, gated=True)
+        if not _is_torch_faster(rows, weight):
+            return fp8_linear_triton(rows, weight, choose_tile(rows, weight, gated=True), gated=True)[0]
+    return silu_mul(_product(rows, weight, may_split=False))
 
 
 def _product(x: QuantizedRows, weight: QuantizedWeight, may_split: bool) -> torch.Tensor:
@@ -83,8 +84,7 @@ def fp8_linear_torch(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
 
 
 def _hopper_tile(x: QuantizedRows, weight: QuantizedWeight, gated: bool = False) -> HopperTile | None:
-    is_few = x.values.shape[0] <= _FEW_ROWS
-    return None if is_few or not _multiplied_as_fp8(x) else choose_fp8_tile(x, weight, gated)
+    return choose_fp8_tile(x, weight, gated) if x.values.shape[0] > _FEW_ROWS else None
 
 
 def _is_torch_faster(x: QuantizedRows, weight: QuantizedWeight) -> bool:

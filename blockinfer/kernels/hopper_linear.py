@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from blockinfer.kernels.backend import begin, is_hopper, launch_options, num_processors
+from blockinfer.kernels.products import empty_product
 from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight
 
 _ROWS = gl.constexpr(64)  # of a warpgroup
@@ -40,9 +41,9 @@ class HopperTile(NamedTuple):
     groups: int
     columns: int
 
-    def stages(self, parts: int) -> int:
-        """As many as there is shared memory for, besides the result. parts: 2 with a gate, else 1."""
-        stage = _DEPTH * (self.groups * _ROWS.value + parts * self.columns)
+    def stages(self, gated: bool) -> int:
+        """As many as there is shared memory for, besides the result."""
+        stage = _DEPTH * (self.groups * _ROWS.value + (1 + gated) * self.columns)
         return (_SHARED_MEMORY - 2 * self.groups * _ROWS.value * self.columns) // stage
 
     def number(self, rows: int, columns: int) -> int:
@@ -106,9 +107,7 @@ def hopper_linear(
         weight, weight_scale = weight.values, weight.scale
         if not (x_scale.is_contiguous() and weight_scale.is_contiguous()):
             raise ValueError("the scales of x and weight must be contiguous")
-    parts = 2 if gated else 1
-    if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.shape[0] % parts:
-        raise ValueError(f"x [T, K] and weight [N, K] do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    out = empty_product(x, weight, dtype, 1, gated)[0]
     if not _fits(x, weight, gated):
         raise ValueError(
             "x and weight must be contiguous, and their rows and the result's begin at multiples of 16 bytes, got "
@@ -116,8 +115,7 @@ def hopper_linear(
         )
     if x.dtype != weight.dtype or dtype.itemsize != 2 or x.dtype not in (dtype, FP8):
         raise ValueError(f"x and weight must be of one half precision or FP8, got {x.dtype} and {weight.dtype}")
-    (rows, depth), columns = x.shape, weight.shape[0] // parts
-    out = torch.empty((rows, columns), dtype=dtype, device=x.device)
+    (rows, columns), depth = out.shape, x.shape[1]
 
     def blocks(tensor: torch.Tensor, height: int, width: int) -> TensorDescriptor:
         shape, of = [height, width], gl.float8e4nv if tensor.dtype == FP8 else gl.bfloat16
@@ -138,7 +136,7 @@ def hopper_linear(
         SCALED=x_scale is not None,
         GROUPS=tile.groups,
         N=tile.columns,
-        STAGES=tile.stages(parts),
+        STAGES=tile.stages(gated),
         num_warps=4,
         **launch_options(x.device),
     )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
+from blockinfer.kernels.parts import add_parts
 from blockinfer.kernels.quantize import FP8, QuantizedRows, quantize_rows, runs_fp8, store_quantized
 
 
@@ -95,8 +96,7 @@ def _add_rms_norm_kernel(
     where = row * columns + column
     plane = tl.num_programs(0).to(tl.int64) * columns
     total = tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+    total = add_parts(total, x_ptr, where, plane, inside, PARTS)
     # normalise the stored value: the rounded sum
     x = total.to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptr + where, x, mask=inside)

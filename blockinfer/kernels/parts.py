@@ -40,7 +40,13 @@ def _sum_parts_kernel(x_ptr, out_ptr, number, PARTS: tl.constexpr, BLOCK: tl.con
     begin(PDL)
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # grid (tiles,)
     inside = where < number
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(x_ptr + part * tl.cast(number, tl.int64) + where, mask=inside, other=0.0).to(tl.float32)
+    total = add_parts(tl.zeros([BLOCK], tl.float32), x_ptr, where, tl.cast(number, tl.int64), inside, PARTS)
     tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_parts(total, x_ptr, where, plane, inside, PARTS: tl.constexpr):
+    """total plus what is at `where` in each part of x, float32; a part begins `plane` numbers after the one before."""
+    for part in tl.static_range(PARTS):
+        total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+    return total

@@ -2,7 +2,6 @@
 its end."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from blockinfer.kernels.backend import begin, launch_options, runs_triton
+from blockinfer.kernels.backend import begin, compute_capability, launch_options, runs_triton
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # the largest value of FP8
@@ -77,12 +76,9 @@ def runs_fp8(x: torch.Tensor) -> bool:
     return runs_triton(x) and multiplies_fp8(x.device)
 
 
-@cache
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the device multiplies FP8: GPUs of compute capability 8.9 or more do."""
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return compute_capability(device) >= (8, 9)
 
 
 def quantize_rows(x: torch.Tensor) -> QuantizedRows:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_next, launch_options, num_processors, wait_for_last
 from blockinfer.kernels.norm import rms_normed
+from blockinfer.kernels.parts import add_parts
 from blockinfer.kernels.quantize import FP8, QuantizedRows, quantized_row, scale_of, store_quantized
 
 # The most rows of a one-shot call: two blocks of 32. It sends ranks / 2 times as much data as a two-shot one.
@@ -199,9 +200,7 @@ def _one_shot_sum_rms_norm_kernel(
     # The row's two slots take turns. Between two uses of one lies a call with the other, in which this program met the
     # others. They began it after they had read the first.
     slot = ((calls & 1) * FEW_ROWS + row) * columns + column
-    share = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
-        share += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+    share = add_parts(tl.zeros([BLOCK], tl.float32), x_ptr, where, plane, inside, PARTS)
     slots = ()
     for k in tl.static_range(RANKS):
         slots = slots + (_at(addresses_ptr, k, SLOTS, dtype) + slot,)
@@ -260,9 +259,7 @@ def _two_shot_sum_rms_norm_kernel(
                 row = group * RANKS + k
                 where = row.to(tl.int64) * columns + column
                 inside = valid & (row < rows)
-                total = tl.zeros([BLOCK], tl.float32)
-                for part in tl.static_range(PARTS):
-                    total += tl.load(x_ptr + part * plane + where, mask=inside, other=0.0).to(tl.float32)
+                total = add_parts(tl.zeros([BLOCK], tl.float32), x_ptr, where, plane, inside, PARTS)
                 tl.store(sums + where, total.to(dtype.element_ty), mask=inside)
     _meet(addresses_ptr, program, calls + 1, SIGNALS, RANK, RANKS, LANES)
     weight = tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)

@@ -1,5 +1,6 @@
 """The cost of opening blocks early: each rule with one block at a time and with several open, on the same problems."""
 
+from blockinfer.decoding.modes import DROP_SUFFIX, MAY_DELAY
 from blockinfer.decoding.unmasking import RULES
 from evals.llada_tiny.measured import ONE_BLOCK, Result, table_row
 from evals.results.aup import scores
@@ -11,8 +12,8 @@ _SUFFIXES = (8, 32)  # masks
 def plan(mode: str, block_length: int) -> list[tuple[dict, dict]]:
     """(options of the rule, options of the window) of each configuration; for each rule one block at a time first.
 
-    The schedule of low_confidence reveals two tokens a step and block. Only the two modes that
-    drop the suffix are measured with one kept, and only `block` with a delayed commit.
+    The schedule of low_confidence reveals two tokens a step and block. Only the modes that drop the suffix are measured
+    with one kept, and only those that may delay a commit with a delay.
     """
     rules: list[dict] = [
         {"unmasking": "threshold", "threshold": 0.9},
@@ -28,9 +29,9 @@ def _windows(mode: str, has_schedule: bool) -> list[dict]:
         return {"block_add_threshold": share} | ({"decoded_token_threshold": share} if has_schedule else {})
 
     windows = [{}, *map(opened, _EARLY)]
-    if mode in ("block", "block_refresh"):
+    if mode in DROP_SUFFIX:
         windows += [window | {"suffix_window": w} for window in ({}, opened(0.5)) for w in _SUFFIXES]
-    if mode == "block":
+    if mode in MAY_DELAY:
         windows.append(opened(0.5) | {"commit_delay": 2})
     return windows
 

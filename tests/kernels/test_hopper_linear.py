@@ -7,15 +7,12 @@ from hypothesis import strategies as st
 
 from blockinfer.kernels import fp8_linear, linear
 from blockinfer.kernels import hopper_linear as module
-from blockinfer.kernels.backend import is_hopper
 from blockinfer.kernels.hopper_linear import HopperTile, choose_fp8_tile, choose_gated_tile, hopper_linear
 from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight
 from tests.kernels import test_fp8_linear
 from tests.kernels.test_linear import TOLERANCE, assert_near, draw
+from tests.kernels.test_whole_attention import hopper
 
-hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and is_hopper(torch.device("cuda"))), reason="needs a Hopper GPU"
-)
 TILES = [HopperTile(2, 128), HopperTile(3, 64), HopperTile(2, 64)]
 
 
@@ -146,12 +143,12 @@ def test_fp8_where_torch_is_slower(monkeypatch, rows, shape, gated, expected):
     assert choose_fp8_tile(x, weight, gated) is None
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_all_tiles_fit_into_shared_memory(parts):
+@pytest.mark.parametrize("gated", [False, True])
+def test_all_tiles_fit_into_shared_memory(gated):
     for tile in TILES:
-        stage = 64 * 2 * (64 * tile.groups + parts * tile.columns)
+        stage = 64 * 2 * (64 * tile.groups + (1 + gated) * tile.columns)
         out = 2 * 64 * tile.groups * tile.columns
-        stages = tile.stages(parts)
+        stages = tile.stages(gated)
         assert stages >= 4 and stages * stage + out <= 226 * 1024 < (stages + 1) * stage + out
 
 
