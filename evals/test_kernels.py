@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
 
 # the decode steps of a request and of a batch, and prompts
 ATTENTION = [(1, 32, 160), (1, 32, 1024), (1, 32, 3200), (1, 32, 4096), (8, 32, 384), (8, 32, 3200), (32, 32, 400)]
-ATTENTION += [(1, 384, 384), (8, 384, 384), (1, 1024, 1024), (1, 1024, 4096)]
+ATTENTION += [(1, 384, 384), (8, 384, 384), (1, 1024, 1024), (1, 4096, 4096), (1, 1024, 4096)]
 ROWS = [32, 256, 1024]
 SIZES = {
     "cuda": Sizes(torch.bfloat16, 32, 128, 12288, 126464, ATTENTION, [32, 8], ROWS, [32, 64, 1024], ROWS),

@@ -67,13 +67,12 @@ def _read_ordinary(
     asked only where some are not: it takes as many registers as the logits themselves."""
     token_id = start + tl.arange(0, BLOCK)
     at = logits_ptr + tl.program_id(0).to(tl.int64) * row_stride + token_id
-    # reading the mask token too keeps the loads of its neighbours together
-    if start + BLOCK <= vocab_size:
+    if (start + BLOCK <= vocab_size) & ((mask_token_id < start) | (mask_token_id >= start + BLOCK)):
         x = tl.load(at).to(tl.float32)
     else:
+        # reading the mask token too keeps the loads of its neighbours together
         inside = token_id < vocab_size
         x = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32), NONE)
-    if (mask_token_id >= start) & (mask_token_id < start + BLOCK):
         x = tl.where(token_id == mask_token_id, NONE, x)
     return x
 
