@@ -84,6 +84,7 @@ NEEDS = {
         "pytest evals/test_kernels.py --benchmark-json=kernels.json",
         "python -m evals stages --mode block --batch 1 --prompt 128 --json block.json",
         "python -m evals stages --mode vanilla --batch 1 --prompt 128 --json vanilla.json",
+        "python -m evals stages --mode block --batch 8 --prompt 3072 --json long.json",
         "python -m evals train-tiny --out evals/llada_tiny",
         "python -m evals study evals/llada_tiny --rows 250 --max-num-seqs 128 --out /tmp/study",
         "python -m evals study evals/llada_tiny --several-blocks --block-length 8,16,32 --max-num-seqs 128 "
