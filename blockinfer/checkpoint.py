@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from blockinfer.checks import foreign_errors, nearest, reason, shown
 from blockinfer.config import EngineConfig
 from blockinfer.files import is_file, is_plain_name, read_json
+from blockinfer.model_config import ConfigReader
 from blockinfer.models.registry import SHAPES
 
 
@@ -25,10 +26,21 @@ def read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str]
     path = folder / "config.json"
     if not is_file(path):
         raise ValueError(f"{folder}: there is no config.json; a checkpoint in the Hugging Face format is expected")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a JSON object is expected, got {type(raw).__name__}")
-    return folder, raw, str(path)
+    return folder, _object(path), str(path)
+
+
+def read_end_token_ids(folder: Path, embeddings: int) -> tuple[int, ...]:
+    """The eos_token_id of the checkpoint's generation_config.json, where fine-tunes name the ends of their turns.
+
+    Raises ValueError for a damaged file, or for an id beyond the `embeddings` rows.
+    """
+    path = folder / "generation_config.json"
+    if not is_file(path):
+        return ()
+    ids = ConfigReader(_object(path), str(path)).token_ids("eos_token_id")
+    if outside := [i for i in ids if i >= embeddings]:
+        raise ValueError(f"{path}: eos_token_id={shown(outside[0])} is outside the {embeddings} embeddings")
+    return ids
 
 
 def load_tokenizer(config: EngineConfig, folder: Path | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
@@ -63,12 +75,16 @@ def _check_tokenizer_files(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if not is_file(folder / name) or not name.endswith(".json"):
             continue
-        content = read_json(folder / name)
-        if not isinstance(content, dict):
-            raise ValueError(f"{folder / name}: a JSON object is expected, got {type(content).__name__}")
-        others = content.get("fast_tokenizer_files", [])
+        others = _object(folder / name).get("fast_tokenizer_files", [])
         if not isinstance(others, list) or not all(map(is_plain_name, others)):
             raise ValueError(f"{folder / name}: fast_tokenizer_files must be plain file names, got {shown(others)}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is expected, got {type(content).__name__}")
+    return content
 
 
 def _is_folder(what: str, name: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from blockinfer.checkpoint import load_tokenizer, read_config
+from blockinfer.checkpoint import load_tokenizer, read_config, read_end_token_ids
 from blockinfer.checks import reason
 from blockinfer.config import EngineConfig, ModelConfig
 from blockinfer.kernels.ranks import ALONE, Ranks
@@ -45,9 +45,11 @@ def prepare(config: EngineConfig) -> Prepared:
         raise ValueError(f"{source}: tensor_parallel_size is not implemented for {name}; leave it at 1")
     model_config.check_shares(config.tensor_parallel_size, source)
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
+    ends = read_end_token_ids(folder, model_config.embedding_size) if config.load_format == "auto" else ()
+    model_config = dataclasses.replace(model_config, end_token_ids=ends)
     if not model_config.eos_token_ids:
         usual = model_config.usual_eos_token_id
-        model_config = dataclasses.replace(model_config, eos_token_ids=_eos_token_ids(tokenizer, usual))
+        model_config = dataclasses.replace(model_config, eos_token_ids=_eos_token_ids(tokenizer, usual) or ends)
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
     if resolved.quantization and not make_model.QUANTIZES:
         name, leave = model_config.architecture, "; leave it out" * (config.quantization is not None)

@@ -25,10 +25,11 @@ MAX_LAYERS = 10_000
 class ModelConfig:
     """The shape of a dense network, named as in LLaDA's config.json; families that need more fields subclass it.
 
-    embedding_size: rows of the embeddings and of the head; the first vocab_size are tokens. eos_token_ids: empty if the
-    config names none. usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose tokenizer names
-    none either. block_length: of a block-causal network, whose positions see no later block, counted from position 0;
-    None if all positions see each other. dtype: the checkpoint's, None if it names none. quantization: how its layers'
+    embedding_size: rows of the embeddings and of the head; the first vocab_size are tokens. eos_token_ids: empty if
+    the config names none. end_token_ids: further tokens that end an answer, as generation_config.json names them.
+    usual_mask_token_id, usual_eos_token_id: the family's, for a checkpoint whose tokenizer names none either.
+    block_length: of a block-causal network, whose positions see no later block, counted from position 0; None if
+    all positions see each other. dtype: the checkpoint's, None if it names none. quantization: how its layers'
     matrices are stored, None if plain.
     """
 
@@ -45,6 +46,7 @@ class ModelConfig:
     rms_norm_eps: float
     weight_tying: bool
     eos_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...] = ()
     mask_token_id: int | None
     usual_mask_token_id: int | None = None
     usual_eos_token_id: int | None = None

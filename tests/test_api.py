@@ -1,6 +1,7 @@
 """The engine's face, as a user meets it."""
 
 import dataclasses
+import json
 import re
 import weakref
 
@@ -82,11 +83,14 @@ def test_a_stop_token_ends_the_output_before_it(llm):
     assert cut.metrics.nfe == (first // 4 + 1) * 4
 
 
-@pytest.mark.parametrize("as_list", [False, True])
-def test_the_checkpoint_s_eos_stops_unless_ignored(tmp_path, llm, checkpoint, as_list):
+@pytest.mark.parametrize("named", ["as one", "in a list", "by generation_config", "by generation_config alone"])
+def test_the_checkpoint_s_eos_stops_unless_ignored(tmp_path, llm, checkpoint, named):
     eos = generate(llm, [3, 1, 4])[0].outputs[0].token_ids[5]
     mask = llm.config.mask_token_id
-    write_checkpoint(tmp_path, vocab_size=300, eos_token_id=[299, eos] if as_list else eos, mask_token_id=mask)
+    in_config = {"as one": eos, "in a list": [299, eos], "by generation_config": 299}.get(named, [])
+    write_checkpoint(tmp_path, vocab_size=300, eos_token_id=in_config, mask_token_id=mask)
+    if "generation" in named:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": [mask, eos]}))
     with LLM(tmp_path, device="cpu", dtype="float64") as other:
         stopped = generate(other, [3, 1, 4], dataclasses.replace(GREEDY, ignore_eos=False))[0].outputs[0]
         ignored = generate(other, [3, 1, 4], GREEDY)[0].outputs[0]

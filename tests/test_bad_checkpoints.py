@@ -121,6 +121,9 @@ def _edit(change):
     [
         ("config.json", lambda p: p.unlink(), "there is no config.json; a checkpoint in the Hugging Face format"),
         ("config.json", lambda p: p.write_text("{"), "config.json: not valid JSON"),
+        ("generation_config.json", lambda p: p.write_text("{"), "generation_config.json: not valid JSON"),
+        ("generation_config.json", lambda p: p.write_text('{"eos_token_id": "</s>"}'), "eos_token_id must be a token "),
+        ("generation_config.json", lambda p: p.write_text('{"eos_token_id": [1, 300]}'), "=300 is outside the 300 emb"),
         ("config.json", lambda p: p.write_text("[]"), "a JSON object is expected, got list"),
         ("config.json", lambda p: p.write_text("[" * 10**5), "config.json: not valid JSON: it is nested too deeply"),
         ("config.json", lambda p: p.write_bytes(b"\xff"), "config.json: not valid JSON: 'utf-8' codec can't decode"),

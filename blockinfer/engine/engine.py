@@ -50,6 +50,7 @@ class Engine:
         eos_ids = list(model.config.eos_token_ids)
         known = tokenizer.get_vocab() if tokenizer else {}
         eot_ids = [known[token] for token in _EOTS if token in known]
+        eot_ids += model.config.end_token_ids
         self.stop_token_ids = frozenset(eos_ids + eot_ids)
         pages = num_pages(model.config, config, free_memory(config.device))
         self.runner = ModelRunner(model, config, pages, eos_ids, eos_ids + eot_ids)
