@@ -36,6 +36,8 @@ def find_weights(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
     an unexpected dtype; the message names the files and tensors.
     """
     stored = _stored_tensors(folder)
+    if not stored:
+        raise ValueError(f"{folder}: its safetensors hold no tensors (an index that names none, or an empty file)")
     groups = published(config)
     for group in groups:
         # a few missing tensors are named below; this many would take too much memory to list

@@ -197,6 +197,10 @@ def test_damaged_files(checkpoint, tmp_path, file, damage, message):
             "named in .*but there is no such file",
         ),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "not a safetensors index with a weight_map"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+            "its safetensors hold no tensors",
+        ),
         (lambda f: (f / "model.safetensors.index.json").write_text("nonsense"), "index.json: not valid JSON"),
         (
             lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(
