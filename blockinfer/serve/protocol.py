@@ -31,7 +31,7 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), Refused(_NO_TOOLS, ([],))),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
     "function_call": Refused(_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_NO_TOOLS),
+    "parallel_tool_calls": Refused(_NO_TOOLS, (False,)),
     "web_search_options": Refused(_NO_TOOLS),
     "logit_bias": Refused(NO_PENALTY, ({},)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), Refused(NO_PENALTY, (0,))),
@@ -126,7 +126,7 @@ class ChatRequest(_Request):
     def number_of_logprobs(self) -> int | None:
         if self.logprobs:
             return self.top_logprobs or 0
-        if self.top_logprobs is not None:
+        if self.top_logprobs:
             raise ApiError(400, "top_logprobs is for logprobs: set logprobs to true", param="top_logprobs")
         return None
 
@@ -168,7 +168,8 @@ def _message(number: int, message: object) -> dict[str, str]:
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"the role of message {number} must be system, user or assistant, got {shown(role)}")
     for name, value in message.items():
-        if name not in ("role", "content") and value is not None and (name, value) != ("type", "text"):
+        # other servers' messages have "tool_calls": []
+        if name not in ("role", "content") and value not in (None, []) and (name, value) != ("type", "text"):
             raise ValueError(f"message {number} has {shown(name)}, and messages are a role and a content of text here")
     if isinstance(content, list) and content:
         content = "".join(_part(number, part) for part in content)

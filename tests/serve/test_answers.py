@@ -107,10 +107,12 @@ def test_several_prompts_are_several_choices(expected, server):
 
 
 def test_max_completion_tokens_and_content_in_parts(expected, server):
-    parts = [{"role": "system", "content": "Be brief.", "type": "text", "name": None}]
+    parts = [{"role": "system", "content": "Be brief.", "type": "text", "name": None, "tool_calls": []}]
     parts.append({"role": "user", "content": [{"type": "text", "text": "Héllo"}, {"type": "text", "text": " €"}]})
     options = extra(
-        OPTIONS | {"tools": [], "n": 1, "top_p": 1.0, "logit_bias": {}, "response_format": {"type": "text"}}
+        OPTIONS
+        | {"tools": [], "parallel_tool_calls": False, "n": 1, "top_p": 1.0, "logit_bias": {}}
+        | {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}}
     )
     del options["max_tokens"]
     with server.openai() as client:
