@@ -13,6 +13,7 @@ from blockinfer.memory import weight_bytes
 from tests.checkpoints import save_shards, write_checkpoint
 from tests.families.checkpoints import ILLADA, write_family
 from tests.families.forward import logits_of
+from tests.quantized import dequantized
 from tests.reference import Reference
 
 FP8 = torch.float8_e4m3fn
@@ -187,7 +188,7 @@ def test_one_scale_for_a_matrix(plain, tmp_path, shape):
     with LLM(folder, device="cpu") as llm:
         for name, tensor in llm.engine.model.checkpoint_tensors().items():
             if isinstance(tensor, QuantizedWeight):
-                assert torch.equal(tensor.dequantized(torch.float32), stored[name].float() * stored[name + "_scale"])
+                assert torch.equal(dequantized(tensor, torch.float32), stored[name].float() * stored[name + "_scale"])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_scales_of_blocks_become_those_of_channels(plain, tmp_path, about, suffi
                 for i, row in enumerate(stored[name + suffix]):
                     for j, scale in enumerate(row):
                         exact[16 * i : 16 * i + 16, 24 * j : 24 * j + 24] *= scale
-                error = (tensor.dequantized(torch.float32) - exact).abs()
+                error = (dequantized(tensor, torch.float32) - exact).abs()
                 assert (error <= (exact.abs() / 16).maximum(tensor.scale * 2**-10) * 1.0001).all()
         assert llm.generate([1, 2], SamplingParams(max_tokens=8), use_tqdm=False)
 

@@ -51,7 +51,6 @@ class InfillSequence(Sequence):
         super().__init__(request_id, prompt, tokens[:first], params, seed, stop_token_ids, siblings)
         self.asked_token_ids = prompt_token_ids
         self.canvas_end = len(tokens)
-        self._begin()
 
     def _block_from(self, start: int) -> OpenBlock | None:
         """The block that begins at the next masked position."""

@@ -61,7 +61,7 @@ class ExpertTiling(NamedTuple):
     num_stages: int = 4
 
 
-def expert_tilings(pairs: int, experts: int, memory: int = _SHARED_MEMORY) -> tuple[ExpertTiling, ExpertTiling]:
+def expert_tilings(pairs: int, experts: int, memory: int) -> tuple[ExpertTiling, ExpertTiling]:
     """For gate and up, and for down; both with one block_t, so large that an expert's pairs are mostly one tile
     (measured on an H200, at LLaDA2-mini's and LLaDA-MoE's shapes). memory: bytes that a processor's programs share."""
     mean = pairs / experts

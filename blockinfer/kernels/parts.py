@@ -7,12 +7,12 @@ import triton.language as tl
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
 
 
-def sum_parts(x: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, d], or parts [S, T, d], of `dtype` or wider -> [T, d] in `dtype`, in `out` if it is given; otherwise x
-    itself if it is the result already. The sum is computed in at least float32."""
-    if out is None and x.ndim == 2 and x.dtype == dtype:
+def sum_parts(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [T, d], or parts [S, T, d], of `dtype` or wider -> [T, d] in `dtype`: x itself if it is the result already. The
+    sum is computed in at least float32."""
+    if x.ndim == 2 and x.dtype == dtype:
         return x
-    out = torch.empty(x.shape[-2:], dtype=dtype, device=x.device) if out is None else out
+    out = torch.empty(x.shape[-2:], dtype=dtype, device=x.device)
     return sum_parts_triton(x, out) if runs_triton(x) else sum_parts_torch(x, out)
 
 

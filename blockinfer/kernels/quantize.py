@@ -65,11 +65,6 @@ class QuantizedWeight(nn.Module):
         is_nan = self.values.view(torch.uint8).bitwise_and(0x7F) == 0x7F
         return bool(self.scale.isfinite().all() and not is_nan.any())
 
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """[N, K]; the scale is applied in float32 or wider."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.values.to(wide) * self.scale.to(wide)).to(dtype)
-
 
 def runs_fp8(x: torch.Tensor) -> bool:
     """Whether FP8 kernels run on x: on a GPU that multiplies FP8, except in float64."""

@@ -64,9 +64,7 @@ def read_rotary_size(read: ConfigReader, head_dim: int, usual_factor: float) -> 
 
 def read_experts(read: ConfigReader, size_name: str) -> dict[str, Any]:
     """num_experts and expert_hidden_size. size_name: the config's name for the latter."""
-    return dict(
-        num_experts=read.integer("num_experts", _MAX_EXPERTS), expert_hidden_size=read.integer(size_name, minimum=1)
-    )
+    return dict(num_experts=read.integer("num_experts", _MAX_EXPERTS), expert_hidden_size=read.integer(size_name))
 
 
 def check_router(source: str, experts: int, rule: RouterRule, names: tuple[str, str]) -> None:

@@ -23,10 +23,6 @@ class TensorGroup(NamedTuple):
         """The number of tensors."""
         return len(self.shapes) * math.prod(map(len, self.indices))
 
-    @property
-    def parameters(self) -> int:
-        return self.parameters_of(1)
-
     def parameters_of(self, ranks: int, everyones: Collection[str] = ()) -> int:
         """Per rank, if all matrices but those named in `everyones` are split over `ranks`."""
         sizes = (

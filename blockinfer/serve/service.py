@@ -22,11 +22,11 @@ class ServeOptions:
     shutdown_timeout: seconds for running requests to finish."""
 
     model: str
-    max_queue: int = 256
-    api_key: str | None = None
-    max_request_bytes: int = 1 << 20
-    receive_timeout: float = 20.0
-    shutdown_timeout: float = 30.0
+    max_queue: int
+    api_key: str | None
+    max_request_bytes: int
+    receive_timeout: float
+    shutdown_timeout: float
 
 
 class Service:

@@ -20,6 +20,7 @@ from evals.llada_tiny.problems.split import SPLITS
 
 MODES = ("vanilla", "block", "block_uncached")
 MAX_TOKENS = 128
+BATCH = 256  # problems decoded at a time
 
 
 @torch.no_grad()
@@ -95,15 +96,13 @@ def heldout_rows(count: int, split: str, seed: int = 7) -> list[dict]:
     return [problem(source, rng, split) for _ in range(count) for source in SOURCES]
 
 
-def evaluate(
-    model: TinyLLaDA, encoder: Encoder, rows: list[dict], mode: str, batch: int = 256, **options: float
-) -> dict[str, float]:
+def evaluate(model: TinyLLaDA, encoder: Encoder, rows: list[dict], mode: str, **options: float) -> dict[str, float]:
     """Accuracy by source and in all, and tokens per forward over gsm8k and math500."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("context", "")))  # less padding
     right: dict[str, list[bool]] = {source: [] for source in SOURCES}
     emitted = spent = 0
-    for first in range(0, len(rows), batch):
-        part = [rows[i] for i in order[first : first + batch]]
+    for first in range(0, len(rows), BATCH):
+        part = [rows[i] for i in order[first : first + BATCH]]
         tokens, forwards = decode(model, [prompt for prompt, _ in encoder(part)], encoder, mode, **options)
         for row, ids, nfe in zip(part, tokens.tolist(), forwards.tolist(), strict=True):
             length = next((i for i, token in enumerate(ids) if token in (encoder.eot, encoder.eos)), len(ids))

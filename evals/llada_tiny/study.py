@@ -116,11 +116,12 @@ def _loss(paired: Paired) -> str:
     return f"{100 * paired.loss:.1f} ({paired.lost}, {paired.won})"
 
 
-def svg(results: list[Result], width: int = 760, height: int = 440) -> str:
+def svg(results: list[Result]) -> str:
     """Accuracy over tokens per forward, the latter logarithmic; one colour a mode.
 
     The rule stands beside the first mode's mark, higher if another one is there; for low_confidence only the steps.
     """
+    width, height = 760, 440
     speeds = [r.tokens_per_forward for r in results]
     shares = [r.accuracy for r in results]
     x = Scale(*around(speeds, True, room=0.1), 60, width - 130, True)

@@ -135,12 +135,13 @@ class History:
 
 
 NARROWEST = 260  # the minimum width in pixels of a panel in style.css
+HISTORY_HEIGHT = 116  # of a history, in pixels
 
 
-def history(values: list[float | None], commits: list[str], height: int = 116) -> History:
+def history(values: list[float | None], commits: list[str]) -> History:
     """values: tokens/s, oldest first, at least two of them known; commits: their labels. The y axis begins at 0."""
     known = [v for v in values if v is not None]
-    base = height - 22.0
+    base = HISTORY_HEIGHT - 22.0
     y = Scale(0.0, max(known) or 1.0, base, 24.0)
     at = [round(3 + 94 * i / (len(values) - 1), 2) for i in range(len(values))]
     steps = [Step(x, None if v is None else y(v), v) for x, v in zip(at, values, strict=True)]
@@ -151,7 +152,7 @@ def history(values: list[float | None], commits: list[str], height: int = 116) -
     texts = [(s.x, _beside(s, near, base), _anchor(s.x), f"{s.value:,.1f}{more}") for s, near, more in ends]
     (first, *_, oldest), (last, *_, newest) = texts
     return History(
-        height=height,
+        height=HISTORY_HEIGHT,
         base=base,
         radius=3.0 if len(values) <= 12 else 2.0,
         steps=steps,

@@ -3,7 +3,9 @@
     python -m evals compare old.json new.json
 
 pytest-benchmark compares times; this judges what it cannot: tokens/s and peak memory by a margin, forwards, accuracy
-row by row, and whether every case is still there. Exit codes: 0 not worse, 1 worse, 2 bad usage or not comparable.
+row by row, and whether every case is still there.
+
+Exit codes: 0 not worse, 1 worse, 2 bad usage or not comparable.
 """
 
 import argparse
@@ -79,9 +81,9 @@ def read(path: str) -> dict[str, Info]:
 def compare(
     old: dict[str, Info],
     new: dict[str, Info],
-    margin: float = 0.05,
-    max_accuracy_loss: float = 0.03,
-    allow_missing: bool = False,
+    margin: float,
+    max_accuracy_loss: float,
+    allow_missing: bool,
 ) -> Comparison:
     """margin: the share by which tokens/s may fall, beyond the uncertainty of their rounds, and peak memory rise.
     max_accuracy_loss: a share of the rows.
@@ -263,7 +265,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--margin", type=_percent, default=0.05, help="percent by which tokens/s may fall and peak memory rise (5)")
     add("--max-accuracy-loss", type=_percent, default=0.03, help="points of accuracy that a case may lose (3)")
     add("--allow-missing", action="store_true", help="a case that is gone is no failure")
-    parser.epilog = "Exit codes: 0 not worse, 1 worse, 2 bad usage or not comparable."
+    parser.epilog = __doc__.rpartition("\n\n")[2]
     return parser
 
 

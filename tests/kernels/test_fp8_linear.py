@@ -12,6 +12,7 @@ from blockinfer.kernels.fp8_linear import Tile, fp8_linear_torch, fp8_linear_tri
 from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight, quantize_rows
 from tests.kernels.test_linear import assert_near
+from tests.quantized import dequantized
 
 # of the norm of the error to that of the product: the output's rounding; on a GPU the matrix units add FP8 products up
 # with some 13 bits of mantissa
@@ -31,7 +32,7 @@ def draw(seed, rows, columns, depth, dtype, device):
 def assert_product(out, x, weight, gated=False):
     exact = x.values.double() * x.scale.double()[:, None]
     tolerance = TOLERANCE[x.dtype] + (ON_A_GPU if x.scale.is_cuda else 0)
-    assert_near(out, exact, weight.dequantized(torch.float64), gated, tolerance)
+    assert_near(out, exact, dequantized(weight, torch.float64), gated, tolerance)
 
 
 @given(
@@ -66,7 +67,7 @@ def test_the_twin_equals_its_definition(dtype):
     out = fp8_linear_torch(x, weight)
     assert out.dtype == dtype
     exact = x.values.double() * x.scale.double()[:, None]
-    assert_near(out, exact, weight.dequantized(torch.float64), False, TOLERANCE.get(dtype, 1e-12))
+    assert_near(out, exact, dequantized(weight, torch.float64), False, TOLERANCE.get(dtype, 1e-12))
 
 
 @pytest.mark.parametrize("kernel", [False, True])

@@ -8,6 +8,7 @@ from blockinfer import LLM, SamplingParams
 from blockinfer.kernels.quantize import QuantizedWeight
 from blockinfer.memory import weight_bytes
 from tests.parallel.test_shares import BY_COLUMNS, OneOf, config_of, load, prepare
+from tests.quantized import dequantized
 from tests.reference import Reference
 from tests.test_quantization import FP8, HEAD, compressed_tensors, fine_grained, prompts, rounded, store
 
@@ -74,11 +75,11 @@ def test_of_a_checkpoint_in_fp8_each_rank_has_its_part(shared_folders, tmp_path,
                 assert name == HEAD and torch.equal(tensor, exact)
             elif how == "blocks":
                 # rounded once more
-                error = (tensor.dequantized(torch.float32) - exact).abs()
+                error = (dequantized(tensor, torch.float32) - exact).abs()
                 assert (error <= (exact.abs() / 16).maximum(tensor.scale * 2**-10) * 1.0001).all()
             else:
                 assert torch.equal(tensor.values.float(), part_of(stored[name].float(), name, rank, 2))
-                assert torch.equal(tensor.dequantized(torch.float32), exact)
+                assert torch.equal(dequantized(tensor, torch.float32), exact)
 
 
 class ShardedReference(Reference):

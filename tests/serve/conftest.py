@@ -12,11 +12,18 @@ import pytest
 
 from blockinfer import LLM
 from blockinfer.async_llm import AsyncLLM
+from blockinfer.serve.__main__ import make_parser
 from blockinfer.serve.server import Server
 from blockinfer.serve.service import ServeOptions, Service
 
 MODEL = "random"
 KEY = "sk-none"
+# the command's
+DEFAULTS = {
+    name: value
+    for name, value in vars(make_parser().parse_args([MODEL])).items()
+    if name in ServeOptions.__dataclass_fields__
+}
 
 
 @dataclasses.dataclass
@@ -55,7 +62,7 @@ def until(condition, seconds=20):
 
 @contextlib.contextmanager
 def running(llm, **options):
-    service = Service(AsyncLLM(llm), ServeOptions(**{"model": MODEL} | options))
+    service = Service(AsyncLLM(llm), ServeOptions(**DEFAULTS | options))
     server = Server(service, log_level="critical")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

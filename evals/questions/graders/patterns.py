@@ -38,7 +38,7 @@ SKIP = re.compile(
     re.IGNORECASE,
 )
 OTHER_NAMES = re.compile(
-    r"\b(?:vitamin|hepatitis|type|group|class|plan|grade|point|set|figure|section|case|part|step|set|factor)\s+\Z", re.I
+    r"\b(?:vitamin|hepatitis|type|group|class|plan|grade|point|set|figure|section|case|part|step|factor)\s+\Z", re.I
 )
 
 
