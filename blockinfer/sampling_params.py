@@ -1,5 +1,6 @@
 """What one request asks of the decoder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockinfer.checks import (
@@ -30,6 +31,10 @@ def answer_seed(seed: int, index: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
     return z ^ z >> 31
+
+
+def _only(readers: Sequence[str]) -> str:
+    return f"only {' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +163,7 @@ class SamplingParams:
             value = getattr(self, name)
             check_int(name, value, 0)
             if value and self.mode not in modes:
-                readers = f"only {' and '.join(modes)} {'do' if len(modes) > 1 else 'does'}"
-                raise ValueError(f"mode {self.mode!r} does not read {name} ({readers}), got {name}={value}")
+                raise ValueError(f"mode {self.mode!r} does not read {name} ({_only(modes)}), got {name}={value}")
 
     def _check_editing(self) -> None:
         if self.max_post_steps is not None:
@@ -215,12 +219,7 @@ class SamplingParams:
                 continue
             check_real(name, value, 0.0, maximum)
             if rule.option != name:
-                readers = [other for other, spec in RULES.items() if spec.option == name]
-                read_by = (
-                    f"only {' and '.join(readers)} {'do' if len(readers) > 1 else 'does'}"
-                    if readers
-                    else "no rule does"
-                )
+                read_by = _only([other for other, spec in RULES.items() if spec.option == name])
                 raise ValueError(
                     f"unmasking {self.unmasking!r} does not read {name} ({read_by}), got {name}={shown(value)}"
                 )

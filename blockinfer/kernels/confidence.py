@@ -129,6 +129,15 @@ def token_confidence_triton(
     return Confidence(token_ids, others, entropy, finite)
 
 
+def check_logits(logits: torch.Tensor, size: int) -> None:
+    """Raises ValueError where logits are not what the kernels expect: [N, V], V at least size, adjacent columns."""
+    if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        raise ValueError(
+            f"logits must be [N, V], V at least {size} and its stride 1, got {tuple(logits.shape)} with strides "
+            f"{logits.stride()}"
+        )
+
+
 class ReadTiles(NamedTuple):
     """What each tile of the logits left, [parts, N, tiles] float64, and what `_combine_kernel` takes with it."""
 
@@ -147,11 +156,7 @@ def read_tiles(
     """The kernels that read all logits. first_id: the id of the first column, for its noise. Raises ValueError like
     `token_confidence_triton`."""
     size, mask_token_id, eos_ids, last_ids = vocabulary
-    if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        raise ValueError(
-            f"logits must be [N, V], V at least {size} and its stride 1, got {tuple(logits.shape)} with strides "
-            f"{logits.stride()}"
-        )
+    check_logits(logits, size)
     if size <= (0 <= mask_token_id < size):
         raise ValueError(f"vocab_size {size} has no candidate but the mask token {mask_token_id}")
     rows, device = logits.shape[0], logits.device

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_options, runs_triton
+from blockinfer.kernels.confidence import check_logits
 
 
 def log_probability(logits: torch.Tensor, token_ids: torch.Tensor, size: int) -> torch.Tensor:
@@ -30,11 +31,7 @@ def log_probability_triton(logits: torch.Tensor, token_ids: torch.Tensor, size: 
 
     Raises ValueError where logits are not [N, V] with adjacent columns and V at least size, or token_ids not [N].
     """
-    if logits.ndim != 2 or logits.shape[1] < size or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        raise ValueError(
-            f"logits must be [N, V], V at least {size} and its stride 1, got {tuple(logits.shape)} with strides "
-            f"{logits.stride()}"
-        )
+    check_logits(logits, size)
     if token_ids.shape != logits.shape[:1] or not token_ids.is_contiguous():
         raise ValueError(f"token_ids must be contiguous, [{len(logits)}], got {tuple(token_ids.shape)}")
     out = torch.empty(len(logits), dtype=torch.float64, device=logits.device)

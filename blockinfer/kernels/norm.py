@@ -47,13 +47,7 @@ def add_rms_norm_triton(
     """
     parts = 0 if x is None else 1 if x.ndim == 2 else x.shape[0]
     x = residual if x is None else x
-    if residual.ndim != 2 or weight.shape != residual.shape[1:] or x.shape[-2:] != residual.shape or x.ndim > 3:
-        raise ValueError(
-            f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
-            f"{tuple(residual.shape)} and {tuple(weight.shape)}"
-        )
-    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
-        raise ValueError("x, residual and weight must be contiguous")
+    check_normed(x, residual, weight)
     rows, columns = residual.shape
     out = torch.empty((rows, columns), dtype=FP8 if quantized else residual.dtype, device=residual.device)
     scale = torch.empty((rows,), dtype=torch.float32, device=residual.device) if quantized else out
@@ -73,6 +67,18 @@ def add_rms_norm_triton(
         **launch_options(residual.device),
     )
     return QuantizedRows(out, scale, residual.dtype) if quantized else out
+
+
+def check_normed(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError unless x is [T, d] or [S, T, d], residual [T, d] and weight [d], all contiguous, as the kernels
+    expect."""
+    if residual.ndim != 2 or weight.shape != residual.shape[1:] or x.shape[-2:] != residual.shape or x.ndim > 3:
+        raise ValueError(
+            f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
+            f"{tuple(residual.shape)} and {tuple(weight.shape)}"
+        )
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("x, residual and weight must be contiguous")
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from blockinfer.kernels.segments import (
     STOP,
     TILE_COLUMNS,
     SegmentTable,
+    softmax_scale,
 )
 
 
@@ -128,7 +129,7 @@ def paged_attention_triton(
         table.page_tables.shape[1],
         table.page_tables.stride(0),
         q.stride(0),
-        1.4426950408889634 / head_dim**0.5,  # log2(e): the kernel's exponentials are powers of two
+        softmax_scale(head_dim),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from blockinfer.kernels.backend import begin, launch_next, launch_options, num_processors, wait_for_last
-from blockinfer.kernels.norm import rms_normed
+from blockinfer.kernels.norm import check_normed, rms_normed
 from blockinfer.kernels.parts import add_parts
 from blockinfer.kernels.quantize import FP8, QuantizedRows, quantized_row, scale_of, store_quantized
 
@@ -102,14 +102,8 @@ def sum_rms_norm_triton(
     Raises ValueError where a shape differs, a tensor is not contiguous, or T exceeds the memory's rows.
     """
     layout, ranks = memory.layout, len(memory.addresses)
+    check_normed(x, residual, weight)
     rows, columns = residual.shape
-    if x.shape[-2:] != residual.shape or x.ndim > 3 or weight.shape != (columns,):
-        raise ValueError(
-            f"x must be [T, d] or [S, T, d], residual [T, d] and weight [d], got {tuple(x.shape)}, "
-            f"{tuple(residual.shape)} and {tuple(weight.shape)}"
-        )
-    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
-        raise ValueError("x, residual and weight must be contiguous")
     if columns != layout.width or not 0 < rows <= layout.rows:
         raise ValueError(f"the ranks' memory is for 1 to {layout.rows} rows of {layout.width}, got {rows} of {columns}")
     sums, normed = memory.sums(rows, residual.dtype), memory.normed(rows, FP8 if quantized else residual.dtype)

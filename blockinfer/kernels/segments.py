@@ -4,6 +4,7 @@ The kernels of `paged_attention` and `whole_attention` walk the list of tiles wi
 graph serves all batches with the same number of rows, whatever their segments are.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,11 @@ _UNSPLIT_KEYS, _LEAST_KEYS, MOST_PARTS = 256, 64, 16
 # index of its part, and the number of parts; where the first part's output is kept. A tile of a whole segment has no
 # parts, and its last column is the row of its first key.
 FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
+
+
+def softmax_scale(head_dim: int) -> float:
+    """1 / sqrt(D) times log2(e): the kernels' exponentials are powers of two."""
+    return math.log2(math.e) / head_dim**0.5
 
 
 class Scratch(NamedTuple):

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from blockinfer.kernels.backend import begin, is_hopper, launch_options, num_processors, runs_triton
-from blockinfer.kernels.segments import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS, Cutting, SegmentTable
+from blockinfer.kernels.segments import FIRST, KV_LEN, PLACE, STOP, TILE_COLUMNS, Cutting, SegmentTable, softmax_scale
 
 # Query rows of a warpgroup, of which a tile has two; keys of a tile.
 _ROWS, _KEYS = gl.constexpr(64), gl.constexpr(128)
@@ -89,7 +89,7 @@ def whole_attention_gluon(qk: torch.Tensor, v: torch.Tensor, table: SegmentTable
         *(blocks(qk, _ROWS), blocks(qk, _KEYS), blocks(v, _KEYS), blocks(out, _ROWS), out),
         table.tiles,
         table.num_tiles,
-        1.4426950408889634 / head_dim**0.5,  # log2(e): the kernel's exponentials are powers of two
+        softmax_scale(head_dim),
         HEADS=heads,
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,

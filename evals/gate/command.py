@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.files import number_argument
 from evals.gate.cases import LEAST_PAIRS, PROFILES, Worse
 from evals.gate.checkout import RunFailed
 from evals.gate.exits import CANNOT_TELL, FAILED, PASSES, REGRESSION
@@ -29,7 +30,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--margin", type=_percent, default=time, help=f"percent by which head may be slower ({time:g})")
     add("--memory-margin", type=_percent, default=memory, help=f"and by which its tensors may be larger ({memory:g})")
     add("--profile", choices=list(PROFILES), default="full", help="quick: seven cases, two minutes (full: twelve)")
-    add("--pairs", type=_pairs, help=f"measurements of each side per case, {LEAST_PAIRS} at least (quick 60, full 80)")
+    add(
+        "--pairs",
+        type=number_argument(LEAST_PAIRS),
+        help=f"measurements of each side per case, {LEAST_PAIRS} at least (quick 60, full 80)",
+    )
     add(
         "--accept",
         type=_accepted,
@@ -56,12 +61,6 @@ def _percent(text: str) -> float:
     if not 0 < value < 1000:
         raise argparse.ArgumentTypeError(f"must be a percentage above 0, got {text!r}")
     return value
-
-
-def _pairs(text: str) -> int:
-    if not text.isdecimal() or int(text) < LEAST_PAIRS:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {LEAST_PAIRS}, got {text!r}")
-    return int(text)
 
 
 def _accepted(text: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.files import number_argument
 from evals.gate.cases import PROFILES, Worse
 from evals.gate.checkout import RunFailed, short
 from evals.gate.exits import FAILED
@@ -27,7 +28,12 @@ MARGINS = Margins()
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m evals gate-experiment", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--runs", type=_number, default=20, help="runs with each slowdown, those in the output file included (20)")
+    add(
+        "--runs",
+        type=number_argument(1),
+        default=20,
+        help="runs with each slowdown, those in the output file included (20)",
+    )
     slowdowns = [Worse(), Worse(0.05), Worse(0.1)]
     add("--slowdown", type=_slowdowns, default=slowdowns, help="shares of head's work, a comma list (0,0.05,0.1)")
     add("--profile", choices=list(PROFILES), default="quick", help="as of the gate (quick)")
@@ -60,12 +66,6 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return FAILED
     print("\n".join(table(runs)))
     return 0
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _slowdowns(text: str) -> list[Worse]:

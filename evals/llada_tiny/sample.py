@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Sequence
 
-from evals.files import BadOutput, path_argument, write_output
+from evals.files import BadOutput, number_argument, path_argument, write_output
 from evals.llada_tiny.problems import SOURCES, problem
 
 SEED = 200
@@ -45,8 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
         "python -m evals sample-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=path_argument)
+    # so many, all different, the smallest of the four has at least
+    number = number_argument(1, int, 250)
     parser.add_argument(
-        "--per-source", type=int, default=ROWS_PER_SOURCE, help=f"problems a source ({ROWS_PER_SOURCE})"
+        "--per-source", type=number, default=ROWS_PER_SOURCE, help=f"problems a source ({ROWS_PER_SOURCE})"
     )
     parser.add_argument("--seed", type=int, default=SEED, help=f"other problems ({SEED} are those of sample_200.jsonl)")
     return parser
@@ -55,9 +57,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    # so many, all different, the smallest of the four has at least
-    if not 1 <= args.per_source <= 250:
-        parser.error(f"--per-source must be from 1 to 250, got {args.per_source}")
     try:
         write_output(args.path, sample_text(args.per_source, args.seed))
     except BadOutput as error:

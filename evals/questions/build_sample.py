@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.files import BadOutput, check_output, path_argument, write_output
+from evals.files import BadOutput, check_output, number_argument, path_argument, write_output
 from evals.questions.rows import Row
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, type=path_argument, help="the file to write, JSON lines")
     made.add_argument("--seed", type=int, default=0, help="which rows are drawn (0)")
-    made.add_argument("--per-source", type=int, default=50, help="rows of each set (50)")
+    made.add_argument("--per-source", type=number_argument(1), default=50, help="rows of each set (50)")
     made.add_argument(
         "--from", type=path_argument, dest="folder", metavar="DIR", help="local copies of the sets (the Hub)"
     )
@@ -243,8 +243,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if options.per_source < 1:
-        parser().error(f"--per-source must be at least 1, got {options.per_source}")
     if options.folder and not os.path.isdir(options.folder):
         parser().error(f"--from must be a folder, got {str(options.folder)!r}")
     try:

@@ -50,7 +50,7 @@ def test_a_set_that_the_hub_does_not_give(tmp_path):
         (["--out", "{0}/file", "--from", "{0}"], "--out: '.*/file' cannot be written: it is read too"),
         (["--out", ""], "argument --out: must not be empty, got ''"),
         (["--out", "{0}/rows", "--from", ""], "argument --from: must not be empty, got ''"),
-        (["--out", "{0}/rows", "--per-source", "0"], "--per-source must be at least 1, got 0"),
+        (["--out", "{0}/rows", "--per-source", "0"], "argument --per-source: must be at least 1, got 0"),
         (["--out", "{0}/rows", "--from", "{0}/no"], "--from must be a folder, got .*/no'"),
         (["--out", "{0}/rows", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         ([], "the following arguments are required: --out"),

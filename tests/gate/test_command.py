@@ -40,7 +40,7 @@ def test_drift_favours_neither_side(clockwork, repository):
         (["--margin", "0"], "argument --margin: must be a percentage above 0, got '0'"),
         (["--margin", "nan"], "argument --margin: must be a percentage above 0, got 'nan'"),
         (["--margin", "5%"], "argument --margin: must be a percentage above 0, got '5%'"),
-        (["--pairs", "39"], "argument --pairs: must be an integer of at least 40, got '39'"),
+        (["--pairs", "39"], "argument --pairs: must be at least 40, got 39"),
         (["--profile", "fast"], "argument --profile: invalid choice: 'fast'"),
         (["--accept", "time=block-32-threshold"], "argument --accept: must be nfe=CASE, got 'time=block-32-threshold'"),
         (["--accept", "nfe="], "argument --accept: must be nfe=CASE, got 'nfe='"),

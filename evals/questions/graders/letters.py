@@ -101,11 +101,7 @@ def _statement(segment: str, words: Words) -> str | None:
     named = words.at_start(skipped)
     label = words.letters.label.match(skipped)
     if label and not (named and named[1] > label.end() + 2):
-        letter = (label["bracketed"] or label["bare"] or label["lower"]).upper()
-        other = words.letters.more.match(skipped[label.end() :])
-        if other and other["other"] != letter:
-            raise Undecided
-        return letter
+        return _only(label, skipped, words)
     if named:
         other = re.match(r"\W*(?:or|and)\s+(?:possibly\s+|maybe\s+)?(?:the\s+|an?\s+)?", skipped[named[1] :])
         if other and words.at_start(skipped[named[1] + other.end() :]):
@@ -118,6 +114,19 @@ def _statement(segment: str, words: Words) -> str | None:
     ):
         raise Undecided
     return words.at_end(": " + sentence) or _in_sentence(sentence, words)
+
+
+def _letter(label: re.Match) -> str:
+    """The letter that `Letters.label` has matched."""
+    return (label["bracketed"] or label["bare"] or label["lower"]).upper()
+
+
+def _only(label: re.Match, text: str, words: Words) -> str:
+    """The letter of a label in `text`. Raises Undecided for "B or C"."""
+    other = words.letters.more.match(text[label.end() :])
+    if other and other["other"] != _letter(label):
+        raise Undecided
+    return _letter(label)
 
 
 def _leading(plain: str, words: Words) -> str | None:
@@ -155,11 +164,7 @@ def _chosen(sentence: str, words: Words) -> str | None:
         rest = rest[SKIP.match(rest).end() :]
         label = words.letters.label.match(rest)
         if label:
-            letter = (label["bracketed"] or label["bare"] or label["lower"]).upper()
-            other = words.letters.more.match(rest[label.end() :])
-            if other and other["other"] != letter:
-                raise Undecided
-            return letter
+            return _only(label, rest, words)
         if (named := words.at_start(rest)) and not rest[named[1] :].strip(" .!)"):
             return named[0]
     return None
@@ -171,7 +176,7 @@ def _label(sentence: str, words: Words) -> str | None:
         rest = text[(lead.end() if (lead := words.letters.lead_in.match(text)) else 0) :].strip()
         label = words.letters.label.match(rest)
         if label:
-            letter = (label["bracketed"] or label["bare"] or label["lower"]).upper()
+            letter = _letter(label)
             behind = rest[label.end() :].strip(" .:)]>,!-–—\U0001f389✅")
             if not behind or words.whole(behind) == letter:
                 return letter
