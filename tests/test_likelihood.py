@@ -9,6 +9,7 @@ import torch
 
 from blockinfer import LLM, SamplingParams, ScoringParams
 from blockinfer.decoding.likelihood import draw_masks, estimate
+from blockinfer.engine.scoring import Scores
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.reference import Reference, cut
 
@@ -381,3 +382,27 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path, monkeypatc
         while engine.has_unfinished():
             outputs += engine.step()
         assert [o.request_id for o in outputs] == [good] and not math.isnan(outputs[0].values[0][0])
+
+
+def test_logits_that_are_not_finite_are_told_after_ctrl_c_too(tmp_path, monkeypatch):
+    """It comes when the values have been read, and before anyone has looked at them."""
+    with LLM(write_checkpoint(tmp_path), device="cpu", dtype="float64") as llm:
+        engine, collect = llm.engine, Scores.collect
+        head = engine.model.logits
+        canvas, masks, reads = PROMPT + [1, 2], [(11,), (12,)], [[(11, 1)], [(12, 2)]]
+        bad = engine.add_scoring(canvas, range(11, 13), masks, reads, ScoringParams())
+
+        def collect_and_interrupt(scores):
+            collect(scores)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model, "logits", lambda *args: head(*args) * math.nan)
+            engine.step()
+            patch.setattr(Scores, "collect", collect_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        with pytest.raises(FloatingPointError, match=f"NaN or infinite for request {bad}:"):
+            engine.step()
+        engine.abort(bad)
+        assert not engine.has_unfinished() and engine.pool.num_free == engine.pool.num_pages

@@ -268,11 +268,11 @@ class Engine:
             return scoring_output(siblings)
         return request_output(siblings, self._decode(siblings[0]), canvases)
 
-    def _is_finished(self, sequence: Sequence) -> bool:
-        """Searches its stop strings first."""
+    def _is_finished(self, sequence: Resident) -> bool:
+        """Searches its stop strings first. What a broken one has found means nothing, so it is never finished."""
         if isinstance(sequence, Sequence) and sequence.params.stop:
             search_stop(sequence, self._decode(sequence))
-        return sequence.is_finished()
+        return sequence.is_finished() and not sequence.broken
 
     def abort(self, request_id: int) -> None:
         """Drops an unfinished request. Raises ValueError if there is none with that id."""

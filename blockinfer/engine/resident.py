@@ -97,7 +97,7 @@ class Resident:
         """Gives up slots and pages and returns to the end of its last finished block, whatever an interrupted call
         left."""
         self.preemptions += self.slot is not None
-        self.slot, self.pages, self.on_device, self.broken = None, [], False, False
+        self.slot, self.pages, self.on_device = None, [], False
         self.shadow_slot, self.shadow_pages = None, []
         self.begin_with(0, None)
 
