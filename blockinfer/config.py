@@ -63,7 +63,7 @@ class EngineConfig:
         if sizes is None:
             return
         if not isinstance(sizes, list | tuple) or not sizes:
-            raise ValueError(f"cudagraph_capture_sizes must be a list of numbers of rows, got {sizes!r}")
+            raise ValueError(f"cudagraph_capture_sizes must be a list of numbers of rows, got {shown(sizes)}")
         for size in sizes:
             check_int("every one of cudagraph_capture_sizes", size, 1)
         if self.enforce_eager:

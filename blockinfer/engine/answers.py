@@ -27,9 +27,9 @@ Canvases = dict[int, tuple[int | None, ...]]
 def search_stop(sequence: Sequence, decode: Decode) -> None:
     """Looks for the request's stop strings in the blocks finished since the last search."""
     params = sequence.params
-    token_ids = sequence.output_token_ids[: sequence.stop_position()]
-    if isinstance(sequence, InfillSequence) or not params.stop or sequence.stopped_by is not None:
+    if isinstance(sequence, InfillSequence) or sequence.stopped_by is not None:
         return
+    token_ids = sequence.output_token_ids[: sequence.stop_position()]
     if len(token_ids) == sequence.num_searched:
         return
     searched = sequence.num_searched

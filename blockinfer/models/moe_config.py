@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from blockinfer.checks import shown
 from blockinfer.kernels.router import RouterRule
 from blockinfer.model_config import ConfigReader, ModelConfig
 
@@ -56,8 +57,8 @@ def read_rotary_size(read: ConfigReader, head_dim: int, usual_factor: float) -> 
         )
     if read.raw.get("rotary_dim") not in (None, size):
         raise ValueError(
-            f"{read.source}: rotary_dim={read.raw['rotary_dim']!r} is not what partial_rotary_factor={factor:g} makes "
-            f"of {head_dim} dimensions, {size}"
+            f"{read.source}: rotary_dim={shown(read.raw['rotary_dim'])} is not what partial_rotary_factor={factor:g} "
+            f"makes of {head_dim} dimensions, {size}"
         )
     return size
 

@@ -40,7 +40,7 @@ REFUSED = {
     "top_k": Refused(_NO_FILTER, (0, -1)),
     "min_p": Refused(_NO_FILTER, (0,)),
     "min_tokens": Refused(ONLY_EOS_FORBIDDEN, (0,)),
-    "bad_words": Refused(NO_PENALTY, ([],)),
+    "bad_words": Refused(ONLY_EOS_FORBIDDEN, ([],)),
     "response_format": Refused(_NO_GRAMMAR, ({"type": "text"},)),
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar"),

@@ -32,9 +32,9 @@ _SCORED_AT_ONCE = 512
 @register_model("blockinfer")
 class BlockInferLM(TemplateLM):
     """`--model_args`: pretrained, a folder or a name on the Hub; the options of LLM; those of SamplingParams, for
-    answers of tasks that set no others (`threshold`, `factor` and `entropy_bound` each select their rule); of
-    ScoringParams mc_num, scoring_mode and is_greedy (False: the second value of a likelihood is then always False);
-    seed (0), for all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
+    answers of tasks that set no others (`threshold`, `factor`, `entropy_bound` and `entropy_threshold` each select
+    their rule); of ScoringParams mc_num, scoring_mode and is_greedy (False: the second value of a likelihood is then
+    always False); seed (0), for all that is drawn; max_gen_toks (256). `--batch_size`: requests at once, `auto` 32.
 
     LLaDA's likelihood is an estimate: `mc_num` forwards of a continuation, one if it is one token. A continuation that
     does not fit loses the beginning of its context, and so does a prompt.
@@ -49,6 +49,11 @@ class BlockInferLM(TemplateLM):
         **options: Any,
     ) -> None:
         super().__init__()
+        if max_batch_size is not None:
+            raise BadArguments(
+                "--max_batch_size is for models that look for the largest batch; here --batch_size says how many "
+                "requests run at once: leave it out"
+            )
         self._arguments = read_model_arguments({"pretrained": pretrained, **options}, batch_size, device)
         try:
             self.llm = LLM(**self._arguments.llm)

@@ -12,7 +12,7 @@ from blockinfer.hints import LLM_HINTS, SAMPLING_HINTS
 # How many answers run at once if --batch_size is "auto" or not given.
 _AUTO_BATCH = 32
 # Options that lm-eval names differently, or adds by itself.
-_RENAMED = {"pretrained": "model", "max_length": "max_model_len"}
+_RENAMED = {"pretrained": "model", "max_length": "max_model_len", "max_tokens": "max_gen_toks"}
 _OF_SCORING = {"mc_num": "mc_num", "scoring_mode": "mode", "is_greedy": "is_greedy", "cfg_scale": "cfg_scale"}
 _OF_SAMPLING = set(SamplingParams.__dataclass_fields__) - {
     "seed",
@@ -42,11 +42,15 @@ class ModelArguments:
 
 def read_model_arguments(given: dict[str, Any], batch_size: int | str | None, device: str | None) -> ModelArguments:
     """Raises BadArguments for what is unknown or out of range."""
+    given = {name: value for name, value in given.items() if name not in _RENAMED or value not in (None, "")}
+    for name, other in _RENAMED.items():
+        if name in given and other in given:
+            raise BadArguments(f"--model_args has {name} and {other}, which are one option: leave one of them out")
     given = {_RENAMED.get(name, name): value for name, value in given.items()}
     if not given.get("model"):
         raise BadArguments("--model_args needs pretrained=FOLDER, or a name on the Hub")
     seed = given.pop("seed", 0)
-    max_gen_toks = given.pop("max_tokens", given.pop("max_gen_toks", 256))
+    max_gen_toks = given.pop("max_gen_toks", 256)
     engine = {name: given.pop(name) for name in list(given) if name in EngineConfig.__dataclass_fields__}
     scoring = {field: given[name] for name, field in _OF_SCORING.items() if name in given}
     for name in ("mc_num", "scoring_mode", "is_greedy"):

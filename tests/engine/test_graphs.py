@@ -127,6 +127,7 @@ def test_steps_with_whole_segments_have_graphs_of_their_own(tmp_path):
     [
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
         ({"cudagraph_capture_sizes": []}, r"must be a list of numbers of rows, got \[\]"),
+        ({"cudagraph_capture_sizes": 10**5000}, "must be a list of numbers of rows, got something of type int"),
         ({"cudagraph_capture_sizes": [8, 0]}, "every one of cudagraph_capture_sizes must be at least 1, got 0"),
         ({"cudagraph_capture_sizes": [8], "enforce_eager": True}, "leave one of them out"),
     ],

@@ -120,6 +120,10 @@ def letters_by_likelihood(suite):
         ("pretrained=x,gen_length=5", "--model_args got an unknown option 'gen_length'; it is called max_tokens here"),
         ("pretrained=x,mc_num=0", "--model_args: mc_num must be at least 1, got 0"),
         ("pretrained=x,threshold=2", "--model_args: threshold must be between 0.0 and 1.0, got 2"),
+        ("pretrained=x,model=y", "--model_args has pretrained and model, which are one option: leave one of them out"),
+        ("pretrained=x,max_length=64,max_model_len=32", "has max_length and max_model_len, which are one option"),
+        ("pretrained=x,max_tokens=8,max_gen_toks=9", "has max_tokens and max_gen_toks, which are one option"),
+        ("pretrained=x,max_batch_size=8", "--max_batch_size is for models .* leave it out"),
     ],
 )
 def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, capsys, arguments, message):
