@@ -8,6 +8,9 @@ import torch
 
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.editing import BlockEdits
+from blockinfer.engine.editing import EditedRow, edit
+from blockinfer.kernels.confidence import Confidence
+from blockinfer.kernels.slots import SlotOptions, SlotState
 from tests.checkpoints import write_checkpoint
 from tests.families.checkpoints import LLADA2, write_family
 from tests.families.networks import LLaDA2Network
@@ -164,6 +167,18 @@ def test_logits_that_are_not_finite_where_nothing_is_masked(model, monkeypatch):
     params = SamplingParams(mode=model.mode, max_tokens=8, block_length=B, editing_threshold=0.0, max_post_steps=40)
     with pytest.raises(FloatingPointError):
         model.llm.generate(PROMPTS[2], params, use_tqdm=False)
+
+
+def test_another_token_must_be_more_certain_than_the_threshold():
+    """The first is as certain as that, the second more, the third less; the fourth is not finite."""
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [0] * 5])
+    options = torch.zeros(2, len(SlotOptions._fields), dtype=torch.int64)
+    state = SlotState(tokens, torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), options)
+    others, sure = torch.tensor([0.25, 0.24, 0.9, 0.24]), torch.tensor([True, True, True, False])
+    predicted = Confidence(torch.tensor([15, 16, 17, 18]), others, torch.zeros(4), sure)
+    rows = [EditedRow(i, 0, i + 1, i, 3, 0.75, 0, 0.0) for i in range(4)]
+    edit(rows, 4, state, lambda *asked: predicted)
+    assert state.tokens[0].tolist() == [5, 6, 16, 8, 9] and state.broken.tolist() == [True, False]
 
 
 def test_when_a_block_is_finished():

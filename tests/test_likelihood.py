@@ -222,8 +222,11 @@ def test_masks(length, mc_num):
     if 2**length - 1 <= mc_num:
         assert len(set(masks)) == len(masks) == 2**length - 1
     elif 2 * length <= mc_num:
-        counts = [len(mask) for mask in masks]
+        counts, share = [len(mask) for mask in masks], (mc_num - 1) // (length - 1)
         assert {counts.count(n) > 1 for n in range(1, length)} == {True} and counts.count(length) == 1
+        there = {n: math.comb(length, n) for n in range(1, length)}
+        assert all(counts.count(n) in (share, share + 1, number) for n, number in there.items())
+        assert len(masks) == mc_num or min(there.values()) <= share + 1
         assert length == 3 or draw_masks(length, mc_num, 8) != masks
     else:
         assert len(masks) == mc_num
@@ -243,6 +246,14 @@ def test_a_single_forward_tells_no_error():
     masks = draw_masks(6, 1, 0)
     value, error = estimate(6, 1, masks, [-3.0])
     assert value == pytest.approx(-3.0 * 6 / len(masks[0])) and error is None
+
+
+def test_the_error_of_a_drawn_number_of_masked_tokens_is_of_neighbours_differences():
+    """Half the mean square of successive differences estimates the variance of a value (von Neumann et al., Annals of
+    Mathematical Statistics 12, 1941), and that of a mean of three is a third of it."""
+    masks, values = [(0, 1), (2, 3, 4, 5), tuple(range(8))], [-4.0, -1.0, -2.0]
+    sums = [value * len(mask) / 8 for mask, value in zip(masks, values, strict=True)]
+    assert estimate(8, 3, masks, sums) == pytest.approx((-7 / 3, math.sqrt((3**2 + 1**2) / 2 / 2 / 3)))
 
 
 # --- choices ---

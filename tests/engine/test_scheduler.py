@@ -234,6 +234,21 @@ def test_those_that_take_turns_do_not_come_again(limit, expected):
     assert not scheduler.repeats(scheduled)
 
 
+def test_new_ones_that_keep_coming_do_not_starve_an_old_one():
+    """Only one fits into a step; each new one is done after its step."""
+    scheduler = Scheduler(PagePool(100, 4), max_num_seqs=2, max_num_batched_tokens=40)
+    scheduler.add(make(0, 26, mode="vanilla", max_tokens=4))
+    ran = []
+    for forward in range(1, 8):
+        scheduler.add(make(forward, 26, mode="vanilla", max_tokens=4))
+        ((sequence, _),) = scheduler.schedule()
+        sequence.ran(forward)
+        ran.append(sequence.request_id)
+        if sequence.request_id > 0:
+            scheduler.release(sequence)
+    assert ran == [0, 1, 0, 2, 0, 3, 0]
+
+
 def test_an_answer_waits_for_the_step_that_computes_its_prompt():
     """The first sibling's rows do not fit beside the other request's; the second's alone would."""
     scheduler = Scheduler(PagePool(100, 4), max_num_seqs=4, max_num_batched_tokens=40)
