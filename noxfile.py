@@ -1,5 +1,5 @@
-"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, page, lint, slurm, gpu. Arguments after
-`--` are passed on."""
+"""The project's sessions: `nox -s` tests, floors, evals, gate, screenshots, page, lint, slurm, gpu, sanitizer.
+Arguments after `--` are passed on."""
 
 import os
 import shutil

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.decoding.windows import OpenBlock
+from blockinfer.engine.resident import Plan
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.segments import TILE_COLUMNS, Cutting, count_tiles, cut
@@ -82,10 +84,14 @@ def lane_rows(scheduled: Items[ScheduledSequence]) -> list[range]:
     return rows
 
 
-def block_rows(scheduled: Items[ScheduledSequence]) -> list[int]:
-    """The row of each open block's first position. A plan's last segment contains these blocks."""
-    pairs = zip(scheduled, lane_rows(scheduled), strict=True)
-    return [rows.stop - (plan.segments[-1].stop - block.start) for (s, plan), rows in pairs for block in s.window]
+def open_blocks(scheduled: Items[ScheduledSequence]) -> list[tuple[Sequence, Plan, OpenBlock, int]]:
+    """Each open block with its sequence, its plan, and the row of its first position. A plan's last segment contains
+    these blocks."""
+    return [
+        (sequence, plan, block, rows.stop - (plan.segments[-1].stop - block.start))
+        for (sequence, plan), rows in zip(scheduled, lane_rows(scheduled), strict=True)
+        for block in sequence.window
+    ]
 
 
 def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot: int, cutting: Cutting) -> np.ndarray:
@@ -99,7 +105,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
             for start, stop, kv_len in plan.segments:
                 spans.append((slot, stop - start, start - number, kv_len))
                 number += stop - start
-    fixed, first_rows = [], iter(block_rows(scheduled))
+    fixed, first_rows = [], (row for *_, row in open_blocks(scheduled))
     for sequence, plan in scheduled:
         window = len(fixed), len(fixed) + plan.blocks - 1
         for block in sequence.window:

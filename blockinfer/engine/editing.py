@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from blockinfer.engine.batch import block_rows
+from blockinfer.engine.batch import open_blocks
 from blockinfer.engine.scheduler import ScheduledSequence
-from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.transfer import on_device
 from blockinfer.kernels.confidence import Confidence, RowOptions
 from blockinfer.kernels.guidance import Guidance
@@ -38,8 +37,7 @@ class EditedRow(NamedTuple):
 def edited_rows(scheduled: list[ScheduledSequence]) -> list[EditedRow]:
     """Every position of a block that is neither masked nor given, in the sequences that edit."""
     rows = []
-    open_blocks = [(s, plan, block) for s, plan in scheduled if isinstance(s, Sequence) for block in s.window]
-    for (sequence, plan, block), first_row in zip(open_blocks, block_rows(scheduled), strict=True):
+    for sequence, plan, block, first_row in open_blocks(scheduled):
         if sequence.edits is None:
             continue
         shift, scale = (plan.rows // sequence.lanes, sequence.params.cfg_scale) if sequence.guided else (0, 0.0)

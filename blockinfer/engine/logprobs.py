@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from blockinfer.decoding.windows import OpenBlock
-from blockinfer.engine.batch import block_rows, denoised
+from blockinfer.engine.batch import denoised, open_blocks
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
 from blockinfer.kernels.confidence import Vocabulary
@@ -52,16 +52,14 @@ class RevealedLogprobs:
 
     def before(self, scheduled: list[ScheduledSequence]) -> list[Observed]:
         """The blocks that need log-probabilities, before the step; empty if no request asks."""
-        entries = denoised(scheduled)
-        if all(sequence.params.logprobs is None for sequence, _ in entries):
+        if all(sequence.params.logprobs is None for sequence, _ in denoised(scheduled)):
             return []
-        blocks = [(sequence, plan, block) for sequence, plan in entries for block in sequence.window]
         return [
             Observed(
                 *(sequence, block, row, plan.rows // sequence.lanes),
                 self._state.masked[sequence.slot, block.start : block.stop].clone(),
             )
-            for (sequence, plan, block), row in zip(blocks, block_rows(scheduled), strict=True)
+            for sequence, plan, block, row in open_blocks(scheduled)
             if sequence.params.logprobs is not None
         ]
 

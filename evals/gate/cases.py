@@ -77,7 +77,8 @@ class Worse:
 
 
 MEMORY = "memory"
-# Every mode, every rule and several open blocks in as few cases as possible.
+# Every mode, several open blocks and every rule but scheduled_threshold, whose ranking and choices the others have, in
+# as few cases as possible.
 _QUICK = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=2, denoising_steps=2),
     GateCase("block", 32, "threshold", max_tokens=64, rows=2),
@@ -87,7 +88,7 @@ _QUICK = (
     GateCase("block_refresh", 32, "entropy", max_tokens=64, rows=2),
     GateCase("block", 8, "entropy_threshold", max_tokens=32, rows=2, block_add_threshold=0.5),
 )
-# Every mode with one rule, every rule with one mode, several open blocks; more rows at once.
+# Every mode with one rule, the same rules with one mode, several open blocks; more rows at once.
 _FULL = (
     GateCase("block", 32, "low_confidence", max_tokens=64, rows=4, denoising_steps=4),
     GateCase("block", 32, "threshold", max_tokens=64, rows=4),
