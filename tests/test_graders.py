@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from torchmetrics.functional.text import squad
 
 from evals.questions import graders
 from evals.questions.graders import GRADER_VERSIONS, grade, require
+from evals.questions.graders.arithmetic import same
 from evals.questions.graders.limit import within
 from evals.questions.graders.spans import f1
 from evals.questions.rows import load_rows
@@ -459,3 +461,19 @@ def test_the_sample_s_own_answers_are_right():
     forms = {"gsm8k": "The answer is {}.", "math500": "\\boxed{{{}}}", "mmlu": "The answer is {}."}
     for one in load_rows(SAMPLE):
         assert is_right(one, forms.get(one["source"], "The answer is {}.").format(one["answer"])), one
+
+
+@pytest.mark.parametrize(
+    "gold, value, equal",
+    [
+        ("1/3", "0.333333", True),
+        ("1/3", "0.33333", False),
+        ("2.5", "2.5000004", True),
+        ("2.5", "2.500001", False),
+        ("0.005", "0.0050001", False),
+        ("10000000", "10000001", False),
+    ],
+)
+def test_a_decimal_that_was_rounded_has_six_places(gold, value, equal):
+    """A number below a hundredth, of which six places say little, is compared exactly."""
+    assert same(Fraction(gold), Fraction(value)) is equal
