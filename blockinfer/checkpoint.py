@@ -18,6 +18,8 @@ def read_config(config: EngineConfig) -> tuple[Path | None, dict[str, Any], str]
     """-> the checkpoint's folder (None for a shape known by name), its config.json, and a name for errors."""
     dummy = config.load_format == "dummy"
     if dummy and config.model in SHAPES:
+        if config.revision is not None:
+            raise ValueError(f"revision={shown(config.revision)} is for a Hub name, and {config.model!r} is a shape")
         return None, SHAPES[config.model], str(config.model)
     if config.model in SHAPES and not _is_folder("checkpoint", config.model):
         raise ValueError(f"{config.model!r} is a shape's name, for random weights: pass load_format='dummy' with it")

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 from tqdm.auto import tqdm
@@ -85,6 +85,8 @@ def choose(
     use_tqdm: bool,
 ) -> list[ChoiceOutput]:
     """`LLM.choose`."""
+    if params.is_greedy:
+        raise ValueError("is_greedy is for score alone: choose decodes no continuation; leave it False")
     seed = engine.draw_seed() if params.seed is None else params.seed
     masks_of = cache(lambda length: draw_masks(length, params.mc_num, seed))
     asked: list[tuple[_Canvas, list[list[int]], _Work | None, list[_Work | None]]] = []
@@ -99,7 +101,7 @@ def choose(
             ]
             asked.append((canvas, answers, single, longer))
     works = [work for _, _, single, longer in asked for work in (single, *longer) if work is not None]
-    _run(engine, works, replace(params, is_greedy=False), use_tqdm)
+    _run(engine, works, params, use_tqdm)
     return [_choice_output(*parts, params, seed) for parts in asked]
 
 

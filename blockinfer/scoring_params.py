@@ -21,8 +21,8 @@ class ScoringParams:
         them. block approximates it as decoding in that mode does: K and V depend on the prompt alone, and the forwards
         of a continuation that run at once share the pages that the prompt fills.
     cfg_scale: classifier-free guidance, as in SamplingParams.
-    is_greedy: also report whether greedy decoding gives the continuation, one token at a time, the most confident
-        first. This takes as many forwards as the continuation has tokens.
+    is_greedy: `score` also reports whether greedy decoding gives the continuation, one token at a time, the most
+        confident first. This takes as many forwards as the continuation has tokens. `choose` refuses it.
 
     Raises ValueError for a value out of range and TypeError for an unknown option, naming it.
     """

@@ -295,6 +295,11 @@ def test_a_shape_s_name_without_load_format():
         LLM("llada-8b", device="cpu")
 
 
+def test_a_shape_has_no_revision():
+    with pytest.raises(ValueError, match="revision='main' is for a Hub name, and 'llada-8b' is a shape"):
+        LLM("llada-8b", load_format="dummy", revision="main", device="cpu")
+
+
 def test_a_tokenizer_that_is_nowhere(checkpoint, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"the tokenizer 'nowhere' {HUB}") as caught:

@@ -360,6 +360,11 @@ def test_scoring_params(options, error, message):
             ValueError,
             "one masked span in a prompt",
         ),
+        (
+            lambda llm: llm.choose([1], ["a", "b"], ScoringParams(is_greedy=True)),
+            ValueError,
+            "is_greedy is for score alone",
+        ),
         (lambda llm: llm.score([1], [2], use_tqdm=None), ValueError, "use_tqdm must be True or False"),
     ],
 )

@@ -7,6 +7,7 @@ once if `--use_cache` names a file.
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,9 +219,9 @@ class BlockInferLM(TemplateLM):
                 single.setdefault(tuple(context), {})[continuation[0]] = 0.0
         single = {context: tokens for context, tokens in single.items() if len(tokens) > 1}
         candidates = [[[token] for token in tokens] for tokens in single.values()]
-        for tokens, choice in zip(
-            single.values(), self.llm.choose(list(map(list, single)), candidates, params, use_tqdm=False), strict=True
-        ):
+        plain = replace(params, is_greedy=False)
+        chosen = self.llm.choose(list(map(list, single)), candidates, plain, use_tqdm=False)
+        for tokens, choice in zip(single.values(), chosen, strict=True):
             tokens.update(zip(tokens, choice.logprobs, strict=True))
         read = [single.get(tuple(a), {}).get(b[0]) if len(b) == 1 else None for a, b in pairs]
         others = [pair for pair, logprob in zip(pairs, read, strict=True) if logprob is None]
