@@ -165,6 +165,8 @@ def test_gold_letters(text):
         "The answer is not a trumpet.",
         "Options B and C are wrong",
         "B.C. is",
+        "B could be right. Rain falls from clouds. Rivers carry it to the sea.",
+        "Whether it is B is open. Rain falls from clouds. Rivers carry it to the sea.",
     ],
 )
 def test_wrong_or_misleading_letters(text):
@@ -477,3 +479,11 @@ def test_the_sample_s_own_answers_are_right():
 def test_a_decimal_that_was_rounded_has_six_places(gold, value, equal):
     """A number below a hundredth, of which six places say little, is compared exactly."""
     assert same(Fraction(gold), Fraction(value)) is equal
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [("The answer is 10, or if Tom is counted too, 12.", False), ("The answer is 10 or, as a sum, 10.", True)],
+)
+def test_another_number_after_words_is_another_answer(text, right):
+    assert is_right(row("gsm8k", "10"), text) is right
