@@ -54,7 +54,7 @@ class LLM:
     load_format: "auto", or "dummy": random weights of the config's shape, without weight files or a tokenizer. `model`
         may then also name a published shape: "llada-8b", "illada-8b", "llada-moe-7b", "llada2-mini".
     tokenizer: another folder or Hub name for it. Without a tokenizer prompts are token ids, and outputs have no text.
-    revision: the Hub revision of the model; a local folder has none.
+    revision: the Hub revision of the model; a local folder and a shape have none.
     mask_token_id: overrides the config's and the tokenizer's.
     max_model_len: limit of prompt and max_tokens together; at most the config's, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; by default 8192, or

@@ -59,7 +59,7 @@ def sharded_confidence(logits: torch.Tensor, shard: Shard, options: RowOptions, 
 
 def summary(logits: torch.Tensor, shard: Shard, options: RowOptions) -> torch.Tensor:
     """logits [N, columns] -> [SHARD_FIELDS, N] float64: largest logit with a share in the softmax; sum e^(x - largest);
-    sum (x - largest) e^(x - largest); that sum of the first without the token; largest logit of a candidate; what the
+    sum (x - largest) e^(x - largest); the first of these sums without the token; largest logit of a candidate; what the
     token was chosen by; the token, in columns; whether it has a share, and whether a candidate is NaN, 0 or 1."""
     if not shard.has_candidates:
         nothing = torch.zeros((SHARD_FIELDS.value, len(logits)), dtype=torch.float64, device=logits.device)
