@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine.prompts import PromptReader
 from blockinfer.engine.stops import find_stop
 from blockinfer.sampling_params import answer_seed
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -288,3 +289,17 @@ def test_logprobs_beside_requests_without(llm, size, monkeypatch):
         for a, b in zip(alone.logprobs or [], completion.logprobs or [], strict=True):
             assert a.keys() == b.keys()
             torch.testing.assert_close(*(torch.tensor([x[i].logprob for i in a]) for x in (a, b)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("ab{fill:2}c", [0, 97, 98, None, None, 99]),
+        ("{fill:1}c{fill:1}", [0, None, 99, None]),
+    ],
+)
+def test_special_tokens_begin_a_prompt_with_spans_and_nothing_else(text, expected):
+    def tokenize(text, add_special_tokens=True):
+        return [0] * add_special_tokens + [ord(character) for character in text]
+
+    assert PromptReader(tokenize, 500, 1000).read({"prompt": text}).tokens == expected

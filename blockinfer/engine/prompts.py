@@ -32,7 +32,7 @@ class PromptReader:
     def read(self, prompt: Prompt) -> ReadPrompt:
         """Raises ValueError if the prompt is empty or malformed, or is text and there is no tokenizer."""
         if isinstance(prompt, str):
-            return ReadPrompt(prompt, self._checked(self._encode(prompt)), None)
+            return ReadPrompt(prompt, self._checked(self._encode(prompt) if prompt else []), None)
         if not isinstance(prompt, dict):
             prompt = {"prompt_token_ids": prompt}
         if not prompt.keys() & {"prompt_token_ids", "prompt"} or prompt.keys() - set(_KEYS):
@@ -47,7 +47,7 @@ class PromptReader:
         if text is None or not _SPAN.search(text):
             if infill:
                 raise ValueError('"infill" needs a masked span, and the text has none: write it as {fill:32}')
-            return ReadPrompt(text, self._checked(self._encode(text or "")), None)
+            return ReadPrompt(text, self._checked(self._encode(text) if text else []), None)
         return self._with_spans(text)
 
     def encode(self, text: str | list[int], name: str) -> list[int]:
@@ -69,8 +69,7 @@ class PromptReader:
         tokens: list[int | None] = []
         for i, part in enumerate(_SPAN.split(text)):
             if i % 2 == 0:
-                if part or i == 0:
-                    tokens += self._encode(part, add_special_tokens=i == 0)
+                tokens += self._encode(part, add_special_tokens=i == 0)
             elif int(part) == 0:
                 raise ValueError("a masked span has at least 1 position, got {fill:0}")
             else:
@@ -80,7 +79,7 @@ class PromptReader:
     def _encode(self, text: str, **options: bool) -> list[int]:
         if self._tokenize is None:
             raise ValueError("there is no tokenizer, so prompts must be token ids; pass tokenizer= to LLM")
-        return self._tokenize(text, **options) if text else []
+        return self._tokenize(text, **options)
 
     def _checked(self, token_ids: object, name: str = "prompt") -> list[int]:
         if not isinstance(token_ids, list | tuple):
