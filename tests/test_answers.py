@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
+from blockinfer.engine.answers import request_output
+from blockinfer.engine.infilling import InfillSequence
 from blockinfer.engine.prompts import PromptReader
+from blockinfer.engine.sequence import Sequence
 from blockinfer.engine.stops import find_stop
 from blockinfer.sampling_params import answer_seed
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -303,3 +306,27 @@ def test_special_tokens_begin_a_prompt_with_spans_and_nothing_else(text, expecte
         return [0] * add_special_tokens + [ord(character) for character in text]
 
     assert PromptReader(tokenize, 500, 1000).read({"prompt": text}).tokens == expected
+
+
+def test_metrics_of_several_answers():
+    """Counts of all of them, times of the first to get that far."""
+    siblings = []
+    for number in range(2):
+        Sequence(number, None, [1], SamplingParams(max_tokens=4), 7, frozenset(), siblings)
+    for sequence, nfe, preemptions, begun, block in zip(siblings, (3, 4), (1, 2), (2, 1), (9, 5), strict=True):
+        sequence.nfe, sequence.preemptions = nfe, preemptions
+        sequence.first_run_at, sequence.first_block_at = siblings[0].added_at + begun, siblings[0].added_at + block
+    metrics = request_output(siblings, None).metrics
+    assert (metrics.nfe, metrics.preemptions, metrics.seed) == (7, 3, 7)
+    assert (metrics.queued_seconds, metrics.first_block_seconds) == pytest.approx((1, 5))
+
+
+def test_the_last_span_says_why_an_answer_ended():
+    tokens, params = [1, None, 2, None], SamplingParams(mode="vanilla", max_tokens=2)
+    sequence = InfillSequence(0, None, tokens, params, 7, frozenset({9}), [], [1, 57, 2, 57])
+    sequence.first_run_at = sequence.added_at
+    for last, reason, stop in ((5, "length", None), (9, "stop", 9)):
+        sequence.output_token_ids = [9, 2, last]
+        (answer,) = request_output([sequence], None).outputs
+        assert (answer.finish_reason, answer.stop_reason) == (reason, stop)
+        assert [span.token_ids for span in answer.infilled.spans] == [[], [5] if last == 5 else []]
