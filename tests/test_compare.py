@@ -316,7 +316,7 @@ def test_a_merged_result_is_of_the_same_rows_as_a_whole_one(make_suite, tmp_path
     ("text", "message"),
     [
         ("", "is not a JSON file of pytest-benchmark: Invalid JSON: EOF while parsing"),
-        ("[]", "is not a JSON file of pytest-benchmark: Input should be a valid dictionary"),
+        ("[]", "is not a JSON file of pytest-benchmark: an object is expected, got []"),
         ('{"benchmarks": [{}]}', "is not a JSON file of pytest-benchmark: datetime: Field required"),
         (f'{{{DAY}, "benchmarks": [{{"extra_info": {{}}}}]}}', "benchmarks.0.name: Field required"),
         (f'{{{DAY}, "benchmarks": [{{"name": "a", "extra_info": {{}}}}]}}', "holds no figures of pytest evals/"),

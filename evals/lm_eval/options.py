@@ -57,7 +57,7 @@ def read_model_arguments(given: dict[str, Any], batch_size: int | str | None, de
         given.pop(name, None)
     known = [*EngineConfig.__dataclass_fields__, *_OF_SAMPLING, *_OF_SCORING, "max_gen_toks"]
     try:
-        refuse_unknown("--model_args", [n for n in given if n not in _OF_SAMPLING], known, LLM_HINTS | SAMPLING_HINTS)
+        refuse_unknown("the model", [n for n in given if n not in _OF_SAMPLING], known, LLM_HINTS | SAMPLING_HINTS)
         # naming a rule's option selects the rule
         for rule, spec in RULES.items():
             if spec.option in given:

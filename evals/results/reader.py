@@ -54,6 +54,8 @@ def read_file(path: StrPath) -> File:
 
 def check_content(content: Any, path: StrPath) -> File:
     """`read_file` for content that has been read already."""
+    if not isinstance(content, dict):
+        raise BadFile(f"{path}: is not a JSON file of pytest-benchmark: an object is expected, got {content!r:.60}")
     try:
         checked = Content.model_validate(content)
     except ValidationError as error:

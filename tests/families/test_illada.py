@@ -96,7 +96,7 @@ def test_the_mask_token_is_5_and_eos_is_the_tokenizer_s(tmp_path):
 def test_the_published_shape():
     config = read_model_config(SHAPES["illada-8b"], "illada-8b")
     assert config.usual_mask_token_id == 5 and config.weight_tying
-    assert sum(group.parameters for group in published(config)) == 7_615_025_152
+    assert sum(group.parameters_of(1) for group in published(config)) == 7_615_025_152
     model = model_class(config.architecture, "")(config, torch.bfloat16, torch.device("meta"), 16)
     assert model.checkpoint_tensors()["model.layers.31.mlp.down_proj.weight"].shape == (4096, 14336)
 

@@ -117,7 +117,7 @@ def letters_by_likelihood(suite):
         ("pretrained=no/such/folder", "'no/such/folder' is no local folder"),
         ("mode=block", "--model_args needs pretrained=FOLDER"),
         ("pretrained=x,mode=dual", "--model_args: mode must be one of .*did you mean 'dual_cache'"),
-        ("pretrained=x,gen_length=5", "--model_args got an unknown option 'gen_length'; it is called max_tokens here"),
+        ("pretrained=x,gen_length=5", "^--model_args: the model got an unknown option 'gen_length'; it is called max"),
         ("pretrained=x,mc_num=0", "--model_args: mc_num must be at least 1, got 0"),
         ("pretrained=x,threshold=2", "--model_args: threshold must be between 0.0 and 1.0, got 2"),
         ("pretrained=x,model=y", "--model_args has pretrained and model, which are one option: leave one of them out"),

@@ -96,7 +96,7 @@ def test_other_benchmarks_are_counted_and_not_shown(report):
         ("", "is not a JSON file of pytest-benchmark: Invalid JSON: EOF while parsing"),
         ("{", "is not a JSON file of pytest-benchmark: Invalid JSON"),
         ("[" * 5000, "is not a JSON file of pytest-benchmark: Invalid JSON: recursion limit exceeded"),
-        ([], "is not a JSON file of pytest-benchmark: Input should be a valid dictionary"),
+        ([], "is not a JSON file of pytest-benchmark: an object is expected, got []"),
         ({"blockinfer": None}, "is not a JSON file of pytest-benchmark: datetime: Field required"),
         (results([]) | {"datetime": "soon"}, "datetime: Input should be a valid datetime"),
         (results([]) | {"benchmarks": 3}, "benchmarks: Input should be a valid list, got 3"),
