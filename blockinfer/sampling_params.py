@@ -81,7 +81,9 @@ class SamplingParams:
     n: number of answers to the prompt. Answer i has the noise of seed `answer_seed(seed, i)`, which is `seed` itself
         for the first. In mode `block` they share the pages that the prompt fills, which are computed once. Above 1 it
         needs a temperature or the rule `random`; otherwise all answers would be the same.
-    stop_token_ids: tokens that end an answer, in addition to the checkpoint's own, and also under ignore_eos.
+    stop_token_ids: tokens that end an answer, in addition to the checkpoint's own, and also under ignore_eos. Its own
+        are the EOS tokens of config.json, or else of the tokenizer, those of generation_config.json, and the
+        tokenizer's ends of turn.
     stop: one or more strings that end an answer. The text ends before the string that is completed first, token by
         token; the token ids end with the token that completes it. Strings are looked for at the end of each block, in
         the text without special tokens. If one token completes several, the first in this list counts.
