@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from blockinfer.checks import foreign_errors, nearest, reason, shown
 from blockinfer.config import EngineConfig
 from blockinfer.files import is_file, is_plain_name, read_json
-from blockinfer.model_config import ConfigReader
+from blockinfer.model_config import ConfigReader, check_embedded
 from blockinfer.models.registry import SHAPES
 
 
@@ -40,8 +40,7 @@ def read_end_token_ids(folder: Path, embeddings: int) -> tuple[int, ...]:
     if not is_file(path):
         return ()
     ids = ConfigReader(_object(path), str(path)).token_ids("eos_token_id")
-    if outside := [i for i in ids if i >= embeddings]:
-        raise ValueError(f"{path}: eos_token_id={shown(outside[0])} is outside the {embeddings} embeddings")
+    check_embedded(str(path), "eos_token_id", ids, embeddings)
     return ids
 
 

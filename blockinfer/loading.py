@@ -46,10 +46,8 @@ def prepare(config: EngineConfig) -> Prepared:
     model_config.check_shares(config.tensor_parallel_size, source)
     tokenizer = load_tokenizer(config, folder, model_config.vocab_size)
     ends = read_end_token_ids(folder, model_config.embedding_size) if config.load_format == "auto" else ()
-    model_config = dataclasses.replace(model_config, end_token_ids=ends)
-    if not model_config.eos_token_ids:
-        usual = model_config.usual_eos_token_id
-        model_config = dataclasses.replace(model_config, eos_token_ids=_eos_token_ids(tokenizer, usual) or ends)
+    eos = model_config.eos_token_ids or _eos_token_ids(tokenizer, model_config.usual_eos_token_id) or ends
+    model_config = dataclasses.replace(model_config, eos_token_ids=eos, end_token_ids=ends)
     resolved = config.resolve(model_config, getattr(tokenizer, "mask_token_id", None))
     if resolved.quantization and not make_model.QUANTIZES:
         name, leave = model_config.architecture, "; leave it out" * (config.quantization is not None)

@@ -168,12 +168,15 @@ def check_heads(source: str, names: tuple[str, str, str], d_model: int, n_heads:
 
 def check_tokens(source: str, config: ModelConfig) -> None:
     """The special tokens must have embeddings."""
-    for name, ids in (("eos_token_id", config.eos_token_ids), ("mask_token_id", (config.mask_token_id,))):
-        for token_id in ids:
-            if token_id is not None and token_id >= config.embedding_size:
-                raise ValueError(
-                    f"{source}: {name}={shown(token_id)} is outside the {config.embedding_size} embeddings"
-                )
+    mask_ids = () if config.mask_token_id is None else (config.mask_token_id,)
+    for name, ids in (("eos_token_id", config.eos_token_ids), ("mask_token_id", mask_ids)):
+        check_embedded(source, name, ids, config.embedding_size)
+
+
+def check_embedded(source: str, name: str, token_ids: tuple[int, ...], embeddings: int) -> None:
+    for token_id in token_ids:
+        if token_id >= embeddings:
+            raise ValueError(f"{source}: {name}={shown(token_id)} is outside the {embeddings} embeddings")
 
 
 def if_embedded(token_id: int, embeddings: int) -> int | None:
