@@ -28,7 +28,7 @@ from blockinfer.kernels.linear import gated_linear, linear, linear_parts
 from blockinfer.kernels.norm import add_rms_norm, add_rms_norm_torch
 from blockinfer.kernels.paged_attention import paged_attention
 from blockinfer.kernels.segments import Cutting, SegmentTable, count_tiles, cut, make_scratch
-from blockinfer.kernels.whole_attention import with_whole
+from blockinfer.kernels.wide_attention import with_wide
 from blockinfer.models.llada import LLaDALayer
 from blockinfer.models.registry import SHAPES, read_model_config
 from evals.conftest import close_suite, settings_of
@@ -165,18 +165,18 @@ def segment_table(slots, rows, keys, page_tables, kv_slots, heads, kv_heads, dim
     device = page_tables.device
     cutting, total = Cutting.of(heads, kv_heads, device), slots * rows
     if dtype is not None:
-        cutting = with_whole(cutting, dim, dtype, device)
-    columns = (np.full(slots, value) for value in (rows, keys))
+        cutting = with_wide(cutting, dim, PAGE_SIZE, dtype, device)
+    columns = (np.full(slots, value) for value in (keys - rows, rows, keys))
     tiles = cut(np.arange(slots), *columns, cutting, total)
     counts = count_tiles(tiles)
     scratch = make_scratch(cutting, heads, kv_heads, dim, device) if cutting.may_split(total) else None
     tensors = torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
-    return SegmentTable(*tensors, page_tables, kv_slots, scratch, may_be_whole=counts[1] > 0)
+    return SegmentTable(*tensors, page_tables, kv_slots, scratch, may_be_wide=counts[1] > 0)
 
 
 @pytest.mark.benchmark(group="kernels: attention")
 def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads):
-    """One layer's attention over pages in any order, or of whole segments. Bytes: the queries, K and V, and the output,
+    """One layer's attention over pages in any order, or of wide segments. Bytes: the queries, K and V, and the output,
     once each."""
     heads, dim = sizes.heads, sizes.head_dim
     moved = segments * (2 * rows * heads + 2 * keys * kv_heads) * dim * sizes.dtype.itemsize
@@ -193,8 +193,8 @@ def test_attention(measure, randn, device, sizes, segments, rows, keys, kv_heads
         return pages[table.page_tables].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
 
     def call(one, table):
-        k, v = (dense(pages, table).transpose(1, 2).flatten(0, 1) for pages in kv_pages)
-        one, v = (torch.cat([one, k], dim=1), v.contiguous()) if table.may_be_whole else (one, None)
+        k, v = (dense(pages, table)[:, :, -rows:].transpose(1, 2).flatten(0, 1) for pages in kv_pages)
+        one, v = (torch.cat([one, k], dim=1), v.contiguous()) if table.may_be_wide else (one, None)
         return partial(attend, one, v, kv_pages, table)
 
     calls = [call(one, table) for one, table in zip(q, tables, strict=True)]

@@ -190,7 +190,7 @@ STEP_OF_KERNELS = [
     ("nvjet_tst_64x8_64x16_1x2_h_bz_TNT", PRODUCTS),
     ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", PRODUCTS),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),
-    ("_whole_attention_kernel", "attention"),
+    ("_wide_attention_kernel", "attention"),
     ("_paged_attention_kernel", "attention"),
     ("_combine_kernel", "attention"),
     ("_skinny_linear_kernel", PRODUCTS),

@@ -103,7 +103,7 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     for sequence, plan in scheduled:
         for slot in (sequence.slot, sequence.shadow_slot)[: sequence.lanes]:
             for start, stop, kv_len in plan.segments:
-                spans.append((slot, stop - start, start - number, kv_len))
+                spans.append((slot, start, stop - start, kv_len, start - number))
                 number += stop - start
     fixed, first_rows = [], (row for *_, row in open_blocks(scheduled))
     for sequence, plan in scheduled:
@@ -111,8 +111,8 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
         for block in sequence.window:
             place = block.start - sequence.prompt_len
             fixed.append((sequence.slot, block.start, block.stop - block.start, next(first_rows), place, 0, *window))
-    slots, lengths, shifts, kv_lens = np.array(spans, dtype=np.int64).T
-    tiles = cut(slots, lengths, kv_lens, cutting, rows)
+    slots, starts, lengths, kv_lens, shifts = np.array(spans, dtype=np.int64).T
+    tiles = cut(slots, starts, lengths, kv_lens, cutting, rows)
     start = _header(blocks)
     packed = np.zeros(start + 2 * rows + tiles.size, dtype=np.int64)
     packed[:2] = count_tiles(tiles)

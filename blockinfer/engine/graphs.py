@@ -1,6 +1,6 @@
 """CUDA graphs of a step: one launch instead of some three hundred, which with few rows take longer than the GPU's work.
 
-A step is two functions: the layers, with or without whole segments (these use another attention kernel), at a number of
+A step is two functions: the layers, with or without wide segments (these use another attention kernel), at a number of
 rows; and the rest, at a number of masked rows. Each is captured at a few sizes while the model loads, and a step is
 padded to the next size of each; its other inputs are read from memory. So no request waits for a capture or a
 compilation.

@@ -40,7 +40,7 @@ from blockinfer.kernels.segments import Cutting, Scratch, SegmentTable, make_scr
 from blockinfer.kernels.sharded_confidence import Shard, sharded_confidence
 from blockinfer.kernels.slots import SlotOptions, SlotState
 from blockinfer.kernels.unmasking import unmask
-from blockinfer.kernels.whole_attention import with_whole
+from blockinfer.kernels.wide_attention import with_wide
 from blockinfer.models.transformer import Transformer
 
 # Rows that go through the LM head at once, times the bytes of a number: that bounds the memory of what has a column for
@@ -109,7 +109,7 @@ class ModelRunner:
         rows = -(-config.max_num_batched_tokens // ROW_TILE) * ROW_TILE
         self._packed = torch.zeros(packed_size(self._blocks, rows, self._cutting), **ints)
         self._layout: tuple[int, list] | None = None
-        self._any_whole = False
+        self._any_wide = False
         # whether the host goes on while the device runs what was launched; the forward that `repeat` has begun
         self.is_asynchronous = runs_triton(self.kv_pages)
         self.begun: list[ScheduledSequence] | None = None
@@ -122,18 +122,18 @@ class ModelRunner:
         sizes = self._capture_sizes()
         self._layers = StepGraphs(self._run_layers, sizes)
         self._reveal = StepGraphs(lambda size, cut: self._run_reveal(size), sizes)
-        # Only for steps with whole segments: in other steps their kernel would cost 1.5 us a layer for no work.
-        whole_sizes = [size for size in sizes if self._cutting.whole_rows and size >= self._cutting.least_whole]
-        self._layers_with_whole = StepGraphs(partial(self._run_layers, may_be_whole=True), whole_sizes)
-        self._graphs = self._layers, self._layers_with_whole, self._reveal
+        # Only for steps with wide segments: in other steps their kernel would cost 1.5 us a layer for no work.
+        wide_sizes = [size for size in sizes if self._cutting.wide_rows and size >= self._cutting.least_wide]
+        self._layers_with_wide = StepGraphs(partial(self._run_layers, may_be_wide=True), wide_sizes)
+        self._graphs = self._layers, self._layers_with_wide, self._reveal
 
     def _make_attention(self) -> tuple[Cutting, Scratch | None]:
         heads, head_dim = (self.model.n_heads, self.model.n_kv_heads), self.model.config.head_dim
-        of_model = head_dim, self.config.dtype, self.device
+        of_model = head_dim, self.config.page_size, self.config.dtype, self.device
         if not runs_triton(self.kv_pages):
             # the PyTorch twin processes a segment at once
-            return with_whole(Cutting(self.config.max_num_batched_tokens, 1), *of_model), None
-        cutting = with_whole(Cutting.of(*heads, self.device), *of_model)
+            return with_wide(Cutting(self.config.max_num_batched_tokens, 0), *of_model), None
+        cutting = with_wide(Cutting.of(*heads, self.device), *of_model)
         return cutting, make_scratch(cutting, *heads, head_dim, self.device)
 
     def _capture_sizes(self) -> list[int]:
@@ -153,8 +153,8 @@ class ModelRunner:
         # allocate what the largest steps need before capturing
         rows = len(self._attended)
         self._run_layers(rows)
-        if self._cutting.whole_rows:
-            self._run_layers(rows, may_be_whole=True)
+        if self._cutting.wide_rows:
+            self._run_layers(rows, may_be_wide=True)
         self._run_reveal(max(self._layers.padded(1), min(rows, self.config.max_num_seqs * self.config.max_model_len)))
         self._scores.log_probabilities([0], [0], None)
         self.model.ranks.wait()
@@ -291,7 +291,7 @@ class ModelRunner:
     def _launch(self) -> None:
         """All layers, for the inputs that are written."""
         rows, _ = self._layout
-        (self._layers_with_whole if self._any_whole else self._layers)(rows)
+        (self._layers_with_wide if self._any_wide else self._layers)(rows)
 
     def _write_inputs(self, scheduled: list[ScheduledSequence], rows: int) -> None:
         """Writes StepInputs for `rows` rows, except `step_columns`; unchanged between the steps of a block."""
@@ -301,7 +301,7 @@ class ModelRunner:
         self._layout = None  # in case Ctrl-C comes before the last line
         packed = pack(scheduled, self._blocks, rows, self.config.max_num_seqs, self._cutting)
         write(self._packed[: len(packed)], packed)
-        self._any_whole = bool(packed[1])
+        self._any_wide = bool(packed[1])
         self._layout = wanted
 
     def _write_page_tables(self, scheduled: list[ScheduledSequence]) -> None:
@@ -317,9 +317,9 @@ class ModelRunner:
             write(self.page_tables[slot, known : len(pages)], pages[known:])
             self._num_pages_known[slot] = len(pages)
 
-    def _run_layers(self, rows: int, cut: Callable[[], None] | None = None, may_be_whole: bool = False) -> None:
+    def _run_layers(self, rows: int, cut: Callable[[], None] | None = None, may_be_wide: bool = False) -> None:
         """All layers, up to the last one's attention, on the step's rows padded to `rows`; writes K and V. cut: where
-        its graph may end. may_be_whole: whether there may be tiles of whole segments.
+        its graph may end. may_be_wide: whether there may be tiles of wide segments.
 
         Launches the same kernels for the same number of rows and never waits for the device, so that it can be
         captured.
@@ -333,7 +333,7 @@ class ModelRunner:
             page_tables=self.page_tables,
             kv_slots=pages * page_size + inputs.positions % page_size,
             scratch=self._scratch if self._cutting.may_split(rows) else None,
-            may_be_whole=may_be_whole,
+            may_be_wide=may_be_wide,
         )
         token_ids = self.state.tokens[inputs.slots, inputs.positions]
         attended, residual = self._attended[:rows], self._residual[:rows]

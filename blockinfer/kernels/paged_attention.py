@@ -1,4 +1,4 @@
-"""Attention of segments over paged K and V, for all segments except whole ones (whole_attention.py).
+"""Attention of segments over paged K and V, for all segments except wide ones (wide_attention.py).
 
 Paging follows vLLM's PagedAttention (arXiv 2309.06180). There is no mask: a query sees all keys below its segment's
 kv_len. The kernel keeps a running softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691). If there are too few

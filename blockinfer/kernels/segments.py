@@ -1,6 +1,6 @@
 """The attention work of a step, as data: a batch of segments, cut into tiles.
 
-The kernels of `paged_attention` and `whole_attention` walk the list of tiles with a grid of fixed size. So one CUDA
+The kernels of `paged_attention` and `wide_attention` walk the list of tiles with a grid of fixed size. So one CUDA
 graph serves all batches with the same number of rows, whatever their segments are.
 """
 
@@ -20,8 +20,8 @@ BLOCK_M = 64
 _UNSPLIT_KEYS, _LEAST_KEYS, MOST_PARTS = 256, 64, 16
 
 # A tile's columns: its first row and the one past its last; the row of its sequence in the page tables; its keys; the
-# index of its part, and the number of parts; where the first part's output is kept. A tile of a whole segment has no
-# parts, and its last column is the row of its first key.
+# index of its part, and the number of parts; where the first part's output is kept. A tile of a wide segment has no
+# parts: PART is the number of keys before the segment's rows, PARTS is 0, and PLACE is the first of these rows.
 FIRST, STOP, SLOT, KV_LEN, PART, PARTS, PLACE, TILE_COLUMNS = (tl.constexpr(i) for i in range(8))
 
 
@@ -42,10 +42,10 @@ class SegmentTable(NamedTuple):
     """Segments over T query rows, as tensors on the model's device.
 
     tiles [I, TILE_COLUMNS] int64: from `cut`. num_tiles [2] int64: how many are for `paged_attention` and, after these,
-    for `whole_attention`; the rest of tiles may hold anything.
+    for `wide_attention`; the rest of tiles may hold anything.
     page_tables [slots, N] int64: the pages of every slot's sequence in order; entries past ceil(kv_len / P) may hold
     anything. kv_slots [T] int64: where each row's own K and V go, page * P + offset. scratch: from `make_scratch`; None
-    where no tile is in parts. may_be_whole: whether there may be tiles of `whole_attention`.
+    where no tile is in parts. may_be_wide: whether there may be tiles of `wide_attention`.
     """
 
     tiles: torch.Tensor
@@ -53,55 +53,58 @@ class SegmentTable(NamedTuple):
     page_tables: torch.Tensor
     kv_slots: torch.Tensor
     scratch: Scratch | None = None
-    may_be_whole: bool = False
+    may_be_wide: bool = False
 
 
 class Cutting(NamedTuple):
     """How segments are cut: query rows of a tile, and how many tiles keep all processors busy.
 
-    A segment that holds all keys it attends to, and at least least_whole of them, is left to `whole_attention`, in
-    tiles of whole_rows; if whole_rows is 0, none is.
+    A segment is wide, and left to `wide_attention` in tiles of wide_rows, if it has at least least_wide rows and these
+    are all keys that it attends to, or the last of them and too many for `may_split`. If wide_rows is 0, none is.
     """
 
     rows: int
     enough: int
-    whole_rows: int = 0
-    least_whole: int = 1
+    wide_rows: int = 0
+    least_wide: int = 1
 
     @classmethod
     def of(cls, heads: int, kv_heads: int, device: torch.device) -> "Cutting":
         """What the kernel works best with."""
         return cls(max(1, BLOCK_M // (heads // kv_heads)), max(1, num_processors(device) // kv_heads))
 
-    def may_split(self, rows: int) -> bool:
-        """Whether a step of this many rows, padding included, may have tiles in parts."""
+    def may_split(self, rows: int | np.ndarray) -> bool | np.ndarray:
+        """Whether a step of this many rows, padding included, may have tiles in parts; of each number in an array."""
         return 2 * rows <= self.rows * self.enough
 
 
-def cut(slots: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
-    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64, those of whole segments
-    last.
+def cut(
+    slots: np.ndarray, starts: np.ndarray, rows: np.ndarray, kv_lens: np.ndarray, cutting: Cutting, padded_rows: int
+) -> np.ndarray:
+    """S segments, one after the other, each [S] int64 -> their tiles, [I, TILE_COLUMNS] int64, those of wide segments
+    last. starts: the position of a segment's first row.
 
     A tile belongs to one segment. If there are at most half as many tiles as processors, and padded_rows (the rows of
     the step after padding) allows it, tiles with many keys are split into parts.
     """
     segments = np.stack([rows.cumsum() - rows, rows, slots, kv_lens], axis=1)
-    is_whole = (rows == kv_lens) & (rows >= cutting.least_whole) & (cutting.whole_rows > 0)
-    tiles = _split(_tiles(segments[~is_whole], cutting.rows), cutting, padded_rows)
-    if not is_whole.any():
+    many = (rows >= cutting.least_wide) & ((starts == 0) | ~cutting.may_split(rows))
+    is_wide = (starts + rows == kv_lens) & many & (cutting.wide_rows > 0)
+    tiles = _split(_tiles(segments[~is_wide], cutting.rows), cutting, padded_rows)
+    if not is_wide.any():
         return tiles
-    whole = _tiles(segments[is_whole], cutting.whole_rows)
-    return np.concatenate([tiles, whole])
+    wide = _tiles(segments[is_wide], cutting.wide_rows)
+    return np.concatenate([tiles, wide])
 
 
 def count_tiles(tiles: np.ndarray) -> list[int]:
-    """How many of the tiles from `cut` are for `paged_attention`, and how many for `whole_attention`."""
-    whole = int((tiles[:, PARTS.value] == 0).sum())
-    return [len(tiles) - whole, whole]
+    """How many of the tiles from `cut` are for `paged_attention`, and how many for `wide_attention`."""
+    wide = int((tiles[:, PARTS.value] == 0).sum())
+    return [len(tiles) - wide, wide]
 
 
 def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
-    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, with PLACE as for whole segments."""
+    """segments [S, 4] int64: first row, rows, slot, keys -> their tiles, with PART and PLACE as for wide segments."""
     first, rows, slots, kv_lens = segments.T
     counts = -(-rows // rows_of_tile)
     segment = np.repeat(np.arange(len(rows)), counts)
@@ -111,6 +114,7 @@ def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
     tiles[:, STOP.value] = np.minimum(tiles[:, FIRST.value] + rows_of_tile, (first + rows)[segment])
     tiles[:, SLOT.value] = slots[segment]
     tiles[:, KV_LEN.value] = kv_lens[segment]
+    tiles[:, PART.value] = (kv_lens - rows)[segment]
     tiles[:, PLACE.value] = first[segment]
     return tiles
 
@@ -121,10 +125,7 @@ def _split(tiles: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
     most = min(cutting.enough // max(1, len(tiles)), MOST_PARTS) if cutting.may_split(padded_rows) else 1
     parts = np.where(kv_len > _UNSPLIT_KEYS, np.minimum(kv_len // _LEAST_KEYS, most), 1).clip(1)
     tiles[:, PARTS.value] = parts
-    place = parts.cumsum() - parts if most > 1 else np.zeros_like(parts)
-    tiles[:, PLACE.value] = place
-    if most < 2:
-        return tiles
+    tiles[:, PLACE.value] = place = parts.cumsum() - parts
     tiles = tiles.repeat(parts, axis=0)
     tiles[:, PART.value] = np.arange(len(tiles)) - place.repeat(parts)
     return tiles

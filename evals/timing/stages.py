@@ -36,7 +36,7 @@ QUANTIZING = "quantising rows"
 # that begin with a sum over ranks are counted as such.
 _STAGES = [
     ("_(skinny|fp8|hopper)_linear_kernel", PRODUCTS),
-    ("_(paged|whole)_attention_kernel", "attention"),
+    ("_(paged|wide)_attention_kernel", "attention"),
     ("_sum_(parts|rms_norm)_kernel|nccl", RANKS),
     ("_rms_norm_kernel", "norms"),
     ("_rope_store_kv_kernel", "RoPE + K/V store"),

@@ -101,7 +101,7 @@ def test_sizes_may_be_given_and_graphs_left_out(tmp_path):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_steps_with_whole_segments_have_graphs_of_their_own(tmp_path):
+def test_steps_with_wide_segments_have_graphs_of_their_own(tmp_path):
     """On GPUs where these have a kernel of their own: of 128 rows and more, among others, in every mode.
 
     A product of other rows beside its own may round otherwise, so in bfloat16 a few tokens may tip.

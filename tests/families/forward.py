@@ -16,9 +16,8 @@ def logits_of(model: Transformer, tokens: list[int], lengths: list[int] | None =
     device = model.wte.device
     pages = torch.arange(-(-T // page_size), device=device).flip(0)
     ends = np.cumsum(lengths)
-    tiles = torch.from_numpy(cut(np.zeros(len(ends), dtype=np.int64), np.array(lengths), ends, Cutting(T, 1), T)).to(
-        device
-    )
+    columns = np.zeros(len(ends), dtype=np.int64), ends - lengths, np.array(lengths), ends
+    tiles = torch.from_numpy(cut(*columns, Cutting(T, 1), T)).to(device)
     positions = torch.arange(T, device=device)
     table = SegmentTable(
         tiles=tiles,

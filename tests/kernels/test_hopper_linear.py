@@ -11,7 +11,7 @@ from blockinfer.kernels.hopper_linear import HopperTile, choose_fp8_tile, choose
 from blockinfer.kernels.quantize import FP8, QuantizedRows, QuantizedWeight
 from tests.kernels import test_fp8_linear
 from tests.kernels.test_linear import TOLERANCE, assert_near, draw
-from tests.kernels.test_whole_attention import hopper
+from tests.kernels.test_wide_attention import hopper
 
 TILES = [HopperTile(2, 128), HopperTile(3, 64), HopperTile(2, 64)]
 

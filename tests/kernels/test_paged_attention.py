@@ -44,7 +44,7 @@ def ragged(
         dense.append(kv.double())
     rows, kv_lens = (np.array(column) for column in zip(*sizes, strict=True))
     q = torch.randn(int(rows.sum()), heads, dim, generator=g, dtype=torch.float64).to(dtype)
-    tiles = cut(slots.numpy(), rows, kv_lens, cutting, padded_rows)
+    tiles = cut(slots.numpy(), np.zeros_like(rows), rows, kv_lens, cutting, padded_rows)
     lies = np.full((2, tiles.shape[1]), 2**40)
     scratch = make_scratch(cutting, heads, kv_heads, dim, device) if cutting.may_split(padded_rows) else None
     tensors = torch.from_numpy(np.concatenate([tiles, lies])), torch.tensor([len(tiles)]), page_tables
@@ -192,7 +192,7 @@ def test_a_cut_fills_the_gpu(monkeypatch):
     cutting = Cutting.of(32, 32, torch.device("cuda"))
 
     def parts(segments, rows, kv_len, padded_rows):
-        columns = (np.full(segments, value) for value in (0, rows, kv_len))
+        columns = (np.full(segments, value) for value in (0, kv_len - rows, rows, kv_len))
         return cut(*columns, cutting, padded_rows)[:, 5].tolist()
 
     assert parts(1, 32, 3200, 32) == [4] * 4 and parts(2, 32, 3200, 64) == [2] * 4
@@ -208,7 +208,8 @@ def test_a_cut_fills_the_gpu(monkeypatch):
 )
 def test_a_cut_covers_each_row_and_part_once(sizes, rows, enough, padded_rows):
     segments, kv_lens = (np.array(column) for column in zip(*sizes, strict=True))
-    tiles = cut(np.arange(len(sizes)) + 7, segments, kv_lens, Cutting(rows, enough), padded_rows)
+    slots, starts = np.arange(len(sizes)) + 7, kv_lens - segments
+    tiles = cut(slots, starts, segments, kv_lens, Cutting(rows, enough), padded_rows)
     assert tiles.shape[1] == TILE_COLUMNS.value
     covered, places = [], []
     for first, stop, slot, kv_len, part, parts, place in tiles.tolist():

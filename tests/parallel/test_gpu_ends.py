@@ -39,7 +39,7 @@ def test_graphs_end_before_the_communicator_that_they_captured(shared_folders, e
     """Also where somebody holds them, as an error's traceback does: NCCL would wait for ever."""
     llm = open_llm(shared_folders["dense"])
     runner = llm.engine.runner
-    for graphs in (runner._layers, runner._layers_with_whole, runner._reveal):
+    for graphs in (runner._layers, runner._layers_with_wide, runner._reveal):
         graphs._captured[10**9] = [Graph(ended)]
     if how == "close":
         llm.close()
