@@ -175,7 +175,8 @@ def test_a_text_follows_its_prompt_without_special_tokens(small):
 
 def test_a_call_draws_one_seed(small):
     first, second = (score(small, [PROMPT] * 2, [ANSWERS[-1]] * 2, mc_num=5) for _ in range(2))
-    assert first[0] == first[1] and first[0].seed != second[0].seed
+    assert first[0].seed == first[1].seed != second[0].seed
+    assert first[0].logprob == pytest.approx(first[1].logprob, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-3), ("bfloat16", 3.0)])
