@@ -31,7 +31,8 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions"), Refused(_NO_TOOLS, ([],))),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
     "function_call": Refused(_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_NO_TOOLS, (False,)),
+    # without tools neither asks for anything; OpenAI's default is true
+    "parallel_tool_calls": Refused(_NO_TOOLS, (True, False)),
     "web_search_options": Refused(_NO_TOOLS),
     "logit_bias": Refused(NO_PENALTY, ({},)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), Refused(NO_PENALTY, (0,))),

@@ -111,7 +111,7 @@ def test_max_completion_tokens_and_content_in_parts(expected, server):
     parts.append({"role": "user", "content": [{"type": "text", "text": "Héllo"}, {"type": "text", "text": " €"}]})
     options = extra(
         OPTIONS
-        | {"tools": [], "parallel_tool_calls": False, "n": 1, "top_p": 1.0, "logit_bias": {}}
+        | {"tools": [], "parallel_tool_calls": True, "n": 1, "top_p": 1.0, "logit_bias": {}, "bad_words": []}
         | {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}}
     )
     del options["max_tokens"]
