@@ -7,11 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from blockinfer import LLM, SamplingParams
 from blockinfer.decoding.modes import MODES
+from blockinfer.decoding.windows import MAX_OPEN_BLOCKS
 from blockinfer.engine.page_pool import PagePool
 from blockinfer.engine.scheduler import Scheduler
 from blockinfer.engine.sequence import Sequence
-from blockinfer.sampling_params import SamplingParams
+from tests.checkpoints import write_checkpoint
 from tests.engine.blocks import finish_block
 
 NUM_PAGES, PAGE_SIZE, MAX_SEQS, MAX_LEN = 12, 4, 4, 40
@@ -286,3 +288,26 @@ def test_sequences_sit_out_where_more_blocks_are_open_than_a_step_takes(llm, mon
     assert 4 < max(blocks) <= 8 and any(sat_out)
     assert [o.outputs for o in together] == [o.outputs for o in alone]
     assert [o.metrics.nfe for o in together] == [o.metrics.nfe for o in alone]
+
+
+def test_so_many_blocks_of_a_request_are_open_at_once():
+    """Then the next one opens in the step that finishes one."""
+    sequence = make(0, max_tokens=600, block_length=2, block_add_threshold=0.0, unmasking="threshold")
+    for _ in range(200):
+        sequence.advance([2] * len(sequence.window), [None] * 2 * len(sequence.window))
+    assert len(sequence.window) == MAX_OPEN_BLOCKS and sequence.block_end == 5 + 2 * MAX_OPEN_BLOCKS
+    token_ids = [7, 7] + [None] * 2 * (MAX_OPEN_BLOCKS - 1)
+    sequence.finish(token_ids, sequence.advance([0] + [2] * (MAX_OPEN_BLOCKS - 1), token_ids))
+    assert (sequence.block_start, sequence.block_end) == (5 + 2, 5 + 2 * MAX_OPEN_BLOCKS + 2)
+
+
+def test_a_step_of_one_request_takes_as_many(tmp_path):
+    params = SamplingParams(max_tokens=630, block_length=3, block_add_threshold=0.0, ignore_eos=True)
+    folder = write_checkpoint(tmp_path, n_layers=1, max_sequence_length=1024)
+    with LLM(folder, device="cpu", dtype="float64", max_num_seqs=1) as llm:
+        llm.engine.add_request([1], params)
+        blocks, outputs = [], []
+        while not outputs and len(blocks) < 700:
+            outputs = llm.engine.step()
+            blocks += [len(sequence.window) for sequence in llm.engine.scheduler.running]
+    assert max(blocks) == MAX_OPEN_BLOCKS and len(outputs[0].outputs[0].token_ids) == 630
