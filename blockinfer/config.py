@@ -101,6 +101,12 @@ class EngineConfig:
         )
 
     def _mask_token_id(self, model: ModelConfig, tokenizer_mask_id: int | None) -> int:
+        named = {model.mask_token_id, tokenizer_mask_id} - {None}
+        if self.mask_token_id is None and len(named) > 1:
+            raise ValueError(
+                f"the config's mask_token_id={model.mask_token_id} is not the tokenizer's mask token, which is "
+                f"{tokenizer_mask_id}; pass mask_token_id to say which it is"
+            )
         for mask_id in (self.mask_token_id, model.mask_token_id, tokenizer_mask_id, model.usual_mask_token_id):
             if mask_id is not None:
                 if mask_id >= model.embedding_size:

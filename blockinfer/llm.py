@@ -55,7 +55,7 @@ class LLM:
         may then also name a published shape: "llada-8b", "illada-8b", "llada-moe-7b", "llada2-mini".
     tokenizer: another folder or Hub name for it. Without a tokenizer prompts are token ids, and outputs have no text.
     revision: the Hub revision of the model; a local folder and a shape have none.
-    mask_token_id: overrides the config's and the tokenizer's.
+    mask_token_id: overrides the config's and the tokenizer's, which must agree without it.
     max_model_len: limit of prompt and max_tokens together; at most the config's, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; by default 8192, or
         max_model_len if that is more.

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockinfer import LLM, SamplingParams
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 
 PARAMS = SamplingParams(max_tokens=8, block_length=8, ignore_eos=True)
 
@@ -68,6 +68,27 @@ def test_the_mask_id_comes_from_the_argument_then_the_config(tmp_path):
     folder = write_checkpoint(tmp_path)
     with LLM(folder, device="cpu") as llm:
         assert llm.config.mask_token_id == json.loads((folder / "config.json").read_text())["mask_token_id"]
+    with LLM(folder, device="cpu", mask_token_id=3) as llm:
+        assert llm.config.mask_token_id == 3
+
+
+def test_the_mask_id_of_the_tokenizer(tmp_path):
+    """It counts where the config names none; a config that names another is refused."""
+    folder = write_checkpoint(tmp_path)
+    own = write_tokenizer(folder)["<|mdm_mask|>"]
+
+    def name(file, **named):
+        content = json.loads((folder / file).read_text()) | named
+        (folder / file).write_text(json.dumps(content))
+
+    name("tokenizer_config.json", mask_token="<|mdm_mask|>")
+    for named in (own, None):
+        name("config.json", mask_token_id=named)
+        with LLM(folder, device="cpu") as llm:
+            assert llm.config.mask_token_id == own
+    name("config.json", mask_token_id=3)
+    with pytest.raises(ValueError, match=f"mask_token_id=3 is not the tokenizer's mask token, which is {own}; pass"):
+        LLM(folder, device="cpu")
     with LLM(folder, device="cpu", mask_token_id=3) as llm:
         assert llm.config.mask_token_id == 3
 
