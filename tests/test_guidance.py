@@ -227,11 +227,12 @@ def test_a_span_ends_at_its_own_stop(small):
 
 
 def test_what_is_no_masked_span_stays(small):
-    """In a plain string braces are text, and a mask token among ids is a token."""
+    """In a plain string braces are text, as words in braces are everywhere, and a mask token among ids is a token."""
     params = SamplingParams(mode="vanilla", max_tokens=4, block_length=4, ignore_eos=True)
     (text,) = small.generate("a{fill:3}b", params, use_tqdm=False)
     (ids,) = small.generate({"prompt_token_ids": [1, MASK, 2]}, params, use_tqdm=False)
-    assert text.outputs[0].infilled is ids.outputs[0].infilled is None
+    (words,) = small.generate({"prompt": "a{fill:none}b{fill:#000}"}, params, use_tqdm=False)
+    assert text.outputs[0].infilled is ids.outputs[0].infilled is words.outputs[0].infilled is None
     assert len(text.outputs[0].token_ids) == len(ids.outputs[0].token_ids) == 4
 
 
@@ -249,7 +250,14 @@ def test_what_is_no_masked_span_stays(small):
             {"mode": "vanilla", "max_tokens": 8},
             "spans have 9 positions, more than max_tokens=8",
         ),
-        ({"prompt": "a{fill:0}"}, {"mode": "vanilla"}, "a masked span has at least 1 position"),
+        *(
+            (
+                {"prompt": f"a{{fill:3}}b{wrong}"},
+                {"mode": "vanilla"},
+                f"written as {{fill:32}}, .*, got '{wrong}'; if it",
+            )
+            for wrong in ("{fill:0}", "{fill:}", "{fill:-3}", "{fill: 3}", "{fill:3.0}", "{fill:03}", "{fill:1000000}")
+        ),
         ({"prompt": "a{fill:999}"}, {"mode": "vanilla", "max_tokens": 999}, "tokens are more than max_model_len=256"),
         ({"prompt": "ab", "infill": True}, {"mode": "vanilla"}, "the text has none: write it as {fill:32}"),
         ({"prompt_token_ids": [1, 2], "infill": True}, {}, "needs the mask token 57 among the ids"),

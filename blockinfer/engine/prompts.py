@@ -8,7 +8,9 @@ from blockinfer.checks import check_bool, shown
 
 Prompt = str | list[int] | dict[str, Any]
 
-_SPAN = re.compile(r"\{fill:([0-9]{1,9})\}")
+_SPAN = re.compile(r"\{fill:([1-9][0-9]{0,5})\}")
+# Also one whose number is missing, out of range or not an integer. Words are text: CSS has {fill:none}.
+_MARKER = re.compile(r"\{fill:\s*(?:[-+]?\d[\d\s.,_]*)?\}")
 _KEYS = ("prompt", "prompt_token_ids", "infill")
 
 
@@ -44,6 +46,8 @@ class PromptReader:
         if "prompt_token_ids" in prompt:
             token_ids = self._checked(prompt["prompt_token_ids"])
             return self._infilled(text, token_ids) if infill else ReadPrompt(text, token_ids, None)
+        if text is not None:
+            _check_spans(text)
         if text is None or not _SPAN.search(text):
             if infill:
                 raise ValueError('"infill" needs a masked span, and the text has none: write it as {fill:32}')
@@ -70,8 +74,6 @@ class PromptReader:
         for i, part in enumerate(_SPAN.split(text)):
             if i % 2 == 0:
                 tokens += self._encode(part, add_special_tokens=i == 0)
-            elif int(part) == 0:
-                raise ValueError("a masked span has at least 1 position, got {fill:0}")
             else:
                 tokens += [None] * int(part)
         return ReadPrompt(text, [self._mask_token_id if token is None else token for token in tokens], tokens)
@@ -91,3 +93,13 @@ class PromptReader:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < limit:
                 raise ValueError(f"{name} token {i} must be an integer from 0 to {limit - 1}, got {shown(token_id)}")
         return list(token_ids)
+
+
+def _check_spans(text: str) -> None:
+    """Raises ValueError for a masked span without a proper number of positions."""
+    wrong = next((marker for marker in _MARKER.findall(text) if not _SPAN.fullmatch(marker)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"a masked span is written as {{fill:32}}, with 1 to 999999 positions, got {shown(wrong)}; if it is text, "
+            "pass the prompt as a plain string"
+        )
