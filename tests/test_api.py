@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 import weakref
 
 import pytest
@@ -222,6 +223,20 @@ def test_metrics_add_up(llm):
     metrics = generate(llm, [1, 2, 3])[0].metrics
     assert 0 <= metrics.queued_seconds <= metrics.first_block_seconds <= metrics.total_seconds
     assert metrics.nfe == metrics.denoising_steps == 12
+
+
+def test_times_are_of_the_first_forward_and_of_the_first_block_s_end(llm):
+    """Between the times before and after the step in question; blocks are of four steps."""
+    times = [time.perf_counter()]
+    llm.engine.add_request([1, 2, 3], GREEDY)
+    outputs = []
+    while not outputs:
+        times.append(time.perf_counter())
+        outputs = llm.engine.step()
+    metrics, (start, added, *later) = outputs[0].metrics, times
+    assert metrics.queued_seconds <= later[0] - start
+    assert later[2] - added <= metrics.first_block_seconds <= later[3] - start
+    assert metrics.total_seconds >= later[-1] - added
 
 
 def test_options_of_a_rule_are_resolved_on_use_and_never_written_back():
