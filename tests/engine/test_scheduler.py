@@ -218,6 +218,11 @@ def test_each_is_left_out_in_turn():
         for sequence, _ in scheduled:
             sequence.ran(forward)
     assert all(len(out) == 1 for out in left_out) and len(set.union(*left_out)) == 17
+    # those that have just come are the last in turn
+    for request_id in (17, 18):
+        scheduler.add(make(request_id, 1, mode="vanilla", max_tokens=4))
+    ran = {entry.sequence.request_id for entry in scheduler.schedule()}
+    assert len(ran) == 18 and ran >= {17, 18}
 
 
 @pytest.mark.parametrize("limit, expected", [(60, [False, True, True]), (40, [False] * 3)])
