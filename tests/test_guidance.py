@@ -102,6 +102,23 @@ def test_padding_changes_nothing(small, monkeypatch):
     assert [s.logprob for s in scores] == pytest.approx([s.logprob for s in expected[1]], abs=1e-9)
 
 
+def test_a_row_without_guidance_has_no_shadow_s(folder, small):
+    """At the end of a step as large as they may be, there is no row where a shadow's would be."""
+    options = dict(mode="vanilla", max_tokens=8, block_length=8, denoising_steps=1, ignore_eos=True)
+    prompts, params = [[1], [2] * 100], [SamplingParams(**options, cfg_scale=1.0), SamplingParams(**options)]
+    expected = [o.outputs for o in small.generate(prompts, params, use_tqdm=False)]
+    with LLM(folder, device="cpu", dtype="float64", max_model_len=128, max_num_batched_tokens=128) as llm:
+        assert [o.outputs for o in llm.generate(prompts, params, use_tqdm=False)] == expected
+        for length, scale in ((8, 1.0), (110, 0.0)):
+            last = length - 1
+            read = [[(last, 3)]]
+            llm.engine.add_scoring([1] * length, range(last, length), [(last,)], read, ScoringParams(cfg_scale=scale))
+        outputs = []
+        while llm.engine.has_unfinished():
+            outputs += llm.engine.step()
+        assert llm.stats.forwards == 2 and len(outputs) == 2
+
+
 @pytest.mark.parametrize("slots, pages", [(2, 99), (3, 99), (9, 9)])
 def test_neither_slots_nor_pages_change_guided_answers(folder, small, slots, pages):
     """Shadows are preempted and share prompts with their requests."""

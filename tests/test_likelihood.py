@@ -298,6 +298,12 @@ def test_longer_candidates_are_scored(small):
     assert output.probabilities == pytest.approx([w / sum(weights) for w in weights])
 
 
+def test_choices_whose_own_probabilities_are_0_in_floating_point(small):
+    candidates = [[5] * 220, [9] * 220]
+    (output,) = small.choose([1], candidates, ScoringParams(mc_num=2, seed=0), use_tqdm=False)
+    assert math.exp(max(output.logprobs)) == 0 and math.fsum(output.probabilities) == pytest.approx(1)
+
+
 def test_choices_of_each_prompt_and_as_text(small):
     outputs = small.choose(["ab", "cd"], [["x", "y"], ["z", "x", "y"]], use_tqdm=False)
     assert [len(o.choices) for o in outputs] == [2, 3]
