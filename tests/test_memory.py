@@ -84,6 +84,16 @@ def test_the_default_cache_takes_half_of_what_weights_leave(tmp_path, monkeypatc
             memory.num_pages(llm.model_config, llm.config, 2 * page - 1)
 
 
+def test_the_default_cache_of_a_gpu_leaves_room_for_a_step(llm):
+    """90 % of what weights leave, less a layer's rows at their peak and the columns of the LM head."""
+    model = llm.model_config
+    config = dataclasses.replace(llm.config, device=torch.device("cuda"), max_num_seqs=10**6)
+    step = 8192 * (3 * model.mlp_hidden_size + 10 * model.d_model) * config.dtype.itemsize + 300 * 3 * 1024
+    assert memory.num_pages(model, config, GB) == (9 * GB // 10 - step) // memory.page_bytes(model, config)
+    with pytest.raises(ValueError, match="a KV cache of 0 bytes holds no page"):
+        memory.num_pages(model, config, step)
+
+
 SMALL = {
     "llada-8b": {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48}
     | {"vocab_size": 61, "embedding_size": 61, "eos_token_id": 1, "mask_token_id": 2},
