@@ -90,6 +90,11 @@ class EngineConfig:
                 f"max_num_batched_tokens={batched} must be at least max_model_len={max_model_len}: "
                 "a step of one request is never split over forwards"
             )
+        beyond = [size for size in self.cudagraph_capture_sizes or () if size > batched]
+        if beyond:
+            raise ValueError(
+                f"cudagraph_capture_sizes {shown(beyond)} are more rows than max_num_batched_tokens={batched}"
+            )
         return dataclasses.replace(
             self,
             dtype=dtype,

@@ -22,10 +22,11 @@ MAX_GRAPH_ROWS = 2048
 
 
 def default_sizes(largest: int) -> list[int]:
-    """8, 16, ..., 64, 80, ..., 128, 160, ..., 512, 576, ..., 1024, 1152, ... as far as `largest` needs them."""
+    """8, 16, ..., 64, 80, ..., 128, 160, ..., 512, 576, ..., 1024, 1152, ... up to the first that is no less than
+    `largest`: no more than whole tiles, for which `ModelRunner` has memory."""
     sizes = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32), *range(512, 1024, 64)]
     sizes += range(1024, MAX_GRAPH_ROWS + 1, ROW_TILE)
-    return [size for size in sizes if size < largest + ROW_TILE]
+    return sizes[: bisect_left(sizes, largest) + 1]
 
 
 class StepGraphs:

@@ -8,18 +8,20 @@ import torch
 from blockinfer import LLM, SamplingParams, ScoringParams
 from blockinfer.decoding.modes import MODES
 from blockinfer.decoding.unmasking import RULES
-from blockinfer.engine.graphs import MAX_GRAPH_ROWS, StepGraphs, default_sizes
+from blockinfer.engine.graphs import MAX_GRAPH_ROWS, ROW_TILE, StepGraphs, default_sizes
 from blockinfer.kernels.backend import num_compiled_kernels
 from tests.checkpoints import write_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("largest", [1, 8, 100, 512, 2047, 2048, 8192])
+@pytest.mark.parametrize("largest", [1, 8, 100, 128, 129, 512, 600, 2047, 2048, 8192])
 def test_sizes_are_few_and_near(largest):
     sizes = default_sizes(largest)
     assert sizes == sorted(set(sizes)) and len(sizes) <= 40
     assert min(largest, MAX_GRAPH_ROWS) <= sizes[-1] <= MAX_GRAPH_ROWS
+    # only the last is more than can be needed, and no more than whole tiles, for which there is memory
+    assert all(size < largest for size in sizes[:-1]) and sizes[-1] <= -(-largest // ROW_TILE) * ROW_TILE
     graphs = StepGraphs(lambda size, cut: None, sizes)
     for rows in range(1, min(largest, MAX_GRAPH_ROWS) + 1):
         assert graphs.padded(rows) in sizes
@@ -38,6 +40,17 @@ def test_what_was_not_captured_runs_plainly_in_whole_tiles():
     graphs(256)
     assert called == [256]
     assert [StepGraphs(function, []).padded(size) for size in (1, 9, 300)] == [1, 9, 300]
+
+
+@pytest.mark.parametrize("largest", [64, 128, 512])
+def test_there_is_memory_for_every_size(tmp_path, largest):
+    with LLM(write_checkpoint(tmp_path), device="cpu", max_model_len=64, max_num_batched_tokens=largest) as llm:
+        llm.generate([1], SamplingParams(max_tokens=1), use_tqdm=False)
+        runner = llm.engine.runner
+        with torch.inference_mode():
+            for size in default_sizes(largest):
+                runner._run_layers(size)
+                runner._run_reveal(size)
 
 
 def requests():
@@ -89,14 +102,15 @@ def test_sizes_may_be_given_and_graphs_left_out(tmp_path):
     for name, options in (
         ("few", {"cudagraph_capture_sizes": [4, 40]}),
         ("none", {"enforce_eager": True}),
+        ("small", {"max_model_len": 60, "max_num_batched_tokens": 100}),
         ("all", {}),
     ):
         with LLM(folder, device="cuda", dtype="float32", **options) as llm:
             params = SamplingParams(max_tokens=24, block_length=8, ignore_eos=True)
             made[name] = [o.outputs for o in llm.generate([[1, 2, 3], [4] * 30], params, use_tqdm=False)]
-            graphs = {"few": 4, "none": 0, "all": 2 * len(default_sizes(8192))}
+            graphs = {"few": 4, "none": 0, "small": 2 * len(default_sizes(100)), "all": 2 * len(default_sizes(8192))}
             assert llm.stats.graphs == graphs[name]
-    assert made["few"] == made["none"] == made["all"]
+    assert made["few"] == made["none"] == made["small"] == made["all"]
 
 
 @pytest.mark.gpu
@@ -130,6 +144,7 @@ def test_steps_with_wide_segments_have_graphs_of_their_own(tmp_path):
         ({"cudagraph_capture_sizes": 10**5000}, "must be a list of numbers of rows, got something of type int"),
         ({"cudagraph_capture_sizes": [8, 0]}, "every one of cudagraph_capture_sizes must be at least 1, got 0"),
         ({"cudagraph_capture_sizes": [8], "enforce_eager": True}, "leave one of them out"),
+        ({"cudagraph_capture_sizes": [8, 8193]}, r"sizes \[8193\] are more rows than max_num_batched_tokens=8192"),
     ],
 )
 def test_options_that_do_not_fit(checkpoint, options, message):
