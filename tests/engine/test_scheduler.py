@@ -158,6 +158,29 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert scheduled[-1].plan.segments == [(0, 4, 4), (4, 8, 8), (8, 12, 12)]
 
 
+def test_guided_ones_give_back_all_that_they_and_their_shadows_had():
+    """One ends, one is preempted and waits."""
+    pool = PagePool(11, 4)
+    scheduler = Scheduler(pool, max_num_seqs=6, max_num_batched_tokens=100)
+    first, second, third = (make(i, 4, cfg_scale=1.0) for i in range(3))
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduled = scheduler.schedule()  # 2 pages each, and as many of the shadow
+    assert [entry.plan.rows for entry in scheduled] == [16, 16] and pool.num_free == 3
+    for entry in scheduled:
+        entry.sequence.ran(1)
+        finish_block(entry.sequence, 0)
+    scheduler.add(third)
+    assert [sequence for sequence, _ in scheduler.schedule()] == [first]  # 6 pages, and the second one wants 6 too
+    assert (second.slot, second.shadow_slot, second.pages, second.shadow_pages) == (None, None, [], [])
+    assert pool.num_free == 5
+    for sequence in (first, second, third):
+        scheduler.release(sequence)
+    for i in range(3, 9):
+        scheduler.add(make(i, 1, max_tokens=3))
+    assert sorted(sequence.slot for sequence, _ in scheduler.schedule()) == list(range(6)) and pool.num_free == 5
+
+
 def test_a_long_queue_is_aborted_from_its_back():
     """Nobody looks for a request in the queue: 40,000 took 8 s so, and take 5 ms."""
     scheduler = Scheduler(PagePool(6, 4), max_num_seqs=4, max_num_batched_tokens=100)

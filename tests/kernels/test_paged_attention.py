@@ -189,14 +189,16 @@ def test_page_numbers_beyond_32_bits(device):
 def test_a_cut_fills_the_gpu(monkeypatch):
     """Few segments of many keys are split, and a full batch, a short context or a step padded to many rows is not."""
     monkeypatch.setattr("blockinfer.kernels.segments.num_processors", lambda device: 132)
-    cutting = Cutting.of(32, 32, torch.device("cuda"))
+    cutting, grouped = (Cutting.of(32, kv_heads, torch.device("cuda")) for kv_heads in (32, 8))
 
-    def parts(segments, rows, kv_len, padded_rows):
+    def parts(segments, rows, kv_len, padded_rows, cutting=cutting):
         columns = (np.full(segments, value) for value in (0, kv_len - rows, rows, kv_len))
         return cut(*columns, cutting, padded_rows)[:, 5].tolist()
 
     assert parts(1, 32, 3200, 32) == [4] * 4 and parts(2, 32, 3200, 64) == [2] * 4
-    assert parts(1, 32, 160, 32) == [1] and parts(1, 32, 3200, 256) == [1]
+    assert parts(1, 32, 160, 32) == parts(1, 32, 256, 32) == parts(1, 32, 3200, 256) == [1]
+    # a part has at least 64 keys
+    assert parts(1, 32, 257, 32) == [4] * 4 and parts(1, 8, 383, 8, grouped) == [5] * 5
     assert parts(32, 32, 4096, 1024) == [1] * 32 and parts(64, 1, 64, 64) == [1] * 64
 
 
