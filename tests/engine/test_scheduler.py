@@ -329,6 +329,18 @@ def test_so_many_blocks_of_a_request_are_open_at_once():
     assert (sequence.block_start, sequence.block_end) == (5 + 2, 5 + 2 * MAX_OPEN_BLOCKS + 2)
 
 
+@pytest.mark.parametrize(
+    "token_ids, final",
+    [([7, 9, None, 7], 2), ([7, 7, 9, None], 3), ([9, 7, 7, 7], 1), ([7, None, 9, 7], 0), ([7, 7, None, 9], 2)],
+)
+def test_what_is_final_of_open_blocks_ends_with_a_stop_token(token_ids, final):
+    """Unless a mask is before it: then the blocks before that mask are final."""
+    sequence = make(0, block_length=2, block_add_threshold=0.0, unmasking="threshold")
+    sequence.stop_token_ids = frozenset({9})
+    sequence.advance([2], [None, None])
+    assert sequence.advance([token_ids[:2].count(None), token_ids[2:].count(None)], token_ids) == final
+
+
 def test_a_step_of_one_request_takes_as_many(tmp_path):
     params = SamplingParams(max_tokens=630, block_length=3, block_add_threshold=0.0, ignore_eos=True)
     folder = write_checkpoint(tmp_path, n_layers=1, max_sequence_length=1024)
