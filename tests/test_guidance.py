@@ -154,7 +154,7 @@ def test_guided_logprobs_are_those_of_the_guided_logits(small, reference):
 def test_what_guidance_needs_is_told(folder, options, message):
     with LLM(folder, device="cpu", dtype="float64", **options) as llm:
         with pytest.raises(ValueError, match=message):
-            llm.generate([1] * 100, SamplingParams(max_tokens=50, cfg_scale=1.0))
+            llm.engine.add_request([1] * 100, SamplingParams(max_tokens=50, cfg_scale=1.0))
 
 
 # --- infilling ---
