@@ -181,6 +181,19 @@ def test_guided_ones_give_back_all_that_they_and_their_shadows_had():
     assert sorted(sequence.slot for sequence, _ in scheduler.schedule()) == list(range(6)) and pool.num_free == 5
 
 
+def test_guided_answers_share_two_prompts():
+    """That of the request and its shadow's: the second answer needs a page of its own for each."""
+    pool = PagePool(8, 4)
+    scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=100)
+    first = make(0, 8, siblings=[], max_tokens=4, cfg_scale=1.0)
+    second = make(1, 8, siblings=first.siblings, max_tokens=4, cfg_scale=1.0)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    assert [sequence for sequence, _ in scheduler.schedule()] == [first, second] and pool.num_free == 0
+    assert (first.pages[:2], first.shadow_pages[:2]) == (second.pages[:2], second.shadow_pages[:2])
+    assert len({*first.pages, *first.shadow_pages, *second.pages, *second.shadow_pages}) == 8
+
+
 def test_a_long_queue_is_aborted_from_its_back():
     """Nobody looks for a request in the queue: 40,000 took 8 s so, and take 5 ms."""
     scheduler = Scheduler(PagePool(6, 4), max_num_seqs=4, max_num_batched_tokens=100)
