@@ -67,8 +67,9 @@ class LLM:
         and WORLD_SIZE, started the ranks, every tensor_parallel_size consecutive ranks share a model: the first
         continues the script; the others serve it here until it ends, and then raise SystemExit.
     enforce_eager: launches kernels one by one instead of as CUDA graphs: slower steps, but a faster load.
-    cudagraph_capture_sizes: numbers of rows, and of masked rows, for which a graph is captured while loading; by
-        default about 40 up to 2,048. A step is padded to the next size. Neither option has an effect on a CPU.
+    cudagraph_capture_sizes: numbers of rows, and of masked rows, for which a graph is captured while loading; none may
+        exceed max_num_batched_tokens. By default about 40 up to 2,048. A step is padded to the next size. Neither
+        option has an effect on a CPU.
     seed: seeds the random seeds of requests without one, and dummy weights (for which None is 0).
 
     Raises ValueError for an option out of range, for a checkpoint that is broken or not implemented, and for a model
