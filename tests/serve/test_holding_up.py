@@ -103,7 +103,7 @@ def test_a_full_queue_says_so(serve, gate):
     async def main():
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             tasks = [asyncio.create_task(client.post("/v1/completions", json=SHORT)) for _ in range(6)]
-            while server.service.in_flight < 6:
+            while server.service.in_flight < 6 and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.002)
             refused = await client.post("/v1/completions", json=SHORT)
             bad = await client.post("/v1/completions", json=SHORT | {"seed": -1})
