@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from blockinfer import SamplingParams
+from blockinfer.serve.errors import ApiError
 from tests.serve.conftest import MODEL, until
 
 LONG = {"model": MODEL, "prompt": "Hello", "max_tokens": 200, "block_length": 2, "ignore_eos": True}
@@ -117,6 +118,19 @@ def test_a_full_queue_says_so(serve, gate):
     assert refused.json()["error"]["message"] == "the queue is full: 6 answers run and wait, at most 6 may"
     assert bad.status_code == 400, "a bad request is told that it is, however full the queue"
     assert [a.status_code for a in done] == [200] * 6 and later.status_code == 200
+
+
+def test_each_answer_of_a_request_takes_a_place(serve):
+    """Of four that run and two that wait."""
+    service = serve(max_queue=2).service
+    service.admit(6).close()
+    with pytest.raises(ApiError, match="7 answers at once are more than the 6 that may run and wait"):
+        service.admit(7)
+    job = service.admit(4)
+    with pytest.raises(ApiError, match="the queue is full: 4 answers run and wait, at most 6 may"):
+        service.admit(3)
+    service.admit(2).close()
+    job.close()
 
 
 def test_the_openai_client_comes_again(serve, gate):
