@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from blockinfer.decoding.unmasking import RULES
 from blockinfer.engine.resident import Plan
 from blockinfer.engine.scheduler import ScheduledSequence
 from blockinfer.engine.sequence import Sequence
+from blockinfer.kernels.segments import PART, Cutting
+from blockinfer.kernels.wide_attention import wide_attention
 
 
 def requests(count, seed=2):
@@ -65,6 +68,21 @@ def test_preemption_and_sitting_out_change_no_tokens(checkpoint, alone, page_siz
     preempted = [(a, b) for a, b in zip(together, alone, strict=True) if a.metrics.preemptions]
     assert all(a.metrics.denoising_steps == b.metrics.denoising_steps for a, b in preempted)
     assert any(a.metrics.nfe > b.metrics.nfe for a, b in preempted)
+
+
+def test_it_does_not_matter_which_attention_serves_a_segment(llm, alone, monkeypatch):
+    """Wide ones, which are the last of their keys: all such segments, or only those that are all of them."""
+    served = []
+
+    def count(qk, v, kv_pages, table, out):
+        paged, wide = table.num_tiles.tolist()
+        served.append(int((table.tiles[paged : paged + wide, PART.value] > 0).sum()))
+        wide_attention(qk, v, kv_pages, table, out)
+
+    monkeypatch.setattr("blockinfer.kernels.attention.wide_attention", count)
+    monkeypatch.setattr(Cutting, "may_split", lambda self, rows: np.zeros_like(rows, dtype=bool))
+    assert tokens(llm.generate(*requests(60), use_tqdm=False)) == tokens(alone)
+    assert max(served) >= 3
 
 
 @pytest.mark.parametrize("mode", ["block", "block_refresh"])

@@ -132,7 +132,7 @@ class ModelRunner:
         of_model = head_dim, self.config.page_size, self.config.dtype, self.device
         if not runs_triton(self.kv_pages):
             # the PyTorch twin processes a segment at once
-            return with_wide(Cutting(self.config.max_num_batched_tokens, 0), *of_model), None
+            return with_wide(Cutting(self.config.max_num_batched_tokens, 1), *of_model), None
         cutting = with_wide(Cutting.of(*heads, self.device), *of_model)
         return cutting, make_scratch(cutting, *heads, head_dim, self.device)
 

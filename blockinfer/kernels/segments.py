@@ -121,8 +121,11 @@ def _tiles(segments: np.ndarray, rows_of_tile: int) -> np.ndarray:
 
 def _split(tiles: np.ndarray, cutting: Cutting, padded_rows: int) -> np.ndarray:
     """Tiles of `paged_attention`, in parts where that helps."""
-    kv_len = tiles[:, KV_LEN.value]
     most = min(cutting.enough // max(1, len(tiles)), MOST_PARTS) if cutting.may_split(padded_rows) else 1
+    if most < 2:
+        tiles[:, PART.value], tiles[:, PARTS.value] = 0, 1
+        return tiles
+    kv_len = tiles[:, KV_LEN.value]
     parts = np.where(kv_len > _UNSPLIT_KEYS, np.minimum(kv_len // _LEAST_KEYS, most), 1).clip(1)
     tiles[:, PARTS.value] = parts
     tiles[:, PLACE.value] = place = parts.cumsum() - parts
