@@ -65,7 +65,8 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 def begin(PDL: tl.constexpr):
     """Lets the next kernel be launched, and waits until the one before has ended and its writes are seen.
 
-    Every program calls it before it reads or writes memory, so that kernels still act one after the other.
+    Every program calls it before it reads or writes memory, so that kernels still act one after the other. One without
+    work need not: also through a kernel that ended early, the next one waits for all before (seen on an H200).
     """
     launch_next(PDL)
     wait_for_last(PDL)
