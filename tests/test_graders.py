@@ -487,3 +487,45 @@ def test_a_decimal_that_was_rounded_has_six_places(gold, value, equal):
 )
 def test_another_number_after_words_is_another_answer(text, right):
     assert is_right(row("gsm8k", "10"), text) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("57500", "The answer is \\$57{,}500."),
+        ("57500", "\\boxed{57,\\!500}"),
+        ("57500", "The answer is $57\\,500$."),
+        ("57500", "He sold it for $57.5k."),
+        ("1500000", "The answer is $1.5M."),
+        ("2.5", "The answer is $2\\frac{1}{2}$ hours."),
+        ("2.5", "\\boxed{2\\frac12}"),
+        ("-5", "The answer is negative 5."),
+        ("-5", "The answer is minus 5 degrees."),
+    ],
+)
+def test_a_number_has_many_spellings(answer, text):
+    assert is_right(row("gsm8k", answer), text)
+    assert not is_right(row("gsm8k", "5"), text)
+
+
+def test_a_variable_is_no_thousand():
+    assert is_right(row("gsm8k", "15"), "With $k = 5$ the answer is $3k = 15$.")
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "other"),
+    [
+        ("3, 5, 7", "\\boxed{3, 5, \\text{ and } 7}", "3, 5, 8"),
+        ("3, 5, 7", "The values are 3, 5, and 7.", "3, 5"),
+        ("-5, 5", "\\[\\boxed{-5} \\text{ and } \\boxed{5}\\]", "5"),
+        ("[3,4]", "\\boxed{3 \\le x \\le 4}", "[3,4)"),
+        ("(-\\infty,3)", "\\boxed{x < 3}", "(-\\infty,3]"),
+        ("\\frac{1}{3}", "\\boxed{0.\\overline{3}}", "\\frac{3}{10}"),
+        ("-\\frac{61}{495}", "\\boxed{-0.1\\overline{23}}", "\\frac{61}{495}"),
+        ("6 - 5i", "\\boxed{6-5\\mathrm{i}}", "1"),
+        ("6", "Thus the minimum value is $6$, attained when $x = 2$.", "2"),
+    ],
+)
+def test_mathematics_has_many_spellings(gold, text, other):
+    assert is_right(row("math500", gold), text)
+    assert not is_right(row("math500", other), text)

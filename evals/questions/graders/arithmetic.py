@@ -15,6 +15,13 @@ _WORD = {
 SCALE = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 
 _TEX = [
+    (re.compile(r"(?<=\d)(?:\{,\}|,?\s*\\[,!]\s*)(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?<![\d/.^}])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r"(\1+\2/\3)"),
+    (
+        re.compile(r"([$£€]\s?\d+(?:\.\d+)?)([kM])(?=[.,;!*]*(?:\s+[a-z]|\s*\Z))"),
+        lambda m: m[1] + {"k": " thousand", "M": " million"}[m[2]],
+    ),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"(\1)/(\2)"),
     (
         re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|textrm|boldsymbol|textsf)\s*\{([^{}]*)\}"),
@@ -24,8 +31,9 @@ _TEX = [
     (re.compile(r"\\div\b|÷"), "/"),
     (re.compile(r"\\(?:approx|quad|qquad|left|right|displaystyle|implies|therefore|Rightarrow)\b|\\[,;:! ]|[{}]"), " "),
     (re.compile(r"\\[()\[\]]|\\(?=[$%#&])|[$£€¥₹]|\bUS(?=\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s*-?\d)"), ""),
-    (re.compile(r"(?<=\d)\s*,\s?(?=\d{3}(?!\d))(?<=\d,)|(?<=\d)\{,\}(?=\d{3})"), ""),
+    (re.compile(r"(?<=\d)\s*,\s?(?=\d{3}(?!\d))(?<=\d,)"), ""),
     (re.compile(r"½"), " 1/2"),
+    (re.compile(r"(?:\bnegative|\A\s*minus)\s+(?=\d)", re.I), "-"),
     (re.compile(r"(\d+) dollars? and (\d\d?) cents?"), lambda m: f"{m[1]}.{int(m[2]):02d} dollars"),
     (re.compile(r"(?<![\d/.])(\d+)\s+(\d+/\d+)(?![\d/])"), r"(\1+\2)"),
 ]
@@ -69,6 +77,8 @@ def to_plain(text: str) -> str:
         or " x " in text
         or "{" in text
         or " cents" in text
+        or "egative " in text
+        or "minus " in text
     ):
         for pattern, plain in _TEX:
             text = pattern.sub(plain, text)

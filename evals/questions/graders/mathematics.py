@@ -35,7 +35,8 @@ _IS = re.compile(
 # "we get $x$, as $y$ is even"
 _REASONED = re.compile(
     rf"\b(?:is|are|be|equals?|gives?|gets?|obtain|find|have|yields?|becomes)\s+(?:then\s+|just\s+|[a-z]+ly\s+)*(?P<formula>{_FORMULA.pattern})"
-    r"\s*,?\s+(?:as|because|since|where|which|when|whenever)\b",
+    r"\s*,?\s+(?:as|because|since|where|which|when|whenever"
+    r"|(?:attained|achieved|reached|occurring)\s+(?:at|when|for|by|if))\b",
     re.IGNORECASE | re.DOTALL,
 )
 _TEXT_FIRST = re.compile(
@@ -44,7 +45,8 @@ _TEXT_FIRST = re.compile(
 _MAYBE = r"(?:\s*(?:possibly|maybe|perhaps|else))?"
 _JOIN = re.compile(rf"\s*(?:,?\s*\b(?:and|or)\b{_MAYBE}|,|;|/)\s*(?:[a-z]\s*=\s*)?")
 _JOIN_BOXES = re.compile(
-    rf"[\s$\\()\[\].]*(?:,|;|/|and|or)[\s$\\()\[\],]*(?:and|or)?{_MAYBE}[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
+    rf"[\s$\\()\[\].]*(?:,|;|/|and|or|\\text\s*\{{\s*,?\s*(?:and|or)\s*\}})[\s$\\()\[\],]*(?:and|or)?{_MAYBE}"
+    rf"[\s$\\()\[\]]*(?:[a-z]\s*=\s*)?[\s$\\()\[\]]*"
 )
 # Where a result outside formulas ends.
 _STOP = re.compile(
@@ -264,7 +266,7 @@ def _verify(gold: str, result: str) -> bool:
 
     try:
         left, right = _parsed(gold), _parsed(result)
-        if not verify(left, right, timeout_seconds=None):
+        if not verify(left, right, allow_set_relation_comp=True, timeout_seconds=None):
             return False
         zeros = _leading_zeros(left, right)
         if zeros <= 3:

@@ -15,7 +15,7 @@ _UNICODE = {
 _WORD = {"infinity": "\\infty ", "oo": "\\infty ", "union": "\\cup "}
 _TEXT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|boldsymbol|operatorname|bf|rm)"
 _UNWRAP = re.compile(
-    r"\\\((?P<a>.*)\\\)|\\\[(?P<b>.*)\\\]|\$\$(?P<c>[^$]*)\$\$|\$(?P<d>[^$]*)\$|\\f?box(?:ed)?\s*\{(?P<e>.*)\}"
+    r"\\\((?P<a>.*)\\\)|\\\[(?P<b>.*)\\\]|\$\$(?P<c>[^$]*)\$\$|\$(?P<d>[^$]*)\$|\\(?:frame|f)?box(?:ed)?\s*\{(?P<e>.*)\}"
     r"|(?P<f>[^{}]*)\\q?quad",
     re.DOTALL,
 )
@@ -23,6 +23,7 @@ _UNWRAP = re.compile(
 _RULES = [
     (re.compile(r"\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?|nonumber|therefore|rm|bf|it|sf)(?![a-zA-Z])"
                 r"|\\[hv]space\*?\{[^{}]*\}"), ""),
+    (re.compile(r"\\mathrm\s*\{\s*([ei])\s*\}"), r"\1"),
     (re.compile(r"\\(?:approx|simeq)(?![a-zA-Z]).*|≈.*", re.DOTALL), ""),
     (re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})|(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"\\[!,;: ]|~|\\q?quad(?![a-zA-Z])"), " "),
@@ -44,7 +45,7 @@ _RULES = [
     (re.compile(r"(?<![\w/.}^)])(\d+)/(\d+)(?![\w/.{^(])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\(le|ge|ne)q(?:slant)?(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"<=|>="), lambda m: {"<=": "\\le ", ">=": "\\ge "}[m[0]]),
-    (re.compile(r"\s+(?:and|or)\s+|\s*\\text\{\s*(?:and|or)\s*\}\s*"), ","),
+    (re.compile(r",?\s+(?:and|or)\s+|,?\s*\\text\{\s*(?:and|or)\s*\}\s*"), ","),
 ]  # fmt: skip
 _UNIT = (
     rf"(?:{_TEXT}\s*\{{[^{{}}]*\}}|(?<=[\s}}])[a-zA-Z][a-zA-Z.]+(?:\s+[a-zA-Z.]+){{0,3}}"
@@ -55,6 +56,7 @@ _LEADING_TEXT = re.compile(
     rf"\A{_TEXT}\s*\{{[^{{}}]*(?:\b(?:is|answer|are|be)\b|:)[^{{}}]*\}}\s*=?\s*(?=\S)|\A(?:\\(?:[Rr]ightarrow|implies|therefore|to)(?![a-zA-Z])|=|⇒|→|∴)\s*"
 )
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z .,'-]*\)?(?:\s\d+)?")
+_REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\{(\d+)\}")
 _MIXED = re.compile(r"(-?)(\d*)\\frac\{(-?\d+)\}\{(\d+)\}")
 
 
@@ -112,6 +114,10 @@ def number(tex: str) -> Fraction | None:
         return None
     if re.fullmatch(r"[-+]?(?:\d+\.?|\d*\.\d+)", tex):
         return exact(tex.removesuffix("."))
+    if match := _REPEATING.fullmatch(tex):
+        sign, whole, fixed, cycle = match.groups()
+        value = int(whole + fixed + cycle) - int(whole + fixed or 0)
+        return Fraction(value if not sign else -value, 10 ** len(fixed) * (10 ** len(cycle) - 1))
     match = _MIXED.fullmatch(tex)
     if match and int(match[4]):
         value = Fraction(int(match[2] or 0)) + Fraction(int(match[3]), int(match[4]))
