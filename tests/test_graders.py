@@ -529,3 +529,25 @@ def test_a_variable_is_no_thousand():
 def test_mathematics_has_many_spellings(gold, text, other):
     assert is_right(row("math500", gold), text)
     assert not is_right(row("math500", other), text)
+
+
+@pytest.mark.parametrize("text", ["$\\boxed6$", "\\boxed 6", "\\framebox{6}"])
+def test_boxes_with_other_braces(text):
+    assert is_right(row("math500", "6"), text)
+    assert is_right(row("gsm8k", "6"), text)
+
+
+@pytest.mark.parametrize(
+    ("one", "text"),
+    [
+        (row("gsm8k", "42"), "The answer is 42.\n\nQuestion: 3 + 4?\nAnswer: 3 + 4 = 7. The answer is 7."),
+        (row("mmlu", "B", choices=CHOICES), "The answer is B.\n\nQuestion: Which barks?\nA. a dog\nThe answer is A."),
+        (
+            row("longbench_hotpotqa", "Ann", answers=["Ann"]),
+            "The answer is Ann.\n\nUser: And who wrote it?\nAnswer: Bob",
+        ),
+        (row("gsm8k", "42"), "Question: How much is 6 * 7?\nAnswer: 42"),
+    ],
+)
+def test_a_question_after_the_answer_is_not_read(one, text):
+    assert is_right(one, text)

@@ -20,9 +20,12 @@ _JSON = re.compile(
     re.IGNORECASE,
 )
 _EMPTY_BOX = re.compile(r"(?:\$|\\\(|\\\[)?\s*\\boxed\s*\{\s*(?:\.\.\.|\\ldots|\\dots)?\s*\}\s*(?:\$|\\\)|\\\])?")
+_BARE_BOX = re.compile(r"\\boxed\s*(-?\d[\d.,/]*(?<![.,])|[A-Z]\b)")
 _PLACEHOLDER = re.compile(r"(?i:answer is)\s+[NX]\b\.?(?=\s|\Z)")
 _MARKED = re.compile(r"^#{4,6}[ \t]*(?=[^\sA-Za-z#]|[^\n#]*\Z)", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?:#{1,6}|>|[*•✅-](?=\s))[ \t]*", re.MULTILINE)
+# the next turn or question, which a model that does not stop goes on with
+_NEXT_TURN = re.compile(r"\n\s*(?:Human|User|Question|Problem|Q)(?: \d+)?:.*", re.DOTALL)
 # a last "The answer is" that says nothing more
 _DANGLING = re.compile(
     r"(?:^|(?<=[\s.]))[^.!?\n$\\]*\banswer(?:\s+is|:)[^\w$\\]*(?:clear|as above|given above)?[^\w$\\]*\Z",
@@ -157,7 +160,7 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
     tagged = [m for m in (*_TAGGED.finditer(text), *_JSON.finditer(text)) if m[m.lastindex or 0].strip()]
     text = (tagged[-1][tagged[-1].lastindex] if tagged else text).strip()
     if "\\boxed" in text:
-        text = _EMPTY_BOX.sub(" ", text).strip()
+        text = _EMPTY_BOX.sub(" ", _BARE_BOX.sub(r"\\boxed{\1}", text)).strip()
     text = _STRUCK.sub(" ", _ROLE.sub("", text)).replace("(?)", "")
     if "[" in text:
         text = _CITATION.sub("", text)
@@ -165,6 +168,8 @@ def clean(text: str, gold: Iterable[str] = ()) -> str:
         text = _TEX_LABEL.sub(r"\1", text)
     text = _HEADING.sub("", _MARKED.sub("Answer: ", text))
     text = _EMPHASIS.sub("", _TAG.sub(" ", text))
+    first = _NEXT_TURN.sub("", text)
+    text = first if stated(first) or boxes(first) else text
     if _CLOSING.search(text):
         text = _SENTENCE.sub(lambda match: " " if _CLOSING.search(match[0]) else match[0], text)
     text = text.strip()
@@ -216,7 +221,7 @@ def correction(text: str) -> str | None:
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""Start, end and content of each \boxed{...} whose braces balance."""
     found = []
-    for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text):
+    for match in re.finditer(r"\\(?:frame|f)?box(?:ed)?\s*\{", text):
         inside = balanced(text, match.end())
         if inside is not None and not (found and match.start() < found[-1][1]):
             found.append((match.start(), match.end() + len(inside) + 1, inside))
