@@ -482,11 +482,41 @@ def test_a_decimal_that_was_rounded_has_six_places(gold, value, equal):
 
 
 @pytest.mark.parametrize(
-    "text, right",
-    [("The answer is 10, or if Tom is counted too, 12.", False), ("The answer is 10 or, as a sum, 10.", True)],
+    ("text", "right"),
+    [
+        ("The answer is 10, or if Tom is counted too, 12.", False),
+        ("The answer is 10 apples, or if Tom is counted too, 12.", False),
+        ("The answer is 10 minutes or 12 minutes.", False),
+        ("The answer is 10 or, as a sum, 10.", True),
+        ("The answer is 10, or in other words half of 20.", True),
+        ("The answer is 10, or equivalently 20/2.", True),
+        ("The answer is 10 minutes or 600 seconds.", True),
+    ],
 )
 def test_another_number_after_words_is_another_answer(text, right):
     assert is_right(row("gsm8k", "10"), text) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 33.4, which we round up to 34.", "34"),
+        ("33.4 rounds down to 33.", "33"),
+        ("The answer is 33.33, rounded to 2 decimal places.", "33.33"),
+        ("The answer is 34 because 33.4 rounded to 33 is too little.", "34"),
+        ("The answer is 9:00 am.", "9"),
+        ("So 42 remain.\n\nTo verify: 42 + 8 = 50, the number at first.", "42"),
+        ("I get 41. Let me check: 6 * 7 = 42, so it is 42.", "42"),
+        ("Mary will have 42 left after giving 8 away.", "42"),
+        ("There are 50, and after eating 8 there are 42.", "42"),
+        ("So Mary has a total of 42 apples in her 6 baskets.", "42"),
+        ("Mary spent $42 more than Tom's $8.", "42"),
+    ],
+)
+def test_a_number_that_is_the_result_of_others(text, answer):
+    for other in ("8", "33", "33.4", "34", "41", "42", "50"):
+        assert is_right(row("gsm8k", answer), text)
+        assert other == answer or not is_right(row("gsm8k", other), text)
 
 
 @pytest.mark.parametrize(

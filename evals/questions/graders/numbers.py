@@ -58,7 +58,23 @@ _BOUNDS = re.compile(
     rf"|at most)\b[^.\n]{{0,60}}{NUMBER}[^\n]{{0,200}}\Z",
     re.I,
 )
-_OR_ELSE = re.compile(rf",?\s+or\b[^.\n]*?(?P<other>-?{NUMBER})")
+_OR_ELSE = re.compile(r"(?:\s*%|\s*°|(?!\s*or\b)\s*[A-Za-z][\w./^²³-]*){0,4},?\s+or\b")
+_MEASURE = re.compile(
+    r"\s*(second|minute|hour|day|week|month|year|cent|dollar|inch|feet|foot|yard|mile|ounce|pound|gram|kilogram"
+    r"|meter|centimeter|kilometer|liter|gallon|quart|pint|cup|dozen)",
+    re.I,
+)
+# "33.4, which we round up to 34"; not "rounded to 2 decimal places"
+_ROUNDED = re.compile(
+    rf"(?:(?!\b(?:because|since|as)\b).)*?\bround(?:s|ed|ing)?(?:\s+(?:it|this|up|down|off))*\s+to\s+(?P<to>{NUMBER})"
+    r"(?!\w|\s+(?:decimal|significant|digits?|places?))",
+    re.I,
+)
+_CHECK = re.compile(
+    r"(?<=[.!?\n])\W*(?:now,?\s+)?(?:to (?:check|verify)|(?:let's|let us|let me|we can) (?:double-?\s?)?"
+    r"(?:check|verify)|check|verification)\b.*",
+    re.I | re.DOTALL,
+)
 _ALTERNATIVE = re.compile(
     rf"{_UNIT}\s*(?P<by>,?\s*\bor\b|,?\s*\band\b|,|/|\bto\b|–)\s*(?:maybe|perhaps|possibly|even|also"
     rf"|then)?\s*(?P<other>-?{NUMBER})",
@@ -67,11 +83,11 @@ _ALTERNATIVE = re.compile(
 _ASIDE = re.compile(r"\([^()]*[A-Za-z=][^()]*\)|\s[—–]\s.*", re.DOTALL)
 _REASON = re.compile(r"[,;]?\s*\b(?:because|since|as|which|who|whose|where|given that|so that|if|when|due to)\b", re.I)
 _IS_WHAT = re.compile(rf"\s*-?{NUMBER}{_UNIT}\s+(?:is|are|was|were|would be)\s+(?:the|what|how)\b", re.I)
-_MEANS = re.compile(r",?\s+(?:after|before|by|when|while|without|from|for|upon)\s+[a-z]+ing\b")
+_MEANS = re.compile(r"(?<! and),?\s+(?:after|before|by|when|while|without|from|for|upon)\s+[a-z]+ing\b")
 _COLON = re.compile(r":\s+(?![^=]*=)")
 _THEREFORE = re.compile(
-    r"\b(?:so|therefore|thus|hence|leaving|for a total of|that makes|this gives|giving"
-    r"|which (?:gives|makes|leaves|equals|means"
+    r"\b(?:so|therefore|thus|hence|(?<!after )(?<!before )(?<!by )(?:leaving|giving)|for a total of|that makes"
+    r"|this gives|which (?:gives|makes|leaves|equals|means"
     r"|is(?!\s+(?:more|less|fewer|greater|larger|smaller|higher|lower|what|not)\b)))\b",
     re.I,
 )
@@ -80,9 +96,9 @@ _BESIDE = re.compile(
     r"|both|as|since"
     r"|(?<!up )(?<!left )with|every|among|"
     r"between|times|step|day|week|part|case|passage|until"
-    r"|(?<!comes )(?<!come )(?<!amounts )(?<!up )(?<!equal )(?<!equals )to|of (?:the|his|her|its|their|our"
+    r"|(?<!comes )(?<!come )(?<!amounts )(?<!up )(?<!down )(?<!equal )(?<!equals )to|of (?:the|his|her|its|their|our"
     r"|my) [a-z]+|(?<!total )(?<!result )(?<!answer )(?<!sum )(?<!amount )(?<!profit )(?<!cost )(?<!average )of))"
-    r"\s+(?:the\s+|about\s+)?\Z",
+    r"\s+(?:(?:the|about|his|her|its|their|our|my|[a-z]+'s)\s+)?\Z",
     re.I,
 )
 _ENDS_UNIT = re.compile(
@@ -150,7 +166,17 @@ def _settled(text: str) -> Fraction | None:
         return value
     if undecided(plain) or _BOUNDS.search(plain):
         raise Undecided
-    return _last_sentence(plain)
+    checked = _checked(plain)
+    return _last_sentence(plain) if checked is None else checked
+
+
+def _checked(plain: str) -> Fraction | None:
+    """The result that a check of it follows: "5 remain. Check: 5 + 3 = 8"."""
+    check = _CHECK.search(plain)
+    if not check or re.search(rf"{_THEREFORE.pattern}.*{NUMBER}", check[0], re.I | re.DOTALL):
+        return None
+    value = _last_sentence(plain[: check.start()])
+    return value if value in [evaluate(match[0]) for match in _VALUE.finditer(check[0])] else None
 
 
 def _boxed(text: str, found: list[tuple[int, int, str]]) -> Fraction | None:
@@ -187,6 +213,7 @@ def _leading(segment: str) -> Fraction | None:
     if _RANGE.match(rest):
         raise Undecided
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0]
+    sentence = re.sub(r"\A(\d\d?):00\b", r"\1", sentence)
     match = SUM.match(sentence)
     if not match:
         return from_words(sentence)
@@ -194,11 +221,10 @@ def _leading(segment: str) -> Fraction | None:
     if "=" in whole and (value := _after_equals(whole)) is not None:
         return None if _chosen(_behind_equals(whole))[1] else value
     tail = sentence[match.end() :]
+    if rounded := _ROUNDED.match(tail):
+        return evaluate(rounded["to"])
     other = _ALTERNATIVE.match(tail)
-    if other and _is_choice(match.group(), other, tail):
-        raise Undecided
-    later = _OR_ELSE.match(tail)
-    if later and evaluate(later["other"]) != evaluate(match.group()):
+    if (other and _is_choice(match.group(), other, tail)) or _is_another(match.group(), tail):
         raise Undecided
     if other and _THEREFORE.search(tail):
         return None
@@ -216,10 +242,24 @@ def _leading(segment: str) -> Fraction | None:
 
 
 def _is_choice(first: str, other: re.Match, tail: str) -> bool:
-    """Whether two numbers are two answers: "10 or 11", or "10 and 11" at a sentence's end."""
-    if evaluate(first) == evaluate(other["other"]):
+    """Whether two numbers are two answers: "10 and 11" at a sentence's end."""
+    if "or" in other["by"].lower() or evaluate(first) == evaluate(other["other"]):
         return False
-    return "or" in other["by"].lower() or re.fullmatch(r"\s*[a-z%]*[\s)\]\"']*", tail[other.end() :], re.I) is not None
+    return re.fullmatch(r"\s*[a-z%]*[\s)\]\"']*", tail[other.end() :], re.I) is not None
+
+
+def _is_another(first: str, tail: str) -> bool:
+    """Whether an "or" after the first number adds another answer, not the same one in other words ("or half of 20")
+    or in another measure ("60 minutes or 1 hour")."""
+    later = _OR_ELSE.match(tail)
+    found = _VALUE.finditer(tail, later.end()) if later else ()
+    start = next((m.start() for m in found if not _BESIDE.search(tail[: m.start()][-40:])), None)
+    if start is None:
+        return False
+    other = SUM.match(tail, start)
+    measures = _MEASURE.match(tail), _MEASURE.match(tail, other.end())
+    in_another = None not in measures and measures[0][1].lower() != measures[1][1].lower()
+    return not in_another and evaluate(other.group()) != evaluate(first)
 
 
 def _after_equals(text: str) -> Fraction | None:
