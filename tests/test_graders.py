@@ -581,3 +581,38 @@ def test_boxes_with_other_braces(text):
 )
 def test_a_question_after_the_answer_is_not_read(one, text):
     assert is_right(one, text)
+
+
+LISTED = ["A. a cow - {}. It moos.", "B. a trumpet - {}.", "C. Vans - {}.", "D. iron - {}."]
+
+
+@pytest.mark.parametrize("right", "ABCD")
+def test_a_list_of_verdicts(right):
+    lines = [line.format("Correct" if line[0] == right else "Incorrect") for line in LISTED]
+    one = row("mmlu", right, choices=CHOICES)
+    for text in ("\n".join(lines), "Let us look at each option:\n\n" + "\n\n".join(lines)):
+        assert is_right(one, text)
+        assert not is_right(one | {"answer": "ABCD"["BCDA".index(right)]}, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A. a cow\nB. a trumpet\nC. Vans\nD. iron", None),
+        ("A. a cow\nB. a trumpet\nC. Vans\nD. iron\n\nSo C.", "C"),
+        ("A. a cow moos.\nB. a trumpet blares.\nC. Vans are shoes.\nD. iron rusts. So the answer is B.", "B"),
+        ("A. a cow moos.\nB. a trumpet blares.\nC. Vans are shoes.\nD. iron rusts. So it must be B.", "B"),
+        ("A) a cow moos.\nC) Vans are shoes.\nD) iron rusts.\n\nSo B it is.", "B"),
+        ("B. a trumpet\n\nA. a cow moos.\nC. Vans are shoes.\nD. iron rusts.", "B"),
+        ("A. a cow\n\nThe others do not moo:\nB. a trumpet\nC. Vans\nD. iron", "A"),
+    ],
+)
+def test_choices_that_are_gone_through(text, letter):
+    assert grade(row("mmlu", "A", choices=CHOICES), text).extracted == letter
+
+
+def test_a_choice_after_an_equation():
+    one = row("mmlu", "B", choices=["38", "72", "110", "360"])
+    assert is_right(one, "So the total is 42 + 30 = **72**.")
+    assert is_right(one, "$42+30=72$")
+    assert not is_right(one, "72 = 110 - 38")

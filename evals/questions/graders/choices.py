@@ -68,7 +68,7 @@ class Words:
             for words, letter in self.choices
             if words
             and bare.endswith(words)
-            and re.search(r"(?:\b(?:is|are|was|were|be|means)|:)\s+(?:an?\s+|the\s+)?\Z", bare[: -len(words)])
+            and re.search(r"(?:(?:\b(?:is|are|was|were|be|means)|:)\s+|=\s*)(?:an?\s+|the\s+)?\Z", bare[: -len(words)])
         ]
         return max(found)[1] if found else None
 

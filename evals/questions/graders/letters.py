@@ -21,6 +21,12 @@ from evals.questions.graders.statements import (
     undecided,
 )
 
+# a verdict after a choice: "B. Paris - correct", "B. Paris: This is the correct answer"
+_CALLED_CORRECT = re.compile(
+    r"(?:[-–—:(.,]\s*(?:(?:so|thus|therefore)\s+)?(?:(?:this|that|it|which)\s+)?(?:is\s+)?|\bis\s+)(?:the\s+)?"
+    r"(?:correct|right|true)\b(?!\?)|[✓✔]",
+    re.IGNORECASE,
+)
 _LAST_I = re.compile(r"(?<=[\n.:→])\s*I\W*\Z")
 
 
@@ -53,7 +59,7 @@ def final_letter(text: str, choices: list[str]) -> str | None:
             words.letters.rejected.sub(" ", words.without_own(DRESS.sub("", found[-1][2]), BAD)), words
         ):
             return letter
-    plain = words.without_own(DRESS.sub("", text), BAD)
+    plain = _without_listed(words.without_own(DRESS.sub("", text), BAD), words)
     # a text that ends with a pronoun was cut, one that ends with the letter was not
     whole = _LAST_I.sub(" (I)", text) if "I" in words.letters.all else text
     plain = "\n".join(
@@ -64,6 +70,24 @@ def final_letter(text: str, choices: list[str]) -> str | None:
     if later and (letter := _settled(later, words, whole)):
         return letter
     return _settled(plain, words, whole)
+
+
+def _without_listed(plain: str, words: Words) -> str:
+    """A text that goes through the choices before it names one, without them; if it calls one correct, with that."""
+    found = list(words.letters.listed.finditer(plain))
+    letters = [match["letter"] for match in found]
+    if len(letters) < max(2, len(words.choices) - 1) or letters != sorted({*letters}):
+        return plain
+    before = plain[: found[0].start()]
+    if words.letters.mention.search(before) or words.without(before) != before:
+        return plain
+    # a conclusion may stand in the last one's line
+    end = plain[found[-1].start("behind") :]
+    if plain[found[0].end() : found[1].start()].strip() or stated(end):
+        return plain
+    right = [match["letter"] for match in found if _CALLED_CORRECT.search(words.without(match[0]))]
+    rest = "".join(SENTENCE_END.split(end, maxsplit=1)[1:]).strip()
+    return f"{right[0]} is correct.\n{rest}" if len(right) == 1 else rest
 
 
 def _settled(plain: str, words: Words, whole: str) -> str | None:

@@ -107,6 +107,9 @@ class Letters:
             r"|can only be)|'s)\s+",
             re.MULTILINE,
         )
+        self.listed = re.compile(
+            rf"^\W*(?:{NOUN}\s+)?(?P<letter>{upper})[)\].:]+(?P<behind>(?:[ \t].*)?)$", re.MULTILINE
+        )
         self.unsure = re.compile(
             r"\b(?:not sure|unsure|whether|(?:could|might|may)\s+(?:also\s+)?be|cannot tell|can't tell|do not know"
             rf"|don't know|between|both(?=\s+(?-i:[(\[]?{named}\b)))\b",
