@@ -616,3 +616,38 @@ def test_a_choice_after_an_equation():
     assert is_right(one, "So the total is 42 + 30 = **72**.")
     assert is_right(one, "$42+30=72$")
     assert not is_right(one, "72 = 110 - 38")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("yes", "Yes, Ann Lee and Bob Ray were both from Rome."),
+        ("yes", "Ann Lee and Bob Ray were both from Rome, so yes, they were."),
+        ("yes", "Yes, they were. Both were from Rome."),
+        ("no", "The answer is No, Ann Lee was from Rome."),
+    ],
+)
+def test_yes_or_no_and_the_reason(answer, text):
+    one = row("longbench_hotpotqa", answer, answers=[answer], question="Were Ann Lee and Bob Ray of the same city?")
+    assert is_right(one, text)
+    assert not is_right(one | {"answers": ["no" if answer == "yes" else "yes"]}, text)
+
+
+@pytest.mark.parametrize("text", ["No information is given.", "There is no answer in the passages.", "No one knows."])
+def test_no_before_a_noun_is_no_answer(text):
+    assert not is_right(row("longbench_hotpotqa", "no", answers=["no"], question="Were Ann and Bob directors?"), text)
+
+
+@pytest.mark.parametrize("text", ["5 June 1878", "The answer is June 5th, 1878.", "She was born on 5 June 1878."])
+def test_a_date_with_the_day_first(text):
+    one = row("longbench_hotpotqa", "June 5, 1878", answers=["June 5, 1878"], question="When was the director born?")
+    assert is_right(one, text)
+    assert not is_right(one | {"answers": ["June 8, 1875"]}, text)
+    assert not is_right(one, "July 6, 1878, June 5, 1878")
+
+
+def test_a_name_before_the_verb_of_the_question():
+    one = row("longbench_hotpotqa", "Ann Lee", answers=["Ann Lee"], question=HOTPOTQA_QUESTION)
+    assert is_right(one, "According to Passage 5, The Wall was directed by Ann Lee.")
+    assert not is_right(one, "The Wall was written by Ann Lee.")
+    assert not is_right(one, "The Wall was not directed by Ann Lee.")

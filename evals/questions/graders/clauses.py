@@ -107,6 +107,18 @@ _CONTRAST = frozenset(
     "rather instead not unlike over despite while whereas although though because since as even".split()
 )
 _TIES = frozenset("of or nor s".split())
+# "no evidence", "no one": no answer to a question of yes or no
+_OF_NO = re.compile(
+    r"\s+(?:one|other|doubt|evidence|information|mention|passages?|context|text|documents?|sources?|articles?|facts?"
+    r"|questions?|answer|response|result|solution|conclusion|references?|details?|support|reason|explanation)\b",
+    re.IGNORECASE,
+)
+# "The Wall was directed by", where the question asks who directed it
+_ASKED = re.compile(r"\b(?:is|was|are|were)\s+(?:[a-z]+ly\s+)?(?P<verb>[a-z]+)\s+(?:in \d{4}\s+)?(?:by|in|on|at)\s+\Z")
+_HEDGE = re.compile(rf"{_NEGATION}|n't\b|\b(?:but|however|while|whereas|although|though|unlike|might|may)\b", re.I)
+_SO = re.compile(r"\b(?:so|therefore|thus|hence),?\s+\Z", re.IGNORECASE)
+_YES_NO_FIRST = re.compile(rf"\W*{GOLD}(?:[\s*]*(?:[.,;:!—–-]|\Z)|\s+(?:they|it|he|she|both)\b)")
+_OTHER_YES_NO = re.compile(r"(?:\A|,|\bso|\bis)\s*(?:yes|no)\b(?=\W*\Z|[,.;])", re.IGNORECASE)
 _BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _GOES_ON = re.compile(
     r"\W*(?:he|she|they|his|her|its|their|the (?:passage|text|other|first|second)|note"
@@ -163,6 +175,11 @@ class Clauses:
         return len(words) <= 7 and not {*words} & {*_COPULA, "has", "have", "had", "did", "does", "says", "states"} \
             and not sentence.endswith("?") and not re.search(_NEGATION, sentence, re.IGNORECASE)  # fmt: skip
 
+    def says_first(self, parts: list[str]) -> bool:
+        """Whether the first sentence is "yes" or "no", with or without its reason, and no later one says the other."""
+        is_first = self.is_yes_no and _YES_NO_FIRST.match(parts[0]) and self.tells(parts[0])
+        return bool(is_first) and not any(_OTHER_YES_NO.search(part) for part in parts[1:])
+
     def goes_on(self, sentence: str) -> bool:
         """Whether a sentence only adds to what was named before it."""
         return _GOES_ON.match(sentence) is not None or _DISMISSED.search(sentence) is not None
@@ -205,6 +222,10 @@ class Clauses:
         """Whether these words lead to the answer after them."""
         if _NOT_THOUGHT.search(before):
             return False
+        if self.is_yes_no and _SO.search(before):
+            return True
+        if (asked := _ASKED.search(before)) and _stem(asked["verb"]) in self.asked and not _HEDGE.search(before):
+            return True
         if points := _POINTS.search(before):
             return points.start() == 0 or not re.search(
                 r"\bnot\W*\Z|n't\W*\Z|\b(?:or|nor)\W*\Z", before[: points.start()]
@@ -250,7 +271,9 @@ class Clauses:
             or _REVERSED.search(behind.partition("\n")[0])
         ):
             return False
-        if self.is_yes_no and re.search(r"\b(?:is|'s|was|be) (?:yes|no)\b", behind, re.IGNORECASE):
+        if self.is_yes_no and (
+            _OF_NO.match(behind) or re.search(r"\b(?:is|'s|was|be) (?:yes|no)\b", behind, re.IGNORECASE)
+        ):
             return False
         if _ENDS.match(behind):
             return True
@@ -259,6 +282,8 @@ class Clauses:
             return False
         word, rest = match["word"], match["rest"]
         plain = word.lower().strip(".'")
+        if self.is_yes_no and match["mark"] and not re.search(rf"\b(?:yes|no)\b|{GOLD}", behind, re.IGNORECASE):
+            return True
         kinds = self._kinds(word)
         if plain in ("and", "&"):
             names = [kind for _, kind in self._kinds(sentences(rest)[0]) if kind == "name"] if rest.strip() else []

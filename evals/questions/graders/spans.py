@@ -24,6 +24,8 @@ _DASHES = str.maketrans(dict.fromkeys("–—‐‑", "-"))
 _WHOLE = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe"}
 )
+_MONTHS = frozenset("january february march april may june july august september october november december".split())
+_ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)\Z")
 _TOKEN = re.compile(r"(?:[^\s()\[\]{}<>|/:;,—–\"~*_`]|(?<=\d)[,:](?=\d)|(?<=\w)_(?=\w))+")
 # a period that belongs to the answer, after which its sentence continues
 _OWN_PERIOD = re.compile(r"\.(?=[,;:)/&]|\s+[a-z(/&\[—–-])")
@@ -90,15 +92,23 @@ def _tokens(text: str) -> list[tuple[str, int, int]]:
     return [one for one in found if one[0] and one[0] not in ("a", "an", "the")] or found
 
 
+def _ordered(words: list[str]) -> list[str]:
+    """The words; of a date the month first: "5 June 1878" and "June 5th, 1878" are the same."""
+    if _MONTHS.isdisjoint(words[:2]) or len(words) < 2:
+        return words
+    first, second = (_ORDINAL.sub("", word) for word in words[:2])
+    return [second, first, *words[2:]] if second in _MONTHS and first.isdigit() else [first, second, *words[2:]]
+
+
 def _masked(text: str, answers: list[str]) -> str:
     """The text with GOLD for each answer in it, so that nothing else is read into an answer's words."""
     for answer in sorted(answers, key=len, reverse=True):
-        gold = [word for word, _, _ in _tokens(answer)]
+        gold = _ordered([word for word, _, _ in _tokens(answer)])
         tokens = _tokens(text)
         spans = [
             (tokens[i][1], tokens[i + len(gold) - 1][2])
             for i in range(len(tokens) - len(gold) + 1)
-            if gold and tokens[i][0] == gold[0] and [word for word, _, _ in tokens[i : i + len(gold)]] == gold
+            if gold and _ordered([word for word, _, _ in tokens[i : i + len(gold)]]) == gold
         ]
         for start, end in reversed(spans):
             mark = answer[-1:]
@@ -125,6 +135,8 @@ def _states(text: str, clauses: Clauses) -> bool:
     parts = [part for part in sentences(text) if not clauses.silent(part)]
     if not parts or undecided(text):
         return False
+    if clauses.says_first(parts):
+        return True
     named = [part for part in parts if stated_before(part) is not None]
     if named:
         return clauses.tells(named[-1])
