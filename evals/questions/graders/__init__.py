@@ -18,7 +18,7 @@ from evals.questions.graders.numbers import grade_number
 from evals.questions.graders.spans import grade_span, longbench_f1
 from evals.questions.sources import GRADERS, grader_of
 
-GRADER_VERSIONS = {"gsm8k": 4, "math500": 4, "mmlu": 5, "longbench_hotpotqa": 4}
+GRADER_VERSIONS = {"gsm8k": 5, "math500": 5, "mmlu": 6, "longbench_hotpotqa": 5}
 
 
 SECONDS = 5  # the limit for judging one answer; one that takes longer is wrong
