@@ -169,6 +169,34 @@ def test_ctrl_c_at_every_line_that_makes_tokens_final_loses_nothing(llm, prompt,
     assert stop_at > 20
 
 
+def test_ctrl_c_at_every_line_of_an_abort_drops_all_answers_or_none(llm):
+    """Answers left without their first one are never returned: whoever steps to the end would not get there."""
+    engine, other = llm.engine, dataclasses.replace(PARAMS, max_tokens=16)
+    params = dataclasses.replace(PARAMS, temperature=1.0, seed=0, n=3)
+    (expected,) = llm.generate([4, 5], other, use_tqdm=False)
+    former, stop_at, interrupted = sys.gettrace(), 0, True
+    while interrupted:
+        stop_at, interrupted, outputs = stop_at + 1, False, []
+        dropped, kept = engine.add_request([1, 2, 3], params), engine.add_request([4, 5], other)
+        engine.step()
+        sys.settrace(interrupting({"engine.py", "scheduler.py", "page_pool.py"}, stop_at))
+        try:
+            engine.abort(dropped)
+        except KeyboardInterrupt:
+            interrupted = True
+        sys.settrace(former)
+        engine.step()
+        if dropped in engine._sequences:
+            assert [dropped + i in engine._sequences for i in range(3)] == [True] * 3
+            engine.abort(dropped)
+        assert list(engine._sequences) == [kept], f"answers are left after an interrupt at line {stop_at}"
+        while engine.has_unfinished():
+            outputs += engine.step()
+        assert [(output.request_id, output.outputs) for output in outputs] == [(kept, expected.outputs)]
+        assert engine.pool.num_free == engine.pool.num_pages
+    assert stop_at > 20
+
+
 def test_ctrl_c_leaves_answers_shadows_and_scores_whole(tmp_path):
     """Several answers that share their prompt's pages, one with a shadow, and forwards not yet read."""
     sampled = dataclasses.replace(PARAMS, max_tokens=8, temperature=0.8, seed=3, n=3)

@@ -316,7 +316,9 @@ class Engine:
             for i, first in self._sequences.items():
                 if first is first.siblings[0] and i not in finished and (output := self._try_output(first.siblings)):
                     finished[i] = output
-            unfinished = {i: s for i, s in self._sequences.items() if s.request not in finished}
+            # an abort has taken place once it has removed the first answer
+            there = self._sequences.keys() - finished.keys()
+            unfinished = {i: s for i, s in self._sequences.items() if s.request in there}
             self._begin_anew(unfinished, list(finished.values()))
         self._cut_short = True
         try:
