@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from blockinfer import LLM, SamplingParams
+from blockinfer import LLM, SamplingParams, ScoringParams
 from blockinfer.engine import model_runner
 from tests.checkpoints import write_checkpoint
 
@@ -122,6 +122,25 @@ def test_every_broken_request_is_named(llm, break_once):
     outputs, named = finish(llm.engine)
     assert named == [[first, last]]
     assert [(output.request_id, output.outputs) for output in outputs] == [(good, expected)]
+
+
+def test_aborted_forwards_that_are_still_to_be_read_break_nothing(llm, monkeypatch):
+    """A score that breaks, and is aborted for it, has forwards whose values come later, and are NaN too."""
+    engine, canvas, logits = llm.engine, [1, 2, 3, 4, 5, 6], llm.engine.model.logits
+    (expected,) = llm.generate([4, 5], PARAMS, use_tqdm=False)
+    masked = [(i,) for i in (3, 4, 5)] * 12
+    reads = [[(i, canvas[i])] for (i,) in masked]
+    bad = engine.add_scoring(canvas, range(3, 6), masked, reads, ScoringParams())
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "logits", lambda *args: logits(*args) * torch.nan)
+        with pytest.raises(FloatingPointError, match=f"for request {bad}:"):
+            for _ in range(9):
+                engine.step()
+    assert engine.scheduler.waiting and engine._scores, "too few forwards to tell"
+    engine.abort(bad)
+    good = engine.add_request([4, 5], PARAMS)
+    outputs, named = finish(engine)
+    assert [(output.request_id, output.outputs) for output in outputs] == [(good, expected.outputs)] and not named
 
 
 @pytest.mark.parametrize("rule, steps", [("low_confidence", 4), ("threshold", 2)])

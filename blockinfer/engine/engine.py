@@ -256,9 +256,13 @@ class Engine:
             scores = self._scores[0]
             scores.collect()
             for siblings in {row.request: row.siblings for row in scores.rows}.values():
+                request = siblings[0].request_id
+                if request not in self._sequences:
+                    # aborted since its launch: an error that named it could not be answered by an abort
+                    continue
                 if any(row.broken for row in siblings):
-                    self._broken.add(siblings[0].request_id)
-                elif all(row.is_finished() for row in siblings) and siblings[0].request_id in self._sequences:
+                    self._broken.add(request)
+                elif all(row.is_finished() for row in siblings):
                     finished.append(self._output(siblings))
             self._scores = self._scores[1:]
         return finished
