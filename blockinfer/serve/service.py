@@ -50,7 +50,8 @@ class Service:
         key = self.options.api_key
         if key is None:
             return
-        given = (authorization or "").encode(errors="replace")
+        # the header's bytes, which Starlette reads as Latin-1
+        given = (authorization or "").encode("latin-1")
         if not hmac.compare_digest(given, f"Bearer {key}".encode()):
             message = "this server asks for its key: send the header Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}

@@ -172,6 +172,15 @@ def test_the_key(serve):
         assert [client.get(path).status_code for path in ("/health", "/metrics", "/")] == [200] * 3
 
 
+def test_a_key_that_is_not_ascii(serve):
+    """Clients send it as UTF-8."""
+    server = serve(api_key="ключ-ü")
+    with server.client() as client:
+        for key, status in (("ключ-ü", 200), ("ключ-u", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert client.get("/v1/models", headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("size", [1001, 5000, 15_000])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body(serve, size, chunked):
