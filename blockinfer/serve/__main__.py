@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     host, port = options.pop("host"), options.pop("port")
     key = options.pop("api_key") or os.environ.get("BLOCKINFER_API_KEY") or None
+    if key is not None and (key != key.strip() or not key.isprintable()):
+        # HTTP strips a header's ends; the value itself stays out of the log
+        parser.error(
+            "the key of --api-key or BLOCKINFER_API_KEY has spaces around it, a line break or the like: no request "
+            "could bring it"
+        )
     name = options.pop("served_model_name") or options["model"]
     limits = {name: options.pop(name) for name in ("max_queue", "max_request_bytes", "receive_timeout")}
     limits["shutdown_timeout"] = options.pop("shutdown_timeout")
@@ -40,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with listener, LLM(**{name: value for name, value in options.items() if value is not None}) as llm:
             if llm.tokenizer is None:
                 raise ValueError(f"{options['model']}: there is no tokenizer, and answers are text; pass --tokenizer")
+            try:
+                # as long as neither listens, another server can bind the address too
+                listener.listen()
+            except OSError as error:
+                parser.error(f"cannot listen on {host}:{port}: {error.strerror}")
             # by default the engine's thread, back from the device, waits 5 ms for a thread that writes answers
             sys.setswitchinterval(0.0005)
             engine = AsyncLLM(llm)
@@ -57,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address that does not listen yet."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:
+        raise OSError("this cannot be the name of a host") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

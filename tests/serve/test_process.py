@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from blockinfer import LLM, SamplingParams
-from blockinfer.serve.__main__ import main
+from blockinfer.serve.__main__ import _bind, main
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.serve.conftest import until
 
@@ -204,8 +204,10 @@ def resident(pid):
         (["MODEL", "--quantization", "fp9"], "quantization must be one of fp8, got 'fp9'"),
         (["MODEL", "--served-model-name", ""], "--served-model-name must not be empty"),
         (["MODEL", "--api-key", ""], "--api-key must not be empty"),
+        (["/nowhere/at/all", "--api-key", "sk-1\n"], "the key of --api-key or BLOCKINFER_API_KEY has spaces around it"),
         (["/nowhere/at/all"], "/nowhere/at/all"),
         (["MODEL", "--host", "no such host"], "cannot listen on no such host:0: "),
+        (["MODEL", "--host", "a..b"], "cannot listen on a..b:0: this cannot be the name of a host"),
     ],
 )
 def test_options_that_cannot_be_used(checkpoint, capsys, arguments, message):
@@ -228,6 +230,21 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(capsys):
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit):
             main(["/nowhere/at/all", "--port", str(port)])
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+
+
+def test_an_address_that_was_taken_while_the_model_was_loaded(checkpoint, capsys, monkeypatch):
+    """Two servers can bind it until one listens."""
+    with _bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+
+        def load(**options):
+            taken.listen()
+            return LLM(**options)
+
+        monkeypatch.setattr("blockinfer.serve.__main__.LLM", load)
+        with pytest.raises(SystemExit):
+            main([str(checkpoint), "--device", "cpu", "--port", str(port)])
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
 
 
