@@ -59,8 +59,8 @@ NEEDS = {
         "nox -s gate -- --base origin/main --profile quick",
         "python -m evals gate-experiment --runs 20 --slowdown 0,0.05,0.1,0.05:vanilla,0.05:threshold,0.05:memory "
         "--profile quick",
-        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-json=evals/baselines/intel-xeon-processor-1-thread.json",
-        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-compare=evals/baselines/intel-xeon-processor-1-thread.json "
+        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-json=evals/baselines/amd-epyc-1-thread.json",
+        "OMP_NUM_THREADS=1 pytest evals/ --benchmark-compare=evals/baselines/amd-epyc-1-thread.json "
         "--benchmark-compare-fail=median:5%",
     ),
     "a network": (
@@ -117,7 +117,7 @@ RUN = {
     "python -m evals report out.json -o report.html": 0,
     "python -m evals report out.json": 0,
     "python -m evals compare old.json new.json": 0,
-    "python -m evals compare evals/baselines/intel-xeon-processor-1-thread.json out.json": 0,
+    "python -m evals compare evals/baselines/amd-epyc-1-thread.json out.json": 0,
 }
 
 
@@ -187,7 +187,7 @@ def test_every_command_is_run_or_says_what_it_needs():
 
 @pytest.mark.parametrize("command", RUN)
 def test_a_command(command, tmp_path, monkeypatch):
-    baseline = ROOT / "evals/baselines/intel-xeon-processor-1-thread.json"
+    baseline = ROOT / "evals/baselines/amd-epyc-1-thread.json"
     (tmp_path / "evals/baselines").mkdir(parents=True)
     for name in ("out.json", "old.json", "new.json", f"evals/baselines/{baseline.name}"):
         shutil.copy(baseline, tmp_path / name)
