@@ -59,9 +59,10 @@ class LLM:
     max_model_len: limit of prompt and max_tokens together; at most the config's, which is the default.
     max_num_seqs: requests that run at once. max_num_batched_tokens: rows of one forward; by default 8192, or
         max_model_len if that is more.
-    page_size: tokens in a page of the KV cache. The cache has room for max_num_seqs requests of max_model_len, but
-        takes at most kv_cache_memory bytes. The default is 90 % of the GPU memory that is free after the weights, less
-        what a step needs; on a CPU, half of what is free in the machine and in its container, shared by the ranks.
+    page_size: tokens in a page of the KV cache; multiples of 8 make prompts faster on Hopper GPUs. The cache has room
+        for max_num_seqs requests of max_model_len, but takes at most kv_cache_memory bytes. The default is 90 % of the
+        GPU memory that is free after the weights, less what a step needs; on a CPU, half of what is free in the machine
+        and in its container, shared by the ranks.
     tensor_parallel_size: GPUs that share the model. Each has a process, which this one starts and ends; on a CPU there
         are only processes. The size must divide the model's heads, KV heads, MLP and embeddings. If torchrun, or RANK
         and WORLD_SIZE, started the ranks, every tensor_parallel_size consecutive ranks share a model: the first
