@@ -99,19 +99,19 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
 
     `step_columns` stay 0.
     """
-    number, spans = 0, []
-    for sequence, plan in scheduled:
-        for slot in (sequence.slot, sequence.shadow_slot)[: sequence.lanes]:
-            for start, stop, kv_len in plan.segments:
-                spans.append((slot, start, stop - start, kv_len, start - number))
-                number += stop - start
+    spans = [
+        (slot, start, stop - start, kv_len)
+        for sequence, plan in scheduled
+        for slot in (sequence.slot, sequence.shadow_slot)[: sequence.lanes]
+        for start, stop, kv_len in plan.segments
+    ]
     fixed, first_rows = [], (row for *_, row in open_blocks(scheduled))
     for sequence, plan in scheduled:
         window = len(fixed), len(fixed) + plan.blocks - 1
         for block in sequence.window:
             place = block.start - sequence.prompt_len
             fixed.append((sequence.slot, block.start, block.stop - block.start, next(first_rows), place, 0, *window))
-    slots, starts, lengths, kv_lens, shifts = np.array(spans, dtype=np.int64).T
+    slots, starts, lengths, kv_lens = np.array(spans, dtype=np.int64).T
     tiles = cut(slots, starts, lengths, kv_lens, cutting, rows)
     start = _header(blocks)
     packed = np.zeros(start + 2 * rows + tiles.size, dtype=np.int64)
@@ -122,8 +122,9 @@ def pack(scheduled: Items[ScheduledSequence], blocks: int, rows: int, scrap_slot
     columns[:, : len(fixed)] = np.array(fixed, dtype=np.int64).reshape(-1, 8).T
     columns[5] = columns[2].cumsum() - columns[2]
     row_slots, positions = packed[start : start + 2 * rows].reshape(2, rows)
+    number = int(lengths.sum())
     row_slots[:number], row_slots[number:] = slots.repeat(lengths), scrap_slot
-    positions[:number] = shifts.repeat(lengths) + np.arange(number)
+    positions[:number] = (starts - lengths.cumsum() + lengths).repeat(lengths) + np.arange(number)
     packed[start + 2 * rows :] = tiles.ravel()
     return packed
 
